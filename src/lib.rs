@@ -1,0 +1,1 @@
+//! nacre: a containerd shim that is its own virtual machine monitor.

@@ -1,0 +1,15 @@
+//! The virtual machine monitor of nacre: guest memory as KVM slots, vCPUs,
+//! PVH boot, ACPI and virtio devices, as a library that runs inside the
+//! process that wants a VM. It knows nothing of containers.
+//!
+//! [`Vm::start`](handle::Vm::start) takes a [`VmConfig`](config::VmConfig) and
+//! gives a [`Vm`](handle::Vm); everything else is reached from there.
+
+pub mod config;
+pub mod exit;
+pub mod handle;
+pub mod virtio;
+
+pub use config::{DiskConfig, VmConfig};
+pub use exit::ExitReason;
+pub use handle::Vm;

@@ -1,0 +1,1 @@
+#[path = "../src/boot/payload.rs"] mod payload;
