@@ -443,7 +443,7 @@ mod tests {
 
     #[test]
     fn each_compression_unpacks_to_what_was_packed() {
-        let elf = made_up_elf(LZ4_LEGACY_BLOCK + 12_345);
+        let elf = made_up_elf(200_000);
         for (compression, pack) in PACKERS {
             let file = bzimage(&pack(&elf));
             let payload = packed_payload(&file).expect("a payload");
@@ -457,6 +457,12 @@ mod tests {
             );
         }
         assert!(unpack_bzimage(&bzimage(&elf)).expect("an ELF file as it is") == elf);
+    }
+
+    #[test]
+    fn an_lz4_frame_of_several_blocks_unpacks() {
+        let elf = made_up_elf(LZ4_LEGACY_BLOCK + 12_345);
+        assert!(unpack_bzimage(&bzimage(&lz4(&elf))).expect("two blocks") == elf);
     }
 
     #[test]
