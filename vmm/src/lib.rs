@@ -6,6 +6,7 @@
 //! gives a [`Vm`](handle::Vm); everything else is reached from there.
 
 pub mod config;
+pub mod event_loop;
 pub mod exit;
 pub mod handle;
 pub mod virtio;
