@@ -5,10 +5,13 @@
 //! [`Vm::start`](handle::Vm::start) takes a [`VmConfig`](config::VmConfig) and
 //! gives a [`Vm`](handle::Vm); everything else is reached from there.
 
+pub mod boot;
+pub mod bus;
 pub mod config;
 pub mod event_loop;
 pub mod exit;
 pub mod handle;
+pub mod interrupt;
 pub mod virtio;
 
 pub use config::{DiskConfig, VmConfig};
