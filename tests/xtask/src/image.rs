@@ -1,0 +1,120 @@
+//! `cargo xtask image`: the guest kernel and initrd. Builds the agent, fetches a kernel package if none is given, and leaves the rest to
+//! the program `nacre-image`.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+
+use crate::apt::{self, Release};
+use crate::paths;
+use crate::run::{self, step};
+
+/// The package whose dependency is the newest kernel for virtual machines.
+const KERNEL: &str = "linux-image-cloud-amd64";
+
+/// Options of `cargo xtask image`.
+#[derive(Debug, Default, Args)]
+pub struct ImageArgs {
+    /// Use this Debian kernel package; it is unpacked, not installed
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["vmlinuz", "modules", "release"])]
+    deb: Option<PathBuf>,
+    /// Use this kernel, a bzImage or an ELF file; with --modules
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "modules",
+        conflicts_with = "release"
+    )]
+    vmlinuz: Option<PathBuf>,
+    /// The kernel's folder lib/modules/RELEASE; with --vmlinuz
+    #[arg(long, value_name = "DIR", requires = "vmlinuz")]
+    modules: Option<PathBuf>,
+    /// The Debian release whose newest cloud kernel is downloaded
+    #[arg(long, value_enum, value_name = "NAME", default_value_t)]
+    release: KernelRelease,
+    /// One more module in the initrd, with what it depends on; may be given again
+    #[arg(long = "module", value_name = "NAME")]
+    extra: Vec<String>,
+    /// Use this static program as the agent, instead of building it
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
+}
+
+/// Releases with a kernel that is known to serve as a guest's.
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum KernelRelease {
+    /// Linux 6.1
+    #[default]
+    Bookworm,
+    /// Linux 6.12
+    Trixie,
+}
+
+/// Makes the image, or finds it made; prints where it is.
+///
+/// # Errors
+/// When the agent does not build, no kernel is to be had, or the kernel lacks something that a guest needs.
+pub fn run(args: &ImageArgs) -> Result<()> {
+    let agent = match &args.agent {
+        Some(agent) => std::path::absolute(agent)?,
+        None => build_agent()?,
+    };
+    let mut command = run::cargo();
+    command
+        .args([
+            "run",
+            "--quiet",
+            "--package",
+            "nacre-image",
+            "--",
+            "--agent",
+        ])
+        .arg(agent);
+    command.arg("--out").arg(paths::cache("image"));
+    match (&args.deb, &args.vmlinuz, &args.modules) {
+        (Some(deb), ..) => {
+            command.arg("--deb").arg(std::path::absolute(deb)?);
+        }
+        (None, Some(kernel), Some(modules)) => {
+            command.arg("--vmlinuz").arg(std::path::absolute(kernel)?);
+            command.arg("--modules").arg(std::path::absolute(modules)?);
+        }
+        _ => {
+            let release = match args.release {
+                KernelRelease::Bookworm => Release::Bookworm,
+                KernelRelease::Trixie => Release::Trixie,
+            };
+            command
+                .arg("--deb")
+                .arg(apt::kernel(release, KERNEL)?.path());
+        }
+    }
+    for module in &args.extra {
+        command.arg("--module").arg(module);
+    }
+    run::run(&mut command)
+}
+
+/// Builds the agent as a static program.
+fn build_agent() -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    step("building the guest's agent");
+    let mut command = run::cargo_static();
+    command.args([
+        "build",
+        "--quiet",
+        "--package",
+        "nacre-agent",
+        "--profile",
+        "agent",
+        "--target",
+        TARGET,
+    ]);
+    run::run(&mut command)?;
+    let agent = paths::target().join(TARGET).join("agent/nacre-agent");
+    if !agent.exists() {
+        bail!("cargo built the agent, but not as {}", agent.display());
+    }
+    Ok(agent)
+}

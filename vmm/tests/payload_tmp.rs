@@ -1,1 +1,0 @@
-#[path = "../src/boot/payload.rs"] mod payload;
