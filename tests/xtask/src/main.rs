@@ -1,2 +1,103 @@
-//! Placeholder.
-fn main() {}
+//! `cargo xtask`: nacre's demo, its tests, and the machinery under them.
+
+mod apt;
+mod daemons;
+mod image;
+mod kvm;
+mod paths;
+mod run;
+mod stage;
+mod testbed;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+
+/// Builds, tries and tests nacre. All it downloads and makes is under target/nacre.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make the guest kernel and initrd
+    Image(image::ImageArgs),
+    /// Run a command where guests can run: in an emulated machine with SVM, or on this one if its KVM runs stock kernels
+    Testbed(TestbedArgs),
+}
+
+#[derive(Args)]
+struct TestbedArgs {
+    /// Memory of the emulated machine, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    memory: u32,
+    /// CPUs of the emulated machine
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    cpus: u32,
+    /// Bring a file or folder along; programs bring their shared libraries. Without DST it keeps its path
+    #[arg(long = "copy", value_name = "SRC[:DST]")]
+    copies: Vec<String>,
+    /// Set a variable in the command's environment
+    #[arg(long = "env", value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// Longest run of the command, in seconds
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Use the emulated machine even where this machine's KVM would do
+    #[arg(long)]
+    nested: bool,
+    /// The command and its arguments; what it writes to $NACRE_OUT arrives in target/nacre/testbed/out
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Image(args) => image::run(&args).map(|()| 0),
+        Command::Testbed(args) => run_testbed(args),
+    };
+    match result {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_testbed(args: TestbedArgs) -> Result<i32> {
+    let mut request = testbed::Request::new(args.command);
+    request.memory = args.memory;
+    request.cpus = args.cpus;
+    request.time_limit = args.timeout.map(Duration::from_secs);
+    request.force_nested = args.nested;
+    for copy in &args.copies {
+        let (source, target) = match copy.split_once(':') {
+            Some((source, target)) => (PathBuf::from(source), PathBuf::from(target)),
+            None => (PathBuf::from(copy), std::path::absolute(copy)?),
+        };
+        request.copies.push((source, target));
+    }
+    for pair in &args.env {
+        let (name, value) = pair
+            .split_once('=')
+            .with_context(|| format!("--env {pair}: NAME=VALUE is wanted"))?;
+        request.env.push((name.to_owned(), value.to_owned()));
+    }
+    let outcome = testbed::execute(&request, &mut testbed::Terminal)?;
+    if let Some(why) = outcome.retried {
+        run::step(format!("retried once: {why}"));
+    }
+    Ok(outcome.code)
+}

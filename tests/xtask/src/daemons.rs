@@ -1,0 +1,79 @@
+//! The daemons that end-to-end cases drive, from packages of several Debian releases: where they are, in the testbed and
+//! on a machine where cases run directly.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::apt::{self, Release};
+use crate::stage::Stage;
+
+/// A containerd, the release that packages it, and the environment variable that names its folder.
+const CONTAINERDS: [(&str, Release, &str); 2] = [
+    (
+        "/opt/containerd-2.1",
+        Release::Forky,
+        "NACRE_CONTAINERD_2_1",
+    ),
+    (
+        "/opt/containerd-1.7",
+        Release::Trixie,
+        "NACRE_CONTAINERD_1_7",
+    ),
+];
+const PROGRAMS: [&str; 3] = ["containerd", "ctr", "containerd-shim-runc-v2"];
+
+/// A static busybox.
+pub fn busybox() -> Result<PathBuf> {
+    let root = apt::unpacked(Release::Bookworm, "busybox-static")?;
+    let merged = root.join("usr/bin/busybox");
+    Ok(if merged.exists() {
+        merged
+    } else {
+        root.join("bin/busybox")
+    })
+}
+
+/// Puts the daemons on the tools disk.
+pub fn stage(stage: &mut Stage) -> Result<()> {
+    for (folder, release, _) in CONTAINERDS {
+        let root = apt::unpacked(release, "containerd")?;
+        for program in PROGRAMS {
+            stage.program(
+                &root.join("usr/bin").join(program),
+                Path::new(folder).join(program),
+                &[],
+            )?;
+        }
+    }
+    let runc = apt::unpacked(Release::Bookworm, "runc")?;
+    let seccomp = apt::unpacked(Release::Bookworm, "libseccomp2")?.join("usr/lib/x86_64-linux-gnu");
+    stage.program(&runc.join("usr/sbin/runc"), "/usr/sbin/runc", &[seccomp])
+}
+
+/// How commands in the testbed find the daemons.
+pub fn environment_in_guest() -> Vec<(String, String)> {
+    let folders = CONTAINERDS
+        .iter()
+        .map(|(folder, _, variable)| ((*variable).to_owned(), (*folder).to_owned()));
+    folders
+        .chain([("NACRE_RUNC".to_owned(), "/usr/sbin/runc".to_owned())])
+        .collect()
+}
+
+/// The same for commands that run directly on this machine.
+pub fn environment_on_host() -> Result<Vec<(String, String)>> {
+    let mut all = Vec::new();
+    for (_, release, variable) in CONTAINERDS {
+        all.push((
+            variable.to_owned(),
+            apt::unpacked(release, "containerd")?
+                .join("usr/bin")
+                .display()
+                .to_string(),
+        ));
+    }
+    let runc = apt::unpacked(Release::Bookworm, "runc")?.join("usr/sbin/runc");
+    all.push(("NACRE_RUNC".to_owned(), runc.display().to_string()));
+    Ok(all)
+}
