@@ -1,6 +1,31 @@
 //! What nacre's shim and its guest agent say to each other: ttrpc services
 //! over virtio-vsock, and the ports they use. Both sides build from this crate,
 //! so that a mismatch can only come from two builds, which `Ready` finds.
+//!
+//! # Connections
+//! The agent dials all of them; the host (CID 2) only listens.
+//!
+//! | port | who serves | what for |
+//! | --- | --- | --- |
+//! | [`PORT_CALLS`] | the agent | [`agent_ttrpc::Agent`], dialled once; this connection is the agent's readiness |
+//! | [`PORT_EVENTS`] | the host | [`agent_ttrpc::Host`], dialled once: `Ready`, then an `Event` for each thing that happens |
+//! | [`PORT_LOG`] | nobody | the agent's log, lines of `LEVEL component message` |
+//! | from [`PORT_STDIO_FIRST`] | nobody | one connection for each stdio stream, on the port that the host named in the call |
+//!
+//! A stdout or stderr connection is half-closed by the agent after the last byte; a stdin connection is
+//! half-closed by the host to say end-of-file. An agent that loses CALLS or EVENTS powers the guest off.
+//!
+//! # Errors
+//! The agent answers a call that failed with one of these ttrpc codes; the message says what was being
+//! done to which container, process or device.
+//!
+//! | code | meaning |
+//! | --- | --- |
+//! | `INVALID_ARGUMENT` | the request itself is wrong: an id that is empty, too long or has a path separator, a spec that does not parse, a signal number out of range |
+//! | `NOT_FOUND` | no such container, process, or device window; also a signal to a process that has ended |
+//! | `ALREADY_EXISTS` | a container of this id is there already |
+//! | `FAILED_PRECONDITION` | the thing is in another state than the call needs: a second Start, Delete of what runs |
+//! | `INTERNAL` | the guest could not do it; the message carries the cause, for Start also the executable's name |
 
 /// Version of the protocol; both sides must have the same.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -19,9 +44,16 @@ pub const PHASE_PORT: u16 = 0x680;
 /// Phase: the agent's `main` has begun.
 pub const PHASE_INIT: u8 = 1;
 
-#[allow(missing_docs, clippy::all, clippy::pedantic, rust_2018_idioms, unused)]
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    rust_2018_idioms,
+    unused
+)]
 mod generated {
-    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+    include!(concat!(env!("OUT_DIR"), "/stubs.rs"));
 }
 
 pub use generated::{agent, agent_ttrpc};
