@@ -57,7 +57,7 @@ pub enum Error {
     Unknown(SubscriberId),
 }
 
-type OnPanic = Box<dyn Fn(String) + Send>;
+type OnPanic = Arc<dyn Fn(String) + Send + Sync>;
 
 /// The loop's thread. It belongs to the VM; dropping it stops and joins the thread, unless the
 /// drop is on the loop's own thread, where the thread ends after the event at hand.
@@ -83,9 +83,10 @@ impl std::fmt::Debug for EventLoopHandle {
     }
 }
 
-#[derive(Default)]
 struct Shared {
     stop: AtomicBool,
+    /// Gone once the loop has ended, so that what it holds may hold a handle.
+    on_panic: Mutex<Option<OnPanic>>,
     next: AtomicU64,
     /// Locked only to look something up: never while a subscriber or the event manager runs.
     entries: Mutex<HashMap<SubscriberId, Arc<Entry>>>,
@@ -105,7 +106,18 @@ struct Entry {
 struct Slot {
     entry: Arc<Entry>,
     subscriber: Subscriber,
-    on_panic: Arc<Mutex<OnPanic>>,
+    shared: Arc<Shared>,
+}
+
+impl Shared {
+    fn report(&self, message: String) {
+        tracing::error!(%message, "a device failed");
+        // Not called with the lock held: it may well stop the VM.
+        let on_panic = lock(&self.on_panic).clone();
+        if let Some(on_panic) = on_panic {
+            on_panic(message);
+        }
+    }
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -130,8 +142,7 @@ impl Slot {
             let message = panic_message(&*payload);
             self.entry.alive.store(false, Ordering::SeqCst);
             *lock(&self.entry.panic) = Some(message.clone());
-            tracing::error!(%message, "a device panicked in the event loop");
-            lock(&self.on_panic)(message);
+            self.shared.report(message);
         }
     }
 }
@@ -153,30 +164,33 @@ impl MutEventSubscriber for Slot {
 }
 
 impl EventLoop {
-    /// Starts the thread `name` (shortened to 15 bytes by Linux). `on_panic` is called on that
-    /// thread with the text when a subscriber, or the loop itself, panics.
+    /// Starts the thread `name` (shortened to 15 bytes by Linux). `on_panic` is called with the
+    /// text when a subscriber or the loop itself panics, on the loop's thread, and for what
+    /// [`EventLoopHandle::report`] is told, on the caller's.
     ///
     /// # Errors
     ///
     /// [`Error::Create`] or [`Error::Spawn`] when the host is out of descriptors or threads.
     pub fn start(
         name: &str,
-        on_panic: impl Fn(String) + Send + 'static,
+        on_panic: impl Fn(String) + Send + Sync + 'static,
     ) -> Result<(Self, EventLoopHandle), Error> {
         let mut manager = EventManager::<Slot>::new().map_err(|error| Error::Create {
             name: name.to_owned(),
             why: error.to_string(),
         })?;
         let endpoint = manager.remote_endpoint();
-        let shared = Arc::new(Shared::default());
-        let on_panic: Arc<Mutex<OnPanic>> = Arc::new(Mutex::new(Box::new(on_panic)));
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            on_panic: Mutex::new(Some(Arc::new(on_panic))),
+            next: AtomicU64::new(0),
+            entries: Mutex::new(HashMap::new()),
+        });
 
         let running = Arc::clone(&shared);
-        let report = Arc::clone(&on_panic);
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
-                ON_PANIC.with(|slot| *slot.borrow_mut() = Some(Arc::clone(&report)));
                 let result = catch_unwind(AssertUnwindSafe(|| {
                     while !running.stop.load(Ordering::SeqCst) {
                         if let Err(error) = manager.run() {
@@ -192,12 +206,12 @@ impl EventLoop {
                 };
                 running.stop.store(true, Ordering::SeqCst);
                 if let Some(message) = failure {
-                    tracing::error!(%message, "the event loop ended");
-                    lock(&report)(message);
+                    running.report(message);
                 }
                 // Subscribers go here, and with them every call that still waits for an answer.
                 drop(manager);
-                ON_PANIC.with(|slot| slot.borrow_mut().take());
+                let on_panic = lock(&running.on_panic).take();
+                drop(on_panic);
             })
             .map_err(|source| Error::Spawn {
                 name: name.to_owned(),
@@ -242,15 +256,16 @@ impl Drop for EventLoop {
     }
 }
 
-thread_local! {
-    /// Whom to tell, on the loop's thread; closures sent to it find it here.
-    static ON_PANIC: std::cell::RefCell<Option<Arc<Mutex<OnPanic>>>> = const { std::cell::RefCell::new(None) };
-}
-
 impl EventLoopHandle {
     /// Whether the caller is on the loop's thread.
     pub fn on_loop_thread(&self) -> bool {
         thread::current().id() == self.thread
+    }
+
+    /// Reports the failure of a thread that works beside the loop for a device, as if it were one
+    /// of its subscribers. After the loop's end it is only logged.
+    pub fn report(&self, message: String) {
+        self.shared.report(message);
     }
 
     /// Adds a subscriber. When it returns on another thread, the subscriber's `init` has run; on
@@ -273,17 +288,15 @@ impl EventLoopHandle {
         lock(&self.shared.entries).insert(id, Arc::clone(&entry));
 
         let added = Arc::clone(&entry);
+        let shared = Arc::clone(&self.shared);
         let insert = move |ops: &mut dyn SubscriberOps<Subscriber = Slot>| {
             if !added.alive.load(Ordering::SeqCst) {
                 return;
             }
-            let Some(on_panic) = ON_PANIC.with(|slot| slot.borrow().clone()) else {
-                return;
-            };
             let inner = ops.add_subscriber(Slot {
                 entry: Arc::clone(&added),
                 subscriber,
-                on_panic,
+                shared,
             });
             if added.alive.load(Ordering::SeqCst) {
                 *lock(&added.inner) = Some(inner);
