@@ -280,6 +280,12 @@ fn build_root() -> io::Result<()> {
         fs::create_dir_all(&folder)?;
         mount(source, &folder, kind, flags, options)?;
     }
+    for folder in ["run", "tmp", "var/lib"] {
+        copy_in(
+            &Path::new("/disks/payload").join(folder),
+            &Path::new("/root").join(folder),
+        )?;
+    }
     std::env::set_current_dir("/root")?;
     mount(".", "/", "", libc::MS_MOVE, "")?;
     std::os::unix::fs::chroot(".")?;
@@ -303,6 +309,28 @@ fn build_root() -> io::Result<()> {
     let _ = Command::new("/usr/bin/busybox")
         .args(["ip", "link", "set", "lo", "up"])
         .status();
+    Ok(())
+}
+
+/// Brings what the payload has under a folder that a tmpfs now covers.
+fn copy_in(source: &Path, target: &Path) -> io::Result<()> {
+    let Ok(entries) = fs::read_dir(source) else {
+        return Ok(());
+    };
+    for entry in entries {
+        let entry = entry?;
+        let (from, to) = (entry.path(), target.join(entry.file_name()));
+        let metadata = entry.metadata()?;
+        if metadata.is_dir() {
+            fs::create_dir_all(&to)?;
+            fs::set_permissions(&to, metadata.permissions())?;
+            copy_in(&from, &to)?;
+        } else if metadata.is_symlink() {
+            std::os::unix::fs::symlink(fs::read_link(&from)?, &to)?;
+        } else {
+            fs::copy(&from, &to)?;
+        }
+    }
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use crate::apt::{self, Release};
+use crate::oci;
 use crate::stage::Stage;
 
 /// A containerd, the release that packages it, and the environment variable that names its folder.
@@ -21,6 +22,7 @@ const CONTAINERDS: [(&str, Release, &str); 2] = [
         "NACRE_CONTAINERD_1_7",
     ),
 ];
+const IMAGE_IN_GUEST: &str = "/usr/share/nacre-test/busybox.tar";
 const PROGRAMS: [&str; 3] = ["containerd", "ctr", "containerd-shim-runc-v2"];
 
 /// A static busybox.
@@ -48,16 +50,23 @@ pub fn stage(stage: &mut Stage) -> Result<()> {
     }
     let runc = apt::unpacked(Release::Bookworm, "runc")?;
     let seccomp = apt::unpacked(Release::Bookworm, "libseccomp2")?.join("usr/lib/x86_64-linux-gnu");
-    stage.program(&runc.join("usr/sbin/runc"), "/usr/sbin/runc", &[seccomp])
+    stage.program(&runc.join("usr/sbin/runc"), "/usr/sbin/runc", &[seccomp])?;
+    stage.file(&oci::busybox_archive()?, IMAGE_IN_GUEST)
 }
 
-/// How commands in the testbed find the daemons.
+/// How commands in the testbed find the daemons and the test image.
 pub fn environment_in_guest() -> Vec<(String, String)> {
-    let folders = CONTAINERDS
+    let mut all: Vec<(&str, &str)> = CONTAINERDS
         .iter()
-        .map(|(folder, _, variable)| ((*variable).to_owned(), (*folder).to_owned()));
-    folders
-        .chain([("NACRE_RUNC".to_owned(), "/usr/sbin/runc".to_owned())])
+        .map(|(folder, _, variable)| (*variable, *folder))
+        .collect();
+    all.extend([
+        ("NACRE_RUNC", "/usr/sbin/runc"),
+        ("NACRE_TEST_IMAGE", IMAGE_IN_GUEST),
+        ("NACRE_TEST_IMAGE_REF", oci::REFERENCE),
+    ]);
+    all.into_iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect()
 }
 
@@ -66,14 +75,18 @@ pub fn environment_on_host() -> Result<Vec<(String, String)>> {
     let mut all = Vec::new();
     for (_, release, variable) in CONTAINERDS {
         all.push((
-            variable.to_owned(),
-            apt::unpacked(release, "containerd")?
-                .join("usr/bin")
-                .display()
-                .to_string(),
+            variable,
+            apt::unpacked(release, "containerd")?.join("usr/bin"),
         ));
     }
-    let runc = apt::unpacked(Release::Bookworm, "runc")?.join("usr/sbin/runc");
-    all.push(("NACRE_RUNC".to_owned(), runc.display().to_string()));
-    Ok(all)
+    all.push((
+        "NACRE_RUNC",
+        apt::unpacked(Release::Bookworm, "runc")?.join("usr/sbin/runc"),
+    ));
+    all.push(("NACRE_TEST_IMAGE", oci::busybox_archive()?));
+    all.push(("NACRE_TEST_IMAGE_REF", oci::REFERENCE.into()));
+    Ok(all
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.display().to_string()))
+        .collect())
 }

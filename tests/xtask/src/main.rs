@@ -4,6 +4,7 @@ mod apt;
 mod daemons;
 mod image;
 mod kvm;
+mod oci;
 mod paths;
 mod run;
 mod stage;
