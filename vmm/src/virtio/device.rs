@@ -1,8 +1,9 @@
 //! What a virtio device is to its transport. Devices do not know which
 //! transport they are behind.
 
+use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -16,17 +17,32 @@ pub const INTERRUPT_USED_RING: u32 = 1;
 /// Interrupt status bit: the configuration changed (or DEVICE_NEEDS_RESET was set).
 pub const INTERRUPT_CONFIG: u32 = 2;
 
-/// The device's one interrupt line: status bits for the guest to read and the irqfd that raises it.
+/// The device's one interrupt line: status bits for the guest to read and the irqfd that raises
+/// it. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
-    status: Arc<AtomicU32>,
-    irqfd: Arc<EventFd>,
+    line: Arc<Line>,
+}
+
+#[derive(Debug)]
+struct Line {
+    status: AtomicU32,
+    generation: AtomicU32,
+    needs_reset: AtomicBool,
+    irqfd: EventFd,
 }
 
 impl Interrupt {
     /// Makes the line over an eventfd that is (or will be) registered as irqfd.
     pub fn new(irqfd: EventFd) -> Self {
-        Self { status: Arc::new(AtomicU32::new(0)), irqfd: Arc::new(irqfd) }
+        Self {
+            line: Arc::new(Line {
+                status: AtomicU32::new(0),
+                generation: AtomicU32::new(0),
+                needs_reset: AtomicBool::new(false),
+                irqfd,
+            }),
+        }
     }
 
     /// Tells the guest that a queue has used buffers. The device has asked `needs_notification` first.
@@ -34,31 +50,56 @@ impl Interrupt {
         self.raise(INTERRUPT_USED_RING);
     }
 
-    /// Tells the guest that the configuration space changed.
+    /// Tells the guest that the configuration space changed, and moves its generation on.
     pub fn config_changed(&self) {
+        self.line.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(INTERRUPT_CONFIG);
+    }
+
+    /// The device cannot go on with what the driver gave it: DEVICE_NEEDS_RESET (virtio 1.3,
+    /// 2.1.2). It then leaves its queues alone until it is reset.
+    pub fn fault(&self, device: &'static str, why: &dyn fmt::Display) {
+        if !self.line.needs_reset.swap(true, Ordering::SeqCst) {
+            tracing::warn!(device, %why, "the device needs a reset");
+            self.raise(INTERRUPT_CONFIG);
+        }
+    }
+
+    /// Whether [`fault`](Self::fault) was called since the last reset.
+    pub fn needs_reset(&self) -> bool {
+        self.line.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// How often the configuration has changed (transport).
+    pub fn generation(&self) -> u32 {
+        self.line.generation.load(Ordering::SeqCst)
     }
 
     /// Status bits not yet acknowledged (transport).
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        self.line.status.load(Ordering::SeqCst)
     }
 
     /// Clears acknowledged bits (transport).
     pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
+        self.line.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// Forgets all but the generation, with the device stopped (transport).
+    pub fn reset(&self) {
+        self.line.status.store(0, Ordering::SeqCst);
+        self.line.needs_reset.store(false, Ordering::SeqCst);
     }
 
     /// The eventfd behind the line.
     pub fn irqfd(&self) -> &EventFd {
-        &self.irqfd
+        &self.line.irqfd
     }
 
     fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::SeqCst);
-        if let Err(error) = self.irqfd.write(1) {
-            tracing::warn!(%error, "cannot raise a device interrupt");
-        }
+        self.line.status.fetch_or(bit, Ordering::SeqCst);
+        // A counter that is full (EAGAIN) is an interrupt that no one has taken yet.
+        let _ = self.line.irqfd.write(1);
     }
 }
 
@@ -83,7 +124,7 @@ pub struct Activation {
     pub features: u64,
 }
 
-/// A device failed to start; the transport sets DEVICE_NEEDS_RESET.
+/// A device could not start; the transport sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 #[error("Cannot activate the {device} device: {why}")]
 pub struct ActivateError {
@@ -95,15 +136,19 @@ pub struct ActivateError {
 
 /// A virtio device, called by its transport under the transport's lock.
 ///
-/// Order of calls: `read_config`/`write_config` at any time; `activate` once, at DRIVER_OK; then
-/// `reset` when the guest writes status 0 or the device is unplugged, after which `activate` may
-/// come again. When `reset` returns the device no longer touches guest memory or its queues.
+/// Order of calls: `read_config`/`write_config` at any time; `activate` at DRIVER_OK; then
+/// `reset` when the guest writes status 0 or FAILED, when `activate` failed, or when the device is unplugged,
+/// after which `activate` may come again; a `reset` may also come without one. When `reset` returns the device no longer touches guest
+/// memory or its queues. A device that is dropped while active resets itself.
+///
+/// The transport's lock is held, so no call waits for a thread that takes it.
 pub trait VirtioDevice: Send {
     /// Kind, for logs: "block", "vsock".
     fn kind(&self) -> &'static str;
     /// Device ID (virtio 1.3 section 5).
     fn device_id(&self) -> u32;
-    /// Features offered, without those of the transport (VERSION_1 is added by it).
+    /// Features offered, without those of the transport (VERSION_1 is added by it); those of the
+    /// ring ([`RING_FEATURES`](super::queue::RING_FEATURES)) are the device's to offer.
     fn features(&self) -> u64;
     /// Largest size of each queue, each a power of two.
     fn queue_sizes(&self) -> &[u16];

@@ -1,4 +1,11 @@
 //! Virtio devices (virtio 1.3) and the transport that shows them to the guest.
+//!
+//! `device` is the face between the two; `mmio` the transport; `queue` what
+//! devices share to read a hostile driver's rings. Each device has its folder.
 
+pub mod block;
 pub mod device;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
 pub mod vsock;

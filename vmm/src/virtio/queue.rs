@@ -1,0 +1,299 @@
+//! What devices share to serve the rings of a hostile driver.
+//!
+//! [`Chain`] reads each descriptor of a chain once, judges the copy, and gives
+//! its buffers as slices of guest memory; [`serve`] works through what is
+//! available, a bounded number at a time, and notifies when the driver wants
+//! it. Nothing here trusts an index, an address or a length.
+
+use std::cmp::min;
+use std::sync::atomic::Ordering;
+
+use thiserror::Error;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+
+use super::device::Interrupt;
+
+/// VIRTIO_F_EVENT_IDX: notifications in both directions say how far they are wanted.
+pub const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+/// Features of the ring that every device offers: EVENT_IDX and INDIRECT_DESC.
+pub const RING_FEATURES: u64 = F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// What is wrong with a chain. The device can go on: the chain is returned with nothing written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum ChainError {
+    /// It loops, leads out of its table, is longer than 2^32 bytes or than the table, or
+    /// has an indirect table that cannot be.
+    #[error("the descriptor chain does not come to an end")]
+    Broken,
+    /// More descriptors than the queue has entries (virtio 1.3, 2.7.5.2).
+    #[error("the descriptor chain has more descriptors than the queue's {0}")]
+    TooLong(u16),
+    /// A readable descriptor after a writable one (virtio 1.3, 2.7.4.2).
+    #[error("the descriptor chain has a readable descriptor after a writable one")]
+    Order,
+    /// A buffer is not, or not all, in guest memory.
+    #[error("the buffer of {len} bytes at {address:#x} is not in guest memory")]
+    Address {
+        /// Guest-physical address of the buffer.
+        address: u64,
+        /// Its length in bytes.
+        len: u32,
+    },
+}
+
+/// What is wrong with the ring itself. The device cannot go on until it is reset.
+#[derive(Debug, Error)]
+pub enum RingError {
+    /// The available index jumped, or the ring is no longer in guest memory.
+    #[error("the available ring cannot be used: {0}")]
+    Available(virtio_queue::Error),
+    /// An available entry names a descriptor outside the table, or the used ring is no longer in
+    /// guest memory.
+    #[error("chain {head} cannot be put into the used ring: {source}")]
+    Used {
+        /// Head index of the chain.
+        head: u16,
+        /// What virtio-queue says.
+        source: virtio_queue::Error,
+    },
+}
+
+/// Part of a chain's buffers, as slices of guest memory in order. Reading and writing take bytes
+/// off the front.
+#[derive(Debug, Clone, Default)]
+pub struct Buffers<'m> {
+    slices: std::collections::VecDeque<VolatileSlice<'m>>,
+    len: u64,
+}
+
+/// Fewer bytes in the chain than were to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the descriptor chain is too short")]
+pub struct Short;
+
+impl<'m> Buffers<'m> {
+    /// Bytes left.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The slices left.
+    pub fn slices(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
+        self.slices.iter()
+    }
+
+    /// Copies exactly `data.len()` bytes out of the guest, however many descriptors they are in.
+    ///
+    /// # Errors
+    ///
+    /// [`Short`]; nothing is taken then.
+    pub fn read_exact(&mut self, data: &mut [u8]) -> Result<(), Short> {
+        if self.len < data.len() as u64 {
+            return Err(Short);
+        }
+        let mut done = 0;
+        while done < data.len() {
+            let taken = self.take_front(data.len() - done);
+            done += taken.copy_to(&mut data[done..]);
+        }
+        Ok(())
+    }
+
+    /// Copies into the guest as much of `data` as there is room for; returns how much.
+    pub fn write(&mut self, data: &[u8]) -> usize {
+        let total = min(data.len() as u64, self.len) as usize;
+        let mut done = 0;
+        while done < total {
+            let taken = self.take_front(total - done);
+            taken.copy_from(&data[done..done + taken.len()]);
+            done += taken.len();
+        }
+        total
+    }
+
+    /// Takes `count` bytes off the front, or all that are left.
+    pub fn take(&mut self, count: u64) -> Buffers<'m> {
+        let mut taken = Buffers::default();
+        let total = min(count, self.len);
+        while taken.len < total {
+            let most = usize::try_from(total - taken.len).unwrap_or(usize::MAX);
+            let slice = self.take_front(most);
+            taken.push(slice);
+        }
+        taken
+    }
+
+    /// One slice of at most `most` bytes off the front. Called only with bytes left and `most > 0`.
+    fn take_front(&mut self, most: usize) -> VolatileSlice<'m> {
+        let front = self.slices.pop_front().expect("bytes are left");
+        let taken = if front.len() <= most {
+            front
+        } else {
+            let (taken, rest) = front.split_at(most).expect("within the slice");
+            self.slices.push_front(rest);
+            taken
+        };
+        self.len -= taken.len() as u64;
+        taken
+    }
+
+    fn push(&mut self, slice: VolatileSlice<'m>) {
+        // Empty ones would make `take_front` yield nothing.
+        if !slice.is_empty() {
+            self.len += slice.len() as u64;
+            self.slices.push_back(slice);
+        }
+    }
+}
+
+/// A chain's buffers: first what the device reads, then what it writes.
+#[derive(Debug)]
+pub struct Chain<'m> {
+    /// For the device to read.
+    pub readable: Buffers<'m>,
+    /// For the device to write.
+    pub writable: Buffers<'m>,
+}
+
+impl<'m> Chain<'m> {
+    /// Walks a chain, reading each descriptor once, and finds its buffers in guest memory. A
+    /// chain has at most `queue_size` descriptors.
+    ///
+    /// # Errors
+    ///
+    /// [`ChainError`]; nothing of the guest's memory has been touched then.
+    pub fn resolve(
+        memory: &'m GuestMemoryMmap,
+        chain: DescriptorChain<&'m GuestMemoryMmap>,
+        queue_size: u16,
+    ) -> Result<Self, ChainError> {
+        let mut readable = Buffers::default();
+        let mut writable = Buffers::default();
+        let mut count = 0;
+        let mut last: Option<Descriptor> = None;
+        for descriptor in chain {
+            count += 1;
+            if count > u32::from(queue_size) {
+                return Err(ChainError::TooLong(queue_size));
+            }
+            let part = if descriptor.is_write_only() {
+                &mut writable
+            } else if last.is_some_and(|last| last.is_write_only()) {
+                return Err(ChainError::Order);
+            } else {
+                &mut readable
+            };
+            let outside = || ChainError::Address {
+                address: descriptor.addr().0,
+                len: descriptor.len(),
+            };
+            // The iterator gives a slice for each region; a gap ends it with an error.
+            for slice in
+                GuestMemoryBackend::get_slices(memory, descriptor.addr(), descriptor.len() as usize)
+            {
+                part.push(slice.map_err(|_| outside())?);
+            }
+            last = Some(descriptor);
+        }
+        // virtio-queue just ends at what it does not like: a chain is whole only if its last
+        // descriptor says so.
+        match last {
+            Some(last) if !last.has_next() => Ok(Self { readable, writable }),
+            _ => Err(ChainError::Broken),
+        }
+    }
+}
+
+/// Whether [`serve`] left something to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// All chains are served; the driver will kick for the next.
+    All,
+    /// There may be more, without a kick to come: the budget is used up, or the device stopped.
+    More,
+}
+
+/// Serves up to `budget` chains: `each` does the work of one and returns how many bytes it has
+/// written from the start of the writable part, or `None` to put the chain back and stop. A chain
+/// that cannot be is returned to the driver with nothing written.
+///
+/// At the end the driver is interrupted if it wants that; when all is served it is asked to kick
+/// for the next chain.
+///
+/// # Errors
+///
+/// [`RingError`]; the caller reports it by [`Interrupt::fault`] and leaves the queue alone.
+pub fn serve(
+    queue: &mut Queue,
+    memory: &GuestMemoryMmap,
+    interrupt: &Interrupt,
+    budget: usize,
+    mut each: impl FnMut(Chain<'_>) -> Option<u32>,
+) -> Result<Served, RingError> {
+    let mut used = false;
+    let result = serve_quietly(queue, memory, budget, &mut each, &mut used);
+    // Also after an error: what was served before it is the driver's.
+    if used && queue.needs_notification(memory).unwrap_or(true) {
+        interrupt.used();
+    }
+    result
+}
+
+fn serve_quietly(
+    queue: &mut Queue,
+    memory: &GuestMemoryMmap,
+    budget: usize,
+    each: &mut impl FnMut(Chain<'_>) -> Option<u32>,
+    used: &mut bool,
+) -> Result<Served, RingError> {
+    let size = queue.size();
+    for _ in 0..budget {
+        let index = queue
+            .avail_idx(memory, Ordering::Acquire)
+            .map_err(RingError::Available)?;
+        let pending = index.0 != queue.next_avail();
+        let mut available = queue.iter(memory).map_err(RingError::Available)?;
+        let Some(chain) = available.next() else {
+            if pending {
+                // Its entry cannot be read, or the index went back: trying again would spin.
+                return Err(RingError::Available(
+                    virtio_queue::Error::InvalidAvailRingIndex,
+                ));
+            }
+            if queue
+                .enable_notification(memory)
+                .map_err(RingError::Available)?
+            {
+                continue;
+            }
+            return Ok(Served::All);
+        };
+        let head = chain.head_index();
+        let len = match Chain::resolve(memory, chain, size) {
+            Ok(chain) => match each(chain) {
+                Some(len) => len,
+                None => {
+                    queue.go_to_previous_position();
+                    return Ok(Served::More);
+                }
+            },
+            Err(error) => {
+                tracing::debug!(head, %error, "descriptor chain refused");
+                0
+            }
+        };
+        queue
+            .add_used(memory, head, len)
+            .map_err(|source| RingError::Used { head, source })?;
+        *used = true;
+    }
+    Ok(Served::More)
+}
