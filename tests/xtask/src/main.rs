@@ -2,12 +2,16 @@
 
 mod apt;
 mod daemons;
+mod demo;
 mod image;
 mod kvm;
 mod oci;
 mod paths;
 mod run;
+mod soak;
 mod stage;
+mod suite;
+mod test;
 mod testbed;
 
 use std::path::PathBuf;
@@ -27,6 +31,16 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show a container in a microVM under a private containerd: installs what is missing, builds, makes the image, runs
+    Demo {
+        /// Use the emulated machine even where this machine's KVM would do
+        #[arg(long)]
+        nested: bool,
+    },
+    /// Run every test with small counts: format, lints, unit tests, flat guests, end-to-end cases
+    Test(test::TestArgs),
+    /// Run the end-to-end cases with big counts; resumable, result in target/nacre/soak/RESULT.md
+    Soak(soak::SoakArgs),
     /// Make the guest kernel and initrd
     Image(image::ImageArgs),
     /// Run a command where guests can run: in an emulated machine with SVM, or on this one if its KVM runs stock kernels
@@ -65,6 +79,9 @@ struct TestbedArgs {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Demo { nested } => demo::run(nested),
+        Command::Test(args) => test::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::Image(args) => image::run(&args).map(|()| 0),
         Command::Testbed(args) => run_testbed(args),
     };

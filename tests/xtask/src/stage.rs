@@ -206,7 +206,7 @@ impl Stage {
                     fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
                 }
                 Entry::Link(to) => {
-                    symlink(to, &path).with_context(|| format!("linking {}", target.display()))?
+                    symlink(to, &path).with_context(|| format!("linking {}", target.display()))?;
                 }
                 Entry::Dir(mode) => {
                     fs::create_dir_all(&path)?;

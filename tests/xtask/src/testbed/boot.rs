@@ -98,7 +98,7 @@ pub(super) fn boot(
             Ok(Some(Frame::Stdout(data))) => sink.stdout(&data),
             Ok(Some(Frame::Stderr(data))) => sink.stderr(&data),
             Ok(Some(Frame::File { path, offset, data })) => {
-                store(&request.out, &path, offset, &data)?
+                store(&request.out, &path, offset, &data)?;
             }
             Ok(Some(Frame::Exit(code))) => return Ok(code),
             Ok(Some(Frame::Heartbeat | Frame::Job(_))) => {}

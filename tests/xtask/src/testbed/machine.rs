@@ -130,7 +130,10 @@ fn initramfs(modules: &Path) -> Result<PathBuf> {
         add_module(name, &by_name, &mut order)?;
     }
     let init = init_program()?;
-    let release = modules.file_name().context("no kernel release")?.to_string_lossy();
+    let release = modules
+        .file_name()
+        .context("no kernel release")?
+        .to_string_lossy();
     let file = paths::cache("testbed").join(format!("initramfs-{release}"));
     let newest = [
         modified(&init),

@@ -37,6 +37,8 @@ pub struct Request {
     pub force_nested: bool,
     /// Folder on this machine that receives what the command writes to `$NACRE_OUT`.
     pub out: PathBuf,
+    /// Leave what is already in that folder.
+    pub keep_out: bool,
 }
 
 impl Request {
@@ -52,6 +54,7 @@ impl Request {
             time_limit: None,
             force_nested: false,
             out,
+            keep_out: false,
         }
     }
 }
@@ -126,6 +129,9 @@ pub fn attempt(request: &Request, sink: &mut dyn Sink) -> Result<i32, Failure> {
         }
     ));
     let _lock = Lock::take(&paths::cache("testbed/lock"), "the testbed")?;
+    if !request.keep_out && request.out.exists() {
+        fs::remove_dir_all(&request.out).context("emptying the output folder")?;
+    }
     fs::create_dir_all(&request.out).context("making the output folder")?;
     match place {
         Place::Host => Ok(on_host(request, sink)?),

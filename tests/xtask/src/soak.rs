@@ -1,0 +1,198 @@
+//! `cargo xtask soak`: the end-to-end suite with its big counts. Verdicts are kept after every case, so that a run that was stopped goes on where
+//! it was; what came of it all is in `target/nacre/soak/RESULT.md`.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use crate::run::{self, step};
+use crate::suite::{self, Report, Suite, Verdict};
+use crate::{apt, kvm, paths};
+
+/// Options of `cargo xtask soak`.
+#[derive(Args)]
+pub struct SoakArgs {
+    /// Forget the verdicts of an earlier run, instead of going on with it
+    #[arg(long)]
+    fresh: bool,
+    /// Only cases whose name contains this; may be given again
+    #[arg(long, value_name = "SUBSTRING")]
+    only: Vec<String>,
+    /// Longest time of this run, in hours; a later one goes on
+    #[arg(long, value_name = "HOURS", default_value_t = 12)]
+    hours: u64,
+}
+
+/// What is kept between runs.
+#[derive(Default, Serialize, Deserialize)]
+struct State {
+    /// Digest of the programs and the image that the verdicts are about.
+    identity: String,
+    cases: BTreeMap<String, Verdict>,
+    retries: Vec<String>,
+}
+
+impl State {
+    fn load(file: &Path) -> Option<State> {
+        serde_json::from_str(&fs::read_to_string(file).ok()?).ok()
+    }
+
+    fn save(&self, file: &Path) -> Result<()> {
+        let partial = file.with_extension("partial");
+        fs::write(&partial, serde_json::to_string_pretty(self)?)
+            .with_context(|| format!("writing {}", partial.display()))?;
+        Ok(fs::rename(&partial, file)?)
+    }
+}
+
+/// Runs the soak; the result is the exit code.
+pub fn run(args: &SoakArgs) -> Result<i32> {
+    apt::ensure_installed(&[
+        ("gcc", "cc"),
+        ("libc6-dev", "/usr/include/stdio.h"),
+        ("e2fsprogs", "mke2fs"),
+    ])?;
+    suite::build()?;
+    let folder = paths::cache("soak");
+    fs::create_dir_all(folder.join("logs"))?;
+    let file = folder.join("state.json");
+    let identity = suite::identity()?;
+    let mut state = match State::load(&file) {
+        Some(state) if !args.fresh && state.identity == identity => {
+            step(format!(
+                "going on with a soak that has {} verdicts",
+                state.cases.len()
+            ));
+            state
+        }
+        Some(state) if !args.fresh && !state.cases.is_empty() => {
+            step("what is tested has changed since the last soak: starting anew");
+            State {
+                identity,
+                ..State::default()
+            }
+        }
+        _ => State {
+            identity,
+            ..State::default()
+        },
+    };
+    state.save(&file)?;
+    let suite = Suite {
+        full: true,
+        only: args.only.clone(),
+        time_limit: Duration::from_secs(args.hours.saturating_mul(3600)),
+        out: folder.join("logs"),
+    };
+    let report = suite.run(state.cases.clone(), |name, verdict| {
+        state.cases.insert(name.to_owned(), verdict.clone());
+        state.save(&file)
+    })?;
+    state.retries.extend(report.retries.iter().cloned());
+    state.save(&file)?;
+    let text = result(&report, &state);
+    let result_file = folder.join("RESULT.md");
+    fs::write(&result_file, &text).with_context(|| format!("writing {}", result_file.display()))?;
+    step(format!("written to {}", result_file.display()));
+    let (passed, failed) = suite::count(&report.cases);
+    println!("{passed} passed, {failed} failed");
+    Ok(i32::from(failed > 0))
+}
+
+fn result(report: &Report, state: &State) -> String {
+    let line = |command: &mut Command| {
+        run::output(command).map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
+    };
+    let mut text = String::from("# Soak\n\n");
+    let commit = line(
+        Command::new("git")
+            .args(["describe", "--always", "--dirty"])
+            .current_dir(paths::workspace()),
+    );
+    let _ = writeln!(
+        text,
+        "- Date: {}",
+        line(Command::new("date").args(["-u", "+%F %T UTC"]))
+    );
+    let _ = writeln!(
+        text,
+        "- Commit: {commit}; digest of programs and image: {}",
+        &state.identity[..16]
+    );
+    let _ = writeln!(
+        text,
+        "- Machine: Linux {}; {}",
+        line(Command::new("uname").arg("-r")),
+        kvm::place(false).1
+    );
+    let _ = writeln!(
+        text,
+        "- Boots of the testbed that had to be repeated: {}",
+        state.retries.len()
+    );
+    for retry in &state.retries {
+        let _ = writeln!(text, "  - {retry}");
+    }
+    text.push_str("\n| case | result | seconds | |\n| --- | --- | --- | --- |\n");
+    for (name, verdict) in &report.cases {
+        let outcome = if verdict.passed { "ok" } else { "**failed**" };
+        let _ = writeln!(
+            text,
+            "| {name} | {outcome} | {:.1} | {} |",
+            verdict.seconds,
+            verdict.reason.replace('|', "\\|")
+        );
+    }
+    let (passed, failed) = suite::count(&report.cases);
+    let _ = writeln!(text, "\n{passed} passed, {failed} failed");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_survives_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("state.json");
+        assert!(State::load(&file).is_none());
+        let verdict = Verdict {
+            passed: false,
+            seconds: 1.5,
+            reason: "a|b".into(),
+        };
+        let state = State {
+            identity: "0123456789abcdef".into(),
+            cases: [("x".to_owned(), verdict.clone())].into(),
+            retries: vec!["y".into()],
+        };
+        state.save(&file).unwrap();
+        let loaded = State::load(&file).unwrap();
+        assert_eq!(
+            (
+                loaded.identity.as_str(),
+                loaded.cases.get("x"),
+                loaded.retries.len()
+            ),
+            ("0123456789abcdef", Some(&verdict), 1)
+        );
+        let report = Report {
+            cases: loaded.cases,
+            retries: Vec::new(),
+        };
+        let text = result(&report, &state);
+        assert!(
+            text.contains("| x | **failed** | 1.5 | a\\|b |")
+                && text.ends_with("\n0 passed, 1 failed\n"),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,380 @@
+//! The end-to-end suite as seen from outside: runs `nacre-e2e` where guests run, follows its report line by line, and goes on where it
+//! was when the outer guest freezes.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::run::{self, step};
+use crate::testbed::{self, Failure, Request, Sink};
+use crate::{image, paths};
+
+/// How one case ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// It passed.
+    pub passed: bool,
+    /// How long it ran, in seconds of the place where it ran.
+    pub seconds: f64,
+    /// Why it failed; empty if it passed.
+    pub reason: String,
+}
+
+/// A run of the suite.
+pub struct Suite {
+    /// The counts of a soak instead of the small ones.
+    pub full: bool,
+    /// Only cases whose name contains one of these.
+    pub only: Vec<String>,
+    /// Longest time of the whole suite.
+    pub time_limit: Duration,
+    /// Where cases put their logs.
+    pub out: PathBuf,
+}
+
+/// What came of a suite.
+#[derive(Default)]
+pub struct Report {
+    /// The verdict of every case.
+    pub cases: BTreeMap<String, Verdict>,
+    /// Why the testbed had to be booted again, each time.
+    pub retries: Vec<String>,
+}
+
+/// Builds what the suite runs: programs, agent, image.
+pub fn build() -> Result<()> {
+    step("building the shim, vmctl and the end-to-end suite");
+    run::run(run::cargo().args([
+        "build",
+        "--package",
+        "nacre",
+        "--package",
+        "nacre-e2e",
+        "--bins",
+    ]))?;
+    step("making the guest's kernel and initrd");
+    image::run(&image::ImageArgs::default())
+}
+
+impl Suite {
+    /// Runs all cases that `known` has no verdict on. `save` is called after every case.
+    pub fn run(
+        &self,
+        known: BTreeMap<String, Verdict>,
+        mut save: impl FnMut(&str, &Verdict) -> Result<()>,
+    ) -> Result<Report> {
+        let wanted = self.list()?;
+        let mut report = Report {
+            cases: known,
+            ..Report::default()
+        };
+        report.cases.retain(|name, _| wanted.contains(name));
+        let mut incidents: BTreeMap<String, u32> = BTreeMap::new();
+        let started = std::time::Instant::now();
+        while report.cases.len() < wanted.len() {
+            let left = self.time_limit.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            let mut request = Request::new(self.command(report.cases.keys()));
+            request.memory = memory();
+            request.time_limit = Some(left);
+            request.out.clone_from(&self.out);
+            request.keep_out = true;
+            let mut follower = Follower::new(&mut report.cases, &mut save);
+            let result = testbed::attempt(&request, &mut follower);
+            let (running, saved) = (follower.running.take(), follower.error.take());
+            if let Some(error) = saved {
+                return Err(error);
+            }
+            // A boot that fails before any case is counted under no name.
+            let blamed = running.clone().unwrap_or_default();
+            let incident = match result {
+                Ok(0 | 1) if running.is_none() => break,
+                Ok(code) => format!("the suite's program ended with code {code}"),
+                Err(Failure::Froze(why)) => {
+                    step(format!("{why}; going on in another boot"));
+                    report.retries.push(format!(
+                        "{blamed}: {}",
+                        why.lines().next().unwrap_or_default()
+                    ));
+                    why
+                }
+                Err(Failure::Fatal(error)) if running.is_none() => return Err(error),
+                Err(Failure::Fatal(error)) => format!("{error:#}"),
+            };
+            if report.cases.len() == wanted.len() {
+                report
+                    .retries
+                    .push(format!("after the last case: {incident}"));
+            }
+            let count = incidents.entry(blamed.clone()).or_default();
+            *count += 1;
+            if *count < 2 {
+                continue;
+            }
+            let Some(case) = running else {
+                bail!("the suite does not get to its cases: {incident}");
+            };
+            let verdict = Verdict {
+                passed: false,
+                seconds: 0.0,
+                reason: format!("twice: {incident}"),
+            };
+            say(&case, &verdict);
+            save(&case, &verdict)?;
+            report.cases.insert(case, verdict);
+        }
+        for name in wanted {
+            report.cases.entry(name).or_insert_with_key(|name| {
+                let reason = "it never ran".to_owned();
+                let verdict = Verdict {
+                    passed: false,
+                    seconds: 0.0,
+                    reason,
+                };
+                say(name, &verdict);
+                verdict
+            });
+        }
+        Ok(report)
+    }
+
+    /// The names of all cases, from the program itself.
+    fn list(&self) -> Result<Vec<String>> {
+        let mut command = Command::new(paths::debug("nacre-e2e"));
+        command.arg("list");
+        if self.full {
+            command.arg("--full");
+        }
+        let text = run::output(&mut command)?;
+        let fits =
+            |name: &&str| self.only.is_empty() || self.only.iter().any(|part| name.contains(part));
+        let names: Vec<String> = text
+            .lines()
+            .map(str::trim)
+            .filter(|name| !name.is_empty())
+            .filter(fits)
+            .map(str::to_owned)
+            .collect();
+        if names.is_empty() {
+            bail!(
+                "the suite has no case{}",
+                if self.only.is_empty() {
+                    ""
+                } else {
+                    " of such a name"
+                }
+            );
+        }
+        Ok(names)
+    }
+
+    fn command<'a>(&self, done: impl Iterator<Item = &'a String>) -> Vec<String> {
+        let mut words = vec!["nacre-e2e".to_owned(), "run".to_owned()];
+        if self.full {
+            words.push("--full".into());
+        }
+        words.extend(
+            self.only
+                .iter()
+                .flat_map(|part| ["--only".to_owned(), part.clone()]),
+        );
+        words.extend(done.flat_map(|name| ["--skip".to_owned(), name.clone()]));
+        words
+    }
+}
+
+/// The outer guest's memory: several guests at once and all of the scratch files live in it. Half of what is free, within bounds.
+fn memory() -> u32 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = meminfo.lines().find_map(|line| {
+        line.strip_prefix("MemAvailable:")?
+            .trim()
+            .strip_suffix(" kB")?
+            .parse::<u64>()
+            .ok()
+    });
+    available.map_or(4096, |kib| (kib / 2048).clamp(4096, 10240) as u32)
+}
+
+/// A line of the suite's report.
+#[derive(Debug, PartialEq)]
+enum Line<'a> {
+    Start(&'a str),
+    End(&'a str, Verdict),
+    Other,
+}
+
+fn parse(line: &str) -> Line<'_> {
+    let mut words = line.splitn(5, ' ');
+    let (Some("CASE"), Some(name), Some(event)) = (words.next(), words.next(), words.next()) else {
+        return Line::Other;
+    };
+    let seconds = words
+        .next()
+        .and_then(|seconds| seconds.trim_end_matches('s').parse().ok());
+    let reason = words.next().unwrap_or_default().to_owned();
+    match (event, seconds) {
+        ("start", None) => Line::Start(name),
+        ("ok", Some(seconds)) => Line::End(
+            name,
+            Verdict {
+                passed: true,
+                seconds,
+                reason: String::new(),
+            },
+        ),
+        ("failed", Some(seconds)) => Line::End(
+            name,
+            Verdict {
+                passed: false,
+                seconds,
+                reason,
+            },
+        ),
+        _ => Line::Other,
+    }
+}
+
+fn say(name: &str, verdict: &Verdict) {
+    let outcome = if verdict.passed { "ok" } else { "FAILED" };
+    println!(
+        "e2e {name} ... {outcome} ({:.1} s){}{}",
+        verdict.seconds,
+        if verdict.passed { "" } else { ": " },
+        verdict.reason
+    );
+}
+
+/// Reads the report as it comes, and keeps it.
+struct Follower<'a, F> {
+    cases: &'a mut BTreeMap<String, Verdict>,
+    save: &'a mut F,
+    running: Option<String>,
+    partial: Vec<u8>,
+    error: Option<anyhow::Error>,
+}
+
+impl<'a, F: FnMut(&str, &Verdict) -> Result<()>> Follower<'a, F> {
+    fn new(cases: &'a mut BTreeMap<String, Verdict>, save: &'a mut F) -> Self {
+        Follower {
+            cases,
+            save,
+            running: None,
+            partial: Vec::new(),
+            error: None,
+        }
+    }
+
+    fn line(&mut self, line: &str) {
+        match parse(line) {
+            Line::Start(name) => self.running = Some(name.to_owned()),
+            Line::End(name, verdict) => {
+                say(name, &verdict);
+                if let Err(error) = (self.save)(name, &verdict) {
+                    self.error = Some(error.context("keeping the verdict of a case"));
+                }
+                self.cases.insert(name.to_owned(), verdict);
+                self.running = None;
+            }
+            Line::Other => println!("    {line}"),
+        }
+    }
+}
+
+impl<F: FnMut(&str, &Verdict) -> Result<()>> Sink for Follower<'_, F> {
+    fn stdout(&mut self, data: &[u8]) {
+        self.partial.extend(data);
+        while let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.partial.drain(..=end).collect();
+            self.line(String::from_utf8_lossy(&line).trim_end());
+        }
+    }
+
+    fn stderr(&mut self, data: &[u8]) {
+        testbed::Terminal.stderr(data);
+    }
+}
+
+/// Passed and failed cases.
+pub fn count(cases: &BTreeMap<String, Verdict>) -> (usize, usize) {
+    let passed = cases.values().filter(|verdict| verdict.passed).count();
+    (passed, cases.len() - passed)
+}
+
+/// What a suite's verdicts are about: the contents of everything that it runs.
+pub fn identity() -> Result<String> {
+    use sha2::{Digest, Sha256};
+    let mut hash = Sha256::new();
+    let programs = ["nacre-e2e", "containerd-shim-nacre-v1", "vmctl"].map(paths::debug);
+    for file in programs
+        .into_iter()
+        .chain(["vmlinux", "initrd"].map(paths::image))
+    {
+        hash.update(std::fs::read(&file).with_context(|| format!("reading {}", file.display()))?);
+    }
+    Ok(format!("{:x}", hash.finalize()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn report_lines_are_told_from_other_output() {
+        assert_eq!(parse("CASE a/b start"), Line::Start("a/b"));
+        assert_eq!(
+            parse("CASE a ok 1.5"),
+            Line::End(
+                "a",
+                Verdict {
+                    passed: true,
+                    seconds: 1.5,
+                    reason: String::new()
+                }
+            )
+        );
+        let failed = Verdict {
+            passed: false,
+            seconds: 2.0,
+            reason: "exit code 3, not 0".into(),
+        };
+        assert_eq!(
+            parse("CASE a failed 2.0 exit code 3, not 0"),
+            Line::End("a", failed)
+        );
+        for other in [
+            "",
+            "CASE",
+            "CASE a",
+            "CASE a ok",
+            "CASE a perhaps 1",
+            "case a start",
+            "CASE a failed soon",
+        ] {
+            assert_eq!(parse(other), Line::Other, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_report_cut_anywhere_reads_the_same() {
+        let report = b"CASE a start\nnoise\nCASE a ok 1.0\nCASE b start\nCASE b failed 2.0 why not\nCASE c start\n";
+        for cut in 0..report.len() {
+            let (mut cases, mut saved) = (BTreeMap::new(), 0);
+            let mut save = |_: &str, _: &Verdict| {
+                saved += 1;
+                Ok(())
+            };
+            let mut follower = Follower::new(&mut cases, &mut save);
+            follower.stdout(&report[..cut]);
+            follower.stdout(&report[cut..]);
+            assert_eq!(follower.running.as_deref(), Some("c"));
+            assert_eq!((count(&cases), saved), ((1, 1), 2));
+        }
+    }
+}
