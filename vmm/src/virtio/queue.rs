@@ -239,7 +239,7 @@ pub fn serve(
     mut each: impl FnMut(Chain<'_>) -> Option<u32>,
 ) -> Result<Served, RingError> {
     let mut used = false;
-    let result = serve_quietly(queue, memory, budget, &mut each, &mut used);
+    let result = serve_quietly(queue, memory, budget, &mut used, &mut each);
     // Also after an error: what was served before it is the driver's.
     if used && queue.needs_notification(memory).unwrap_or(true) {
         interrupt.used();
@@ -247,12 +247,18 @@ pub fn serve(
     result
 }
 
-fn serve_quietly(
+/// As [`serve`], but sets `used` when a chain was returned instead of interrupting the driver: for
+/// a device that serves several queues in a turn and interrupts once.
+///
+/// # Errors
+///
+/// As [`serve`]; `used` counts then too.
+pub fn serve_quietly(
     queue: &mut Queue,
     memory: &GuestMemoryMmap,
     budget: usize,
-    each: &mut impl FnMut(Chain<'_>) -> Option<u32>,
     used: &mut bool,
+    mut each: impl FnMut(Chain<'_>) -> Option<u32>,
 ) -> Result<Served, RingError> {
     let size = queue.size();
     for _ in 0..budget {
@@ -297,3 +303,8 @@ fn serve_quietly(
     }
     Ok(Served::More)
 }
+
+#[cfg(test)]
+pub(crate) mod driver;
+#[cfg(test)]
+mod tests;
