@@ -23,7 +23,9 @@ pub trait BusDevice: Send + Sync {
 
 /// Two devices want the same addresses, or a range is empty or wraps.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("cannot put {length:#x} bytes at {base:#x} on the {bus} bus: the range is empty, wraps or overlaps another")]
+#[error(
+    "cannot put {length:#x} bytes at {base:#x} on the {bus} bus: the range is empty, wraps or overlaps another"
+)]
 pub struct Overlap {
     bus: &'static str,
     base: u64,
@@ -95,7 +97,12 @@ impl Bus {
                 data.fill(0xff);
                 let count = self.unknown_reads.fetch_add(1, Ordering::Relaxed);
                 if count < LOGGED {
-                    tracing::debug!(bus = self.name, address = format_args!("{address:#x}"), size = data.len(), "read of nothing");
+                    tracing::debug!(
+                        bus = self.name,
+                        address = format_args!("{address:#x}"),
+                        size = data.len(),
+                        "read of nothing"
+                    );
                 }
             }
         }
@@ -108,7 +115,12 @@ impl Bus {
             None => {
                 let count = self.unknown_writes.fetch_add(1, Ordering::Relaxed);
                 if count < LOGGED {
-                    tracing::debug!(bus = self.name, address = format_args!("{address:#x}"), size = data.len(), "write to nothing");
+                    tracing::debug!(
+                        bus = self.name,
+                        address = format_args!("{address:#x}"),
+                        size = data.len(),
+                        "write to nothing"
+                    );
                 }
             }
         }
@@ -150,7 +162,10 @@ mod tests {
             data.fill(offset as u8);
         }
         fn write(&self, offset: u64, data: &[u8]) {
-            self.0.lock().expect("not poisoned").push((offset, data.to_vec()));
+            self.0
+                .lock()
+                .expect("not poisoned")
+                .push((offset, data.to_vec()));
         }
     }
 
@@ -180,8 +195,19 @@ mod tests {
         let device = Arc::new(Recorder::default());
         let mut bus = Bus::new("test");
         bus.insert(0x10, 0x10, device.clone()).expect("free");
-        for (base, length) in [(0x10, 1), (0x1f, 1), (0, 0x11), (0, 0x100), (0x18, 0x100), (0x40, 0), (u64::MAX, 2)] {
-            assert!(bus.insert(base, length, device.clone()).is_err(), "{base:#x}+{length:#x}");
+        for (base, length) in [
+            (0x10, 1),
+            (0x1f, 1),
+            (0, 0x11),
+            (0, 0x100),
+            (0x18, 0x100),
+            (0x40, 0),
+            (u64::MAX, 2),
+        ] {
+            assert!(
+                bus.insert(base, length, device.clone()).is_err(),
+                "{base:#x}+{length:#x}"
+            );
         }
         bus.insert(0x20, 1, device.clone()).expect("behind");
         bus.insert(0xf, 1, device.clone()).expect("before");

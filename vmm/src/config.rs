@@ -2,21 +2,58 @@
 //! before anything is made.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
+use thiserror::Error;
+
+use crate::memory::layout::{CMDLINE_SIZE, MAX_WINDOWS};
+
 /// Smallest guest memory that a stock kernel and the agent's initrd boot in, in MiB.
-pub const MINIMUM_MEMORY_MIB: u64 = 64;
+pub const MINIMUM_MEMORY_MIB: u64 = 96;
+
+/// Largest guest memory, in MiB: 1 TiB, what every host's physical address width reaches.
+pub const MAXIMUM_MEMORY_MIB: u64 = 1 << 20;
+
+/// Most vCPUs of one VM, as the in-kernel interrupt controllers address them.
+pub const MAXIMUM_VCPUS: u8 = 254;
+
+/// Windows that [`VmConfig::windows`] should have unless there is a reason: vsock, rng and six disks.
+pub const DEFAULT_WINDOWS: u8 = 8;
+
+/// Most bytes of a disk's serial (virtio 1.3 section 5.2.6.1).
+pub const DISK_ID_BYTES: usize = 20;
 
 /// Where the serial console's bytes go and come from.
 pub struct Console {
-    /// Receives what the guest prints. Must not block for long: it is called from a vCPU thread.
+    /// Receives what the guest prints. It is called from vCPU threads, byte by byte, and the guest
+    /// waits meanwhile: it must be bounded in time and space. What it refuses (an error) is lost
+    /// and counted.
     pub output: Box<dyn Write + Send>,
     /// A readable, pollable file (terminal, pipe, socket) whose bytes the guest receives, if any.
     pub input: Option<File>,
 }
 
+impl Console {
+    /// A console that swallows everything.
+    pub fn none() -> Self {
+        Self {
+            output: Box::new(std::io::sink()),
+            input: None,
+        }
+    }
+}
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Console")
+            .field("input", &self.input)
+            .finish_non_exhaustive()
+    }
+}
+
 /// One VM.
+#[derive(Debug)]
 pub struct VmConfig {
     /// Names the VM in logs and thread names.
     pub name: String,
@@ -24,9 +61,9 @@ pub struct VmConfig {
     pub kernel: PathBuf,
     /// initramfs, uncompressed or in a form that the kernel unpacks.
     pub initrd: Option<PathBuf>,
-    /// Kernel command line, whole; see [`default_cmdline`].
+    /// Kernel command line, whole; see [`default_cmdline`]. At most 2047 bytes, without a zero.
     pub cmdline: String,
-    /// Boot memory in MiB, at least [`MINIMUM_MEMORY_MIB`].
+    /// Boot memory in MiB, from [`MINIMUM_MEMORY_MIB`] to [`MAXIMUM_MEMORY_MIB`].
     pub memory_mib: u64,
     /// vCPUs at boot, 1–254.
     pub vcpus: u8,
@@ -51,4 +88,215 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Serial that the guest reads by VIRTIO_BLK_T_GET_ID, at most 20 bytes.
     pub id: String,
+}
+
+/// A configuration that cannot be: which value, and what would be right.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Too little or too much memory.
+    #[error(
+        "memory of {asked} MiB: at least {MINIMUM_MEMORY_MIB} MiB and at most {MAXIMUM_MEMORY_MIB} MiB are possible"
+    )]
+    Memory {
+        /// MiB that were asked for.
+        asked: u64,
+    },
+    /// No vCPU, or more than can be addressed.
+    #[error("{asked} vCPUs: 1 to {MAXIMUM_VCPUS} are possible")]
+    Vcpus {
+        /// vCPUs that were asked for.
+        asked: u8,
+    },
+    /// No window, or more than there are interrupt lines.
+    #[error("{asked} virtio-mmio windows: 1 to {MAX_WINDOWS} are possible")]
+    Windows {
+        /// Windows that were asked for.
+        asked: u8,
+    },
+    /// More devices than windows.
+    #[error(
+        "{asked} disks: with {windows} virtio-mmio windows and {others} other devices there is room for {room}"
+    )]
+    Disks {
+        /// Disks that were asked for.
+        asked: usize,
+        /// Windows declared.
+        windows: u8,
+        /// vsock and rng.
+        others: u8,
+        /// Disks that fit.
+        room: u8,
+    },
+    /// More devices other than disks than windows.
+    #[error("{windows} virtio-mmio windows are too few for {others} devices (vsock, rng)")]
+    Others {
+        /// Windows declared.
+        windows: u8,
+        /// vsock and rng.
+        others: u8,
+    },
+    /// A disk's serial is too long.
+    #[error("disk id {id:?} of {} bytes: at most {DISK_ID_BYTES} are possible", id.len())]
+    DiskId {
+        /// The serial.
+        id: String,
+    },
+    /// The command line does not fit.
+    #[error("kernel command line of {length} bytes: at most {} are possible", CMDLINE_SIZE - 1)]
+    CmdlineLength {
+        /// Its length in bytes.
+        length: usize,
+    },
+    /// The command line has a zero byte in it.
+    #[error("kernel command line with a zero byte at offset {at}")]
+    CmdlineZero {
+        /// Where.
+        at: usize,
+    },
+}
+
+impl VmConfig {
+    /// Checks all that can be checked without the host.
+    ///
+    /// # Errors
+    ///
+    /// The first value that cannot be.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let asked = self.memory_mib;
+        if !(MINIMUM_MEMORY_MIB..=MAXIMUM_MEMORY_MIB).contains(&asked) {
+            return Err(ConfigError::Memory { asked });
+        }
+        if !(1..=MAXIMUM_VCPUS).contains(&self.vcpus) {
+            return Err(ConfigError::Vcpus { asked: self.vcpus });
+        }
+        let windows = self.windows;
+        if !(1..=MAX_WINDOWS).contains(&windows) {
+            return Err(ConfigError::Windows { asked: windows });
+        }
+        let others = u8::from(self.vsock) + u8::from(self.rng);
+        let Some(room) = windows.checked_sub(others) else {
+            return Err(ConfigError::Others { windows, others });
+        };
+        if self.disks.len() > usize::from(room) {
+            return Err(ConfigError::Disks {
+                asked: self.disks.len(),
+                windows,
+                others,
+                room,
+            });
+        }
+        self.disks.iter().try_for_each(DiskConfig::check)?;
+        if self.cmdline.len() >= CMDLINE_SIZE {
+            return Err(ConfigError::CmdlineLength {
+                length: self.cmdline.len(),
+            });
+        }
+        match self.cmdline.find('\0') {
+            Some(at) => Err(ConfigError::CmdlineZero { at }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl DiskConfig {
+    /// Checks the serial; the file is looked at when the disk is made.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::DiskId`].
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.id.len() > DISK_ID_BYTES {
+            return Err(ConfigError::DiskId {
+                id: self.id.clone(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// The kernel command line for a stock kernel on this machine.
+///
+/// `panic=-1` reboots at once after a panic, which pvpanic has told before; the reboot itself goes
+/// through the ACPI reset register, Linux's own first choice.
+pub fn default_cmdline() -> String {
+    "console=ttyS0 quiet panic=-1 tsc=reliable random.trust_cpu=on".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> VmConfig {
+        VmConfig {
+            name: "test".to_owned(),
+            kernel: "vmlinux".into(),
+            initrd: None,
+            cmdline: default_cmdline(),
+            memory_mib: 256,
+            vcpus: 1,
+            disks: Vec::new(),
+            windows: DEFAULT_WINDOWS,
+            vsock: true,
+            rng: true,
+            console: Console::none(),
+        }
+    }
+
+    fn disk(id: &str) -> DiskConfig {
+        DiskConfig {
+            path: "disk".into(),
+            read_only: true,
+            id: id.to_owned(),
+        }
+    }
+
+    fn refused(change: impl Fn(&mut VmConfig)) -> String {
+        let mut config = good();
+        change(&mut config);
+        config.check().expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn the_ends_of_the_ranges_are_possible() {
+        for (memory_mib, vcpus, windows) in [
+            (MINIMUM_MEMORY_MIB, 1, 2),
+            (MAXIMUM_MEMORY_MIB, MAXIMUM_VCPUS, MAX_WINDOWS),
+        ] {
+            let config = VmConfig {
+                memory_mib,
+                vcpus,
+                windows,
+                ..good()
+            };
+            assert_eq!(config.check(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_value_and_the_bound() {
+        let cases: [(String, &[&str]); 9] = [
+            (refused(|c| c.memory_mib = 16), &["16 MiB", "96 MiB"]),
+            (refused(|c| c.memory_mib = u64::MAX), &["1048576 MiB"]),
+            (refused(|c| c.vcpus = 0), &["0 vCPUs", "1 to 254"]),
+            (refused(|c| c.vcpus = 255), &["255 vCPUs", "254"]),
+            (refused(|c| c.windows = 0), &["0 virtio-mmio", "1 to 18"]),
+            (refused(|c| c.windows = 19), &["19 virtio-mmio", "18"]),
+            (refused(|c| c.windows = 1), &["1 virtio-mmio", "2 devices"]),
+            (
+                refused(|c| c.disks = vec![disk("a"); 7]),
+                &["7 disks", "room for 6"],
+            ),
+            (
+                refused(|c| c.disks = vec![disk("123456789012345678901")]),
+                &["21 bytes", "20"],
+            ),
+        ];
+        for (message, parts) in cases {
+            for part in parts {
+                assert!(message.contains(part), "{message:?} lacks {part:?}");
+            }
+        }
+        assert!(refused(|c| c.cmdline = "x".repeat(2048)).contains("2047"));
+        assert!(refused(|c| c.cmdline = "a\0b".to_owned()).contains("offset 1"));
+    }
 }

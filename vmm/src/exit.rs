@@ -1,6 +1,9 @@
 //! How a VM ended: one typed reason, whoever noticed it first.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 
 use serde::Serialize;
 
@@ -46,5 +49,153 @@ impl fmt::Display for ExitReason {
             Self::Internal { message } => write!(f, "the VMM failed: {message}"),
             Self::Stopped => write!(f, "stopped by the host"),
         }
+    }
+}
+
+/// The way of a VM to its end, shared by all that may end it: running, then a reason, then down.
+/// The first reason stays.
+#[derive(Debug, Default)]
+pub struct Ending {
+    /// Set with the first reason, for vCPU threads that look at it after every exit.
+    ending: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+enum Progress {
+    #[default]
+    Running,
+    /// A reason is known; threads are on their way out.
+    Ending(ExitReason),
+    /// Every thread is joined and everything is given back.
+    Down(ExitReason),
+}
+
+#[derive(Debug, Default)]
+struct State {
+    progress: Progress,
+    wakers: Vec<Waker>,
+}
+
+impl Ending {
+    /// Says why the VM ends. Only the first reason counts; whether this was it is the answer.
+    pub fn report(&self, reason: ExitReason) -> bool {
+        let mut state = self.lock();
+        if !matches!(state.progress, Progress::Running) {
+            return false;
+        }
+        tracing::debug!(%reason, "the VM ends");
+        state.progress = Progress::Ending(reason);
+        self.ending.store(true, Ordering::SeqCst);
+        self.changed.notify_all();
+        true
+    }
+
+    /// Whether a reason is known. Cheap.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+    }
+
+    /// The reason, once there is one.
+    pub fn reason(&self) -> Option<ExitReason> {
+        match &self.lock().progress {
+            Progress::Running => None,
+            Progress::Ending(reason) | Progress::Down(reason) => Some(reason.clone()),
+        }
+    }
+
+    /// Blocks until there is a reason.
+    pub fn wait_reason(&self) -> ExitReason {
+        let mut state = self.lock();
+        loop {
+            if let Progress::Ending(reason) | Progress::Down(reason) = &state.progress {
+                return reason.clone();
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Says that everything is given back.
+    pub fn finish(&self) {
+        let wakers = {
+            let mut state = self.lock();
+            let reason = match std::mem::take(&mut state.progress) {
+                Progress::Running => ExitReason::Stopped,
+                Progress::Ending(reason) | Progress::Down(reason) => reason,
+            };
+            self.ending.store(true, Ordering::SeqCst);
+            state.progress = Progress::Down(reason);
+            self.changed.notify_all();
+            std::mem::take(&mut state.wakers)
+        };
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Blocks until everything is given back.
+    pub fn wait_down(&self) -> ExitReason {
+        let mut state = self.lock();
+        loop {
+            if let Progress::Down(reason) = &state.progress {
+                return reason.clone();
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// [`Self::wait_down`] for a future.
+    pub fn poll_down(&self, context: &Context<'_>) -> Poll<ExitReason> {
+        let mut state = self.lock();
+        if let Progress::Down(reason) = &state.progress {
+            return Poll::Ready(reason.clone());
+        }
+        if !state
+            .wakers
+            .iter()
+            .any(|waker| waker.will_wake(context.waker()))
+        {
+            state.wakers.push(context.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_stays() {
+        let ending = Ending::default();
+        assert_eq!(ending.reason(), None);
+        assert!(ending.report(ExitReason::Panic));
+        assert!(!ending.report(ExitReason::Reboot));
+        assert_eq!(ending.wait_reason(), ExitReason::Panic);
+        let context = Context::from_waker(Waker::noop());
+        assert_eq!(ending.poll_down(&context), Poll::Pending);
+        ending.finish();
+        assert_eq!(ending.poll_down(&context), Poll::Ready(ExitReason::Panic));
+        assert_eq!(ending.wait_down(), ExitReason::Panic);
+        assert!(!ending.report(ExitReason::Stopped));
+    }
+
+    #[test]
+    fn a_wait_that_was_cancelled_and_repeated_keeps_one_waker() {
+        let ending = Ending::default();
+        let context = Context::from_waker(Waker::noop());
+        for _ in 0..100 {
+            assert!(ending.poll_down(&context).is_pending());
+        }
+        assert!(ending.lock().wakers.len() <= 1);
     }
 }

@@ -1,9 +1,52 @@
 //! What others hold of a running VM.
 
-/// A running VM; clones share it. The VM stops when the last clone is dropped.
+use std::future::poll_fn;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle, ThreadId};
+
+use crate::config::{DiskConfig, VmConfig};
+use crate::exit::ExitReason;
+use crate::platform::monotonic_ns;
+use crate::virtio::vsock::VsockHost;
+pub use crate::vm::{Counters, Error};
+use crate::vm::{Machine, Progress};
+
+/// A running VM; clones share it. When the last clone is dropped the VM is stopped, and the drop
+/// returns when its threads are joined and its memory is given back.
+///
+/// ```no_run
+/// use nacre_vmm::config::{Console, DEFAULT_WINDOWS, default_cmdline};
+/// use nacre_vmm::{ExitReason, Vm, VmConfig};
+///
+/// let vm = Vm::start(VmConfig {
+///     name: "example".to_owned(),
+///     kernel: "vmlinux".into(),
+///     initrd: Some("initrd".into()),
+///     cmdline: default_cmdline(),
+///     memory_mib: 256,
+///     vcpus: 1,
+///     disks: Vec::new(),
+///     windows: DEFAULT_WINDOWS,
+///     vsock: true,
+///     rng: true,
+///     console: Console { output: Box::new(std::io::stdout()), input: None },
+/// })?;
+/// assert_eq!(vm.wait(), ExitReason::PowerOff);
+/// # Ok::<(), nacre_vmm::handle::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Vm {
-    // C1
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm")
+            .field("name", &self.shared.name)
+            .field("exit_reason", &self.exit_reason())
+            .finish_non_exhaustive()
+    }
 }
 
 /// Host CLOCK_MONOTONIC, nanoseconds, of each phase of the boot that has been reached.
@@ -21,23 +64,199 @@ pub struct Phases {
     pub marks: Vec<(u8, u64)>,
 }
 
-// impl Vm {
-//     /// Checks the configuration, makes the VM and starts its vCPUs.
-//     pub fn start(config: VmConfig) -> Result<Self, Error> { /* C1 */ }
-//     /// Blocks until the VM has ended and all its threads are joined.
-//     pub fn wait(&self) -> ExitReason { }
-//     /// Completes when the VM has ended; runtime-agnostic.
-//     pub async fn ended(&self) -> ExitReason { }
-//     /// The reason, if it has ended.
-//     pub fn exit_reason(&self) -> Option<ExitReason> { }
-//     /// Ends the VM from the host; returns at once, idempotent.
-//     pub fn stop(&self) { }
-//     /// The host side of the vsock device.
-//     pub fn vsock(&self) -> Option<VsockHost> { }
-//     /// Puts a disk into a spare window; returns the window's index. No free window: an error with the number.
-//     pub fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error> { }
-//     /// Takes the device out of a window (the guest has unbound it).
-//     pub fn unplug(&self, window: u8) -> Result<(), Error> { }
-//     pub fn phases(&self) -> Phases { }
-//     // also: vcpus(), memory_mib(), exits by reason counters
-// }
+struct Shared {
+    name: String,
+    start_ns: u64,
+    vcpus: u8,
+    memory_mib: u64,
+    vsock: Option<VsockHost>,
+    progress: Arc<Progress>,
+    state: Arc<Mutex<State>>,
+    supervisor: Option<JoinHandle<()>>,
+}
+
+/// The machine while it runs, its last counters afterwards.
+enum State {
+    Running(Box<Machine>),
+    /// The supervisor has the machine, or it is gone.
+    Ended(Counters),
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Vm {
+    /// Checks the configuration, makes the VM and starts its vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] says what cannot be; nothing is left of the VM then.
+    pub fn start(config: VmConfig) -> Result<Self, Error> {
+        let start_ns = monotonic_ns();
+        let (name, vcpus, memory_mib) = (config.name.clone(), config.vcpus, config.memory_mib);
+        let progress = Arc::new(Progress::default());
+        let (machine, vsock) = Machine::start(config, &progress)?;
+        let state = Arc::new(Mutex::new(State::Running(Box::new(machine))));
+        let supervisor = {
+            let (progress, state) = (Arc::clone(&progress), Arc::clone(&state));
+            thread::Builder::new()
+                .name(format!("vm:{name}"))
+                .spawn(move || supervise(&progress, &state))
+        };
+        let supervisor = match supervisor {
+            Ok(supervisor) => supervisor,
+            Err(error) => {
+                progress.ending.report(ExitReason::Stopped);
+                supervise(&progress, &state);
+                return Err(Error::Supervisor(error));
+            }
+        };
+        Ok(Self {
+            shared: Arc::new(Shared {
+                name,
+                start_ns,
+                vcpus,
+                memory_mib,
+                vsock,
+                progress,
+                state,
+                supervisor: Some(supervisor),
+            }),
+        })
+    }
+
+    /// Blocks until the VM has ended and all its threads are joined. Not to be called from the
+    /// console's writer, on which the VM's threads wait.
+    pub fn wait(&self) -> ExitReason {
+        self.shared.progress.ending.wait_down()
+    }
+
+    /// Completes when the VM has ended and all its threads are joined; runs on any executor.
+    pub async fn ended(&self) -> ExitReason {
+        poll_fn(|context| self.shared.progress.ending.poll_down(context)).await
+    }
+
+    /// The reason, once the VM ends; its threads may still be on their way out.
+    pub fn exit_reason(&self) -> Option<ExitReason> {
+        self.shared.progress.ending.reason()
+    }
+
+    /// Ends the VM from the host; returns at once, idempotent.
+    pub fn stop(&self) {
+        self.shared.progress.ending.report(ExitReason::Stopped);
+    }
+
+    /// The host side of the vsock device.
+    pub fn vsock(&self) -> Option<VsockHost> {
+        self.shared.vsock.clone()
+    }
+
+    /// Puts a disk into the first spare window; returns the window's index. The guest does not
+    /// notice by itself: its agent binds the window's platform device.
+    ///
+    /// # Errors
+    ///
+    /// If the disk cannot be opened, no window is free (with their number), or the VM has ended.
+    pub fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error> {
+        self.with_machine(|machine| machine.plug_disk(&disk))
+    }
+
+    /// Takes the disk out of a window (the guest has unbound it).
+    ///
+    /// # Errors
+    ///
+    /// If there is no such window, no disk in it, or the VM has ended.
+    pub fn unplug(&self, window: u8) -> Result<(), Error> {
+        self.with_machine(|machine| machine.unplug(window))
+    }
+
+    /// When each phase of the boot was reached.
+    pub fn phases(&self) -> Phases {
+        let progress = &self.shared.progress;
+        let reached = |ns: u64| (ns != 0).then_some(ns);
+        Phases {
+            start_ns: self.shared.start_ns,
+            kvm_ns: reached(progress.kvm_ns.load(Ordering::Relaxed)),
+            loaded_ns: reached(progress.loaded_ns.load(Ordering::Relaxed)),
+            first_run_ns: reached(progress.first_run_ns.load(Ordering::Relaxed)),
+            marks: progress.marks.all(),
+        }
+    }
+
+    /// How busy it is, or was when it ended.
+    pub fn counters(&self) -> Counters {
+        match &*lock(&self.shared.state) {
+            State::Running(machine) => machine.counters(),
+            State::Ended(counters) => counters.clone(),
+        }
+    }
+
+    /// vCPUs that run, or were there at boot if it has ended.
+    pub fn vcpus(&self) -> u8 {
+        match &*lock(&self.shared.state) {
+            State::Running(machine) => machine.vcpus() as u8,
+            State::Ended(_) => self.shared.vcpus,
+        }
+    }
+
+    /// Guest memory in MiB, or what was there at boot if it has ended.
+    pub fn memory_mib(&self) -> u64 {
+        match &*lock(&self.shared.state) {
+            State::Running(machine) => machine.memory_bytes() >> 20,
+            State::Ended(_) => self.shared.memory_mib,
+        }
+    }
+
+    /// The name that it was given.
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    fn with_machine<T>(
+        &self,
+        call: impl FnOnce(&mut Machine) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let mut state = lock(&self.shared.state);
+        match (&mut *state, self.exit_reason()) {
+            (State::Running(machine), None) => call(machine),
+            (_, reason) => Err(Error::Ended(reason.unwrap_or(ExitReason::Stopped))),
+        }
+    }
+}
+
+/// Waits for the end, takes the machine down, and says so.
+fn supervise(progress: &Progress, state: &Mutex<State>) {
+    let reason = progress.ending.wait_reason();
+    let machine = {
+        let mut state = lock(state);
+        let counters = match &*state {
+            State::Running(machine) => machine.counters(),
+            State::Ended(counters) => counters.clone(),
+        };
+        std::mem::replace(&mut *state, State::Ended(counters))
+    };
+    if let State::Running(machine) = machine {
+        machine.take_down();
+    }
+    tracing::info!(%reason, "the VM has ended");
+    progress.ending.finish();
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.progress.ending.report(ExitReason::Stopped);
+        if let Some(supervisor) = self.supervisor.take()
+            && !on_own_thread(supervisor.thread().id())
+        {
+            // What it runs catches the panics that it expects; there is nothing to add here.
+            let _ = supervisor.join();
+        }
+    }
+}
+
+/// Whether this is the supervisor, which cannot join itself: it drops what the VM owned, and that
+/// may be the last clone (a console's writer that holds one).
+fn on_own_thread(supervisor: ThreadId) -> bool {
+    thread::current().id() == supervisor
+}

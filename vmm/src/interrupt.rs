@@ -12,10 +12,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 #[derive(Debug, Error)]
 pub enum Error {
     /// No eventfd.
-    #[error("cannot make an eventfd for {what}")]
+    #[error("cannot make an eventfd for interrupt line {gsi}")]
     EventFd {
-        /// What it was for.
-        what: String,
+        /// The line (GSI).
+        gsi: u32,
         /// The cause.
         #[source]
         source: io::Error,
@@ -42,18 +42,6 @@ pub enum Error {
     },
 }
 
-/// A non-blocking, close-on-exec eventfd for `what`.
-///
-/// # Errors
-///
-/// If the process has no descriptor left.
-pub fn eventfd(what: &str) -> Result<EventFd, Error> {
-    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| Error::EventFd {
-        what: what.to_owned(),
-        source,
-    })
-}
-
 /// An edge interrupt line: writing to its eventfd raises it in the guest.
 pub struct IrqLine {
     vm: Arc<VmFd>,
@@ -62,33 +50,45 @@ pub struct IrqLine {
 }
 
 impl IrqLine {
-    /// Connects a fresh eventfd to the interrupt line `gsi`.
+    /// Connects the interrupt line `gsi` to a fresh eventfd; see [`Self::trigger`].
     ///
     /// # Errors
     ///
     /// If there is no eventfd or KVM refuses.
     pub fn new(vm: Arc<VmFd>, gsi: u32) -> Result<Self, Error> {
-        let fd = eventfd("an interrupt line")?;
+        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|source| Error::EventFd { gsi, source })?;
+        Self::connect(vm, gsi, fd)
+    }
+
+    /// Connects the interrupt line `gsi` to another descriptor of the eventfd `fd`.
+    ///
+    /// # Errors
+    ///
+    /// If the process has no descriptor left or KVM refuses.
+    pub fn over(vm: Arc<VmFd>, gsi: u32, fd: &EventFd) -> Result<Self, Error> {
+        let fd = fd
+            .try_clone()
+            .map_err(|source| Error::EventFd { gsi, source })?;
+        Self::connect(vm, gsi, fd)
+    }
+
+    fn connect(vm: Arc<VmFd>, gsi: u32, fd: EventFd) -> Result<Self, Error> {
         vm.register_irqfd(&fd, gsi)
             .map_err(|source| Error::Irqfd { gsi, source })?;
         Ok(Self { vm, gsi, fd })
     }
 
-    /// Another descriptor of the same eventfd.
+    /// Another descriptor of the line's eventfd.
     ///
     /// # Errors
     ///
     /// If the process has no descriptor left.
     pub fn trigger(&self) -> Result<EventFd, Error> {
         self.fd.try_clone().map_err(|source| Error::EventFd {
-            what: format!("interrupt line {}", self.gsi),
+            gsi: self.gsi,
             source,
         })
-    }
-
-    /// The line.
-    pub fn gsi(&self) -> u32 {
-        self.gsi
     }
 }
 
@@ -109,13 +109,12 @@ pub struct Kick {
 }
 
 impl Kick {
-    /// Connects writes of `value` at guest-physical `address` to a fresh eventfd.
+    /// Connects writes of `value` at guest-physical `address` to `fd`.
     ///
     /// # Errors
     ///
-    /// If there is no eventfd or KVM refuses.
-    pub fn new(vm: Arc<VmFd>, address: u64, value: u32) -> Result<Self, Error> {
-        let fd = eventfd("a queue notification")?;
+    /// If KVM refuses.
+    pub fn new(vm: Arc<VmFd>, address: u64, value: u32, fd: Arc<EventFd>) -> Result<Self, Error> {
         vm.register_ioevent(&fd, &IoEventAddress::Mmio(address), value)
             .map_err(|source| Error::Ioeventfd {
                 address,
@@ -126,22 +125,15 @@ impl Kick {
             vm,
             address,
             value,
-            fd: Arc::new(fd),
+            fd,
         })
-    }
-
-    /// The eventfd, readable after the guest has written.
-    pub fn fd(&self) -> Arc<EventFd> {
-        Arc::clone(&self.fd)
     }
 }
 
 impl Drop for Kick {
     fn drop(&mut self) {
-        if let Err(error) =
-            self.vm
-                .unregister_ioevent(&self.fd, &IoEventAddress::Mmio(self.address), self.value)
-        {
+        let address = IoEventAddress::Mmio(self.address);
+        if let Err(error) = self.vm.unregister_ioevent(&self.fd, &address, self.value) {
             tracing::warn!(address = self.address, value = self.value, %error, "cannot disconnect a queue notification");
         }
     }

@@ -12,7 +12,13 @@ pub mod event_loop;
 pub mod exit;
 pub mod handle;
 pub mod interrupt;
+pub mod kvm;
+pub mod memory;
+pub mod platform;
+pub mod serial;
+pub mod vcpu;
 pub mod virtio;
+pub mod vm;
 
 pub use config::{DiskConfig, VmConfig};
 pub use exit::ExitReason;

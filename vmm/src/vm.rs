@@ -1,0 +1,510 @@
+//! Puts a VM together from its parts, changes it while it runs, and takes it apart again.
+//!
+//! Order of making: KVM and memory, kernel and tables, event loop and devices, vCPUs. Taking apart
+//! is the reverse, and begins when the end is reported, whoever reported it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::VmFd;
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+use crate::boot;
+use crate::boot::acpi;
+use crate::boot::kernel::{load_initrd, load_kernel};
+use crate::boot::pvh::write_start_info;
+use crate::bus::{Bus, BusDevice, Overlap};
+use crate::config::{ConfigError, DiskConfig, VmConfig};
+use crate::event_loop::{self, EventLoop, EventLoopHandle};
+use crate::exit::{Ending, ExitReason};
+use crate::interrupt::{self, IrqLine, Kick};
+use crate::kvm;
+use crate::memory::layout::{
+    ACPI_START, I8042_PORT, MIB, PHASE_PORT, PVPANIC_PORT, SERIAL_GSI, SERIAL_PORT,
+    SLEEP_CONTROL_PORT, START_INFO, WINDOW_SIZE, low_ram_end, ram, window_address, window_gsi,
+};
+use crate::memory::{self, GuestMemory};
+use crate::platform::monotonic_ns;
+use crate::platform::phase::{PhaseMarks, PhasePort};
+use crate::platform::power::{PowerRegisters, ResetLine};
+use crate::platform::pvpanic::Pvpanic;
+use crate::serial::{InputPump, SerialPort};
+use crate::vcpu;
+use crate::vcpu::set::{VcpuFactory, VcpuSet};
+use crate::vcpu::state::Entry;
+use crate::vcpu::thread::Surroundings;
+use crate::virtio::block::Block;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::mmio::{self, NOTIFY_OFFSET, Window};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Vsock, VsockHost};
+
+/// The guest's vsock address.
+pub const GUEST_CID: u64 = 3;
+
+/// A VM could not be made or changed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The configuration cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// This host's KVM cannot be used.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// Kernel, initrd or tables.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// vCPUs.
+    #[error(transparent)]
+    Vcpu(#[from] vcpu::Error),
+    /// Interrupt lines or queue notifications.
+    #[error(transparent)]
+    Wire(#[from] interrupt::Error),
+    /// Two devices at one address.
+    #[error(transparent)]
+    Bus(#[from] Overlap),
+    /// The event loop.
+    #[error(transparent)]
+    EventLoop(#[from] event_loop::Error),
+    /// The serial console.
+    #[error("cannot make the serial console")]
+    Serial(#[source] std::io::Error),
+    /// A virtio device.
+    #[error("cannot make the {kind} device")]
+    Device {
+        /// "block", "vsock", "rng".
+        kind: &'static str,
+        /// The cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A device could not be put into its window.
+    #[error("cannot plug into virtio-mmio window {window}")]
+    Plug {
+        /// The window.
+        window: u8,
+        /// The cause.
+        #[source]
+        source: mmio::Error,
+    },
+    /// All windows have a device.
+    #[error("no free window: all {windows} virtio-mmio windows have a device")]
+    NoWindow {
+        /// Windows of this VM.
+        windows: u8,
+    },
+    /// There is no such window.
+    #[error("no virtio-mmio window {window}: there are {windows}")]
+    UnknownWindow {
+        /// The window asked for.
+        window: u8,
+        /// Windows of this VM.
+        windows: u8,
+    },
+    /// The window has no device.
+    #[error("virtio-mmio window {0} has no device")]
+    EmptyWindow(u8),
+    /// The device is not one that can be taken out.
+    #[error("the {kind} device in virtio-mmio window {window} cannot be unplugged, only disks can")]
+    NotUnpluggable {
+        /// The window.
+        window: u8,
+        /// What is in it.
+        kind: &'static str,
+    },
+    /// The VM has ended.
+    #[error("the VM has ended: {0}")]
+    Ended(ExitReason),
+    /// A thread could not be started.
+    #[error("cannot start the thread that supervises the VM")]
+    Supervisor(#[source] std::io::Error),
+}
+
+/// A virtio-mmio window on the bus.
+struct WindowSlot(Mutex<Window>);
+
+impl WindowSlot {
+    fn lock(&self) -> MutexGuard<'_, Window> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for WindowSlot {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.lock().read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.lock().write(offset, data);
+    }
+}
+
+/// What connects a plugged window's device to KVM, from plug to unplug.
+struct Wires {
+    _kicks: Vec<Kick>,
+    _line: IrqLine,
+}
+
+struct WindowPlace {
+    slot: Arc<WindowSlot>,
+    wires: Option<Wires>,
+}
+
+/// Everything a running VM owns, threads included.
+///
+/// Fields are dropped in this order; [`Self::take_down`] has stopped what runs before.
+pub struct Machine {
+    vcpus: VcpuSet,
+    windows: Vec<WindowPlace>,
+    event_loop: EventLoop,
+    events: EventLoopHandle,
+    serial: Arc<SerialPort>,
+    _serial_line: IrqLine,
+    ports: Arc<Bus>,
+    mmio: Arc<Bus>,
+    memory: GuestMemory,
+    vm: Arc<VmFd>,
+    /// Makes more vCPUs.
+    _factory: VcpuFactory,
+}
+
+/// What of a VM can be looked at after its end as well.
+#[derive(Default)]
+pub struct Progress {
+    /// How it ends.
+    pub ending: Arc<Ending>,
+    /// Phases that the guest marked.
+    pub marks: Arc<PhaseMarks>,
+    /// CLOCK_MONOTONIC of the first KVM_RUN in nanoseconds, 0 before.
+    pub first_run_ns: Arc<AtomicU64>,
+    /// CLOCK_MONOTONIC of KVM's VM being there, 0 before.
+    pub kvm_ns: AtomicU64,
+    /// CLOCK_MONOTONIC of kernel and initrd being in guest memory, 0 before.
+    pub loaded_ns: AtomicU64,
+}
+
+/// How busy a VM has been, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Counters {
+    /// Exits of all vCPUs by reason.
+    pub exits: BTreeMap<&'static str, u64>,
+    /// Port accesses that found no device.
+    pub unknown_ports: u64,
+    /// Device memory accesses that found no device.
+    pub unknown_mmio: u64,
+    /// Bytes of the console that its writer refused.
+    pub console_lost: u64,
+}
+
+impl Machine {
+    /// Makes the VM and starts its vCPUs. On an error nothing is left of it.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub fn start(
+        config: VmConfig,
+        progress: &Progress,
+    ) -> Result<(Self, Option<VsockHost>), Error> {
+        config.check()?;
+        let kvm = kvm::open()?;
+        let vm = Arc::new(kvm::create_vm(&kvm)?);
+        progress.kvm_ns.store(monotonic_ns(), Ordering::Relaxed);
+
+        let size = config.memory_mib * MIB;
+        let slot_limit = u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX);
+        let memory = GuestMemory::new(Arc::clone(&vm), slot_limit, &ram(size))?;
+        let entry = load(&config, &memory, size)?;
+        progress.loaded_ns.store(monotonic_ns(), Ordering::Relaxed);
+
+        let ending = Arc::clone(&progress.ending);
+        let on_panic = {
+            let ending = Arc::clone(&ending);
+            move |message: String| {
+                ending.report(ExitReason::Internal {
+                    message: format!("a device: {message}"),
+                });
+            }
+        };
+        let (event_loop, events) = EventLoop::start(&format!("dev:{}", config.name), on_panic)?;
+
+        let serial_line = IrqLine::new(Arc::clone(&vm), SERIAL_GSI)?;
+        let serial = Arc::new(
+            SerialPort::new(serial_line.trigger()?, config.console.output)
+                .map_err(Error::Serial)?,
+        );
+        let ports = Arc::new(port_bus(progress, &serial)?);
+
+        let mut mmio = Bus::new("MMIO");
+        let mut windows = Vec::with_capacity(usize::from(config.windows));
+        for index in 0..config.windows {
+            let window = Window::new(memory.ram()).map_err(|source| Error::Plug {
+                window: index,
+                source,
+            })?;
+            let slot = Arc::new(WindowSlot(Mutex::new(window)));
+            let device: Arc<dyn BusDevice> = Arc::clone(&slot) as Arc<dyn BusDevice>;
+            mmio.insert(window_address(index), WINDOW_SIZE, device)?;
+            windows.push(WindowPlace { slot, wires: None });
+        }
+        let mmio = Arc::new(mmio);
+
+        let factory = VcpuFactory::new(kvm, Arc::clone(&vm), config.vcpus)?;
+        let mut prepared = Vec::with_capacity(usize::from(config.vcpus));
+        for index in 0..config.vcpus {
+            let entry = if index == 0 {
+                entry
+            } else {
+                Entry::WaitForSipi
+            };
+            prepared.push(factory.prepare(index, entry)?);
+        }
+        let vcpus = VcpuSet::new(Surroundings {
+            name: config.name,
+            ports: Arc::clone(&ports),
+            mmio: Arc::clone(&mmio),
+            ending: Arc::clone(&ending),
+            first_run_ns: Arc::clone(&progress.first_run_ns),
+        })?;
+
+        let mut machine = Self {
+            vcpus,
+            windows,
+            event_loop,
+            events,
+            serial,
+            _serial_line: serial_line,
+            ports,
+            mmio,
+            memory,
+            vm,
+            _factory: factory,
+        };
+        let result = machine.fill(
+            config.vsock,
+            config.rng,
+            &config.disks,
+            config.console.input,
+        );
+        let started = result.and_then(|host| {
+            for vcpu in prepared {
+                machine.vcpus.start(vcpu)?;
+            }
+            Ok(host)
+        });
+        match started {
+            Ok(host) => Ok((machine, host)),
+            Err(error) => {
+                ending.report(ExitReason::Stopped);
+                machine.take_down();
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts the first devices into windows: vsock, rng, then disks; and the console's input to work.
+    fn fill(
+        &mut self,
+        vsock: bool,
+        rng: bool,
+        disks: &[DiskConfig],
+        input: Option<std::fs::File>,
+    ) -> Result<Option<VsockHost>, Error> {
+        let host = if vsock {
+            let (device, host) =
+                Vsock::new(GUEST_CID, self.events.clone()).map_err(|source| Error::Device {
+                    kind: "vsock",
+                    source: Box::new(source),
+                })?;
+            self.plug(Box::new(device))?;
+            Some(host)
+        } else {
+            None
+        };
+        if rng {
+            self.plug(Box::new(Rng::new(self.events.clone())))?;
+        }
+        for disk in disks {
+            self.plug_disk(disk)?;
+        }
+        if let Some(file) = input {
+            let pump = InputPump::new(Arc::clone(&self.serial), file);
+            self.events.add(Arc::new(Mutex::new(pump)))?;
+        }
+        Ok(host)
+    }
+
+    /// Puts a disk into the first spare window; the window's index.
+    ///
+    /// # Errors
+    ///
+    /// If the disk cannot be opened or no window is free.
+    pub fn plug_disk(&mut self, disk: &DiskConfig) -> Result<u8, Error> {
+        disk.check()?;
+        let device = Block::new(disk, self.events.clone()).map_err(|source| Error::Device {
+            kind: "block",
+            source: Box::new(source),
+        })?;
+        self.plug(Box::new(device))
+    }
+
+    fn plug(&mut self, device: Box<dyn VirtioDevice>) -> Result<u8, Error> {
+        let windows = self.windows.len() as u8;
+        let free = self.windows.iter().position(|place| place.wires.is_none());
+        let Some(index) = free else {
+            return Err(Error::NoWindow { windows });
+        };
+        let place = &mut self.windows[index];
+        let index = index as u8;
+        let mut window = place.slot.lock();
+        window.plug(device).map_err(|source| Error::Plug {
+            window: index,
+            source,
+        })?;
+        // The window stays locked until the wires are laid: a guest that looks early waits.
+        match lay_wires(&self.vm, index, &window) {
+            Ok(wires) => {
+                tracing::debug!(window = index, device = window.kind(), "plugged");
+                place.wires = Some(wires);
+                Ok(index)
+            }
+            Err(error) => {
+                window.unplug();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Takes the disk out of a window.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such window, it is spare, or what is in it is not a disk.
+    pub fn unplug(&mut self, window: u8) -> Result<(), Error> {
+        let windows = self.windows.len() as u8;
+        let place = self
+            .windows
+            .get_mut(usize::from(window))
+            .ok_or(Error::UnknownWindow { window, windows })?;
+        match place.slot.lock().kind() {
+            None => return Err(Error::EmptyWindow(window)),
+            Some("block") => {}
+            Some(kind) => return Err(Error::NotUnpluggable { window, kind }),
+        }
+        place.wires = None;
+        drop(place.slot.lock().unplug());
+        tracing::debug!(window, "unplugged");
+        Ok(())
+    }
+
+    /// How busy it has been.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            exits: self.vcpus.exits(),
+            unknown_ports: self.ports.unknown_reads() + self.ports.unknown_writes(),
+            unknown_mmio: self.mmio.unknown_reads() + self.mmio.unknown_writes(),
+            console_lost: self.serial.lost(),
+        }
+    }
+
+    /// How many vCPUs run.
+    pub fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Guest memory in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.size()
+    }
+
+    /// Stops everything that runs and gives everything back. The end has been reported before.
+    pub fn take_down(mut self) {
+        self.vcpus.join();
+        for place in &mut self.windows {
+            place.wires = None;
+            drop(place.slot.lock().unplug());
+        }
+        self.event_loop.stop();
+    }
+}
+
+/// Kernel, initrd, start information and tables into guest memory; where the guest begins.
+fn load(config: &VmConfig, memory: &GuestMemory, size: u64) -> Result<Entry, Error> {
+    let ram = memory.ram();
+    let view = ram.memory();
+    let ram_end = low_ram_end(size);
+    let kernel = load_kernel(&config.kernel, &view, ram_end)?;
+    let initrd = config
+        .initrd
+        .as_deref()
+        .map(|path| load_initrd(path, &view, kernel.end, ram_end))
+        .transpose()?;
+    let tables = acpi::tables(&acpi::Machine {
+        vcpus: config.vcpus,
+        max_vcpus: config.vcpus,
+        windows: config.windows,
+    })?;
+    view.write_slice(&tables, GuestAddress(ACPI_START))
+        .map_err(|error| boot::Error::Write {
+            what: "ACPI tables",
+            address: ACPI_START,
+            why: error.to_string(),
+        })?;
+    write_start_info(&view, size, &config.cmdline, initrd, ACPI_START)?;
+    Ok(Entry::Pvh {
+        entry: kernel.entry,
+        start_info: START_INFO,
+    })
+}
+
+/// The port bus with the machine's fixed devices.
+fn port_bus(progress: &Progress, serial: &Arc<SerialPort>) -> Result<Bus, Overlap> {
+    let ending = &progress.ending;
+    let mut ports = Bus::new("port");
+    let serial: Arc<dyn BusDevice> = Arc::clone(serial) as Arc<dyn BusDevice>;
+    ports.insert(u64::from(SERIAL_PORT), SerialPort::LENGTH, serial)?;
+    ports.insert(
+        u64::from(PVPANIC_PORT),
+        1,
+        Arc::new(Pvpanic::new(Arc::clone(ending))),
+    )?;
+    ports.insert(
+        u64::from(SLEEP_CONTROL_PORT),
+        PowerRegisters::LENGTH,
+        Arc::new(PowerRegisters::new(Arc::clone(ending))),
+    )?;
+    ports.insert(
+        u64::from(I8042_PORT),
+        1,
+        Arc::new(ResetLine::new(Arc::clone(ending))),
+    )?;
+    ports.insert(
+        u64::from(PHASE_PORT),
+        1,
+        Arc::new(PhasePort::new(Arc::clone(&progress.marks))),
+    )?;
+    Ok(ports)
+}
+
+/// irqfd and ioeventfds of a window that has a device.
+fn lay_wires(vm: &Arc<VmFd>, index: u8, window: &Window) -> Result<Wires, interrupt::Error> {
+    let line = IrqLine::over(
+        Arc::clone(vm),
+        window_gsi(index),
+        window.interrupt().irqfd(),
+    )?;
+    let address = window_address(index) + NOTIFY_OFFSET;
+    let kicks = (0u32..)
+        .zip(window.kicks())
+        .map(|(queue, kick)| Kick::new(Arc::clone(vm), address, queue, Arc::clone(kick)))
+        .collect::<Result<_, _>>()?;
+    Ok(Wires {
+        _kicks: kicks,
+        _line: line,
+    })
+}
