@@ -29,8 +29,13 @@ struct Line {
     status: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
+    faults: AtomicU32,
     irqfd: EventFd,
 }
+
+/// Faults of one device that are logged as warnings: a guest that resets and breaks its device in
+/// a loop does not fill the host's log.
+const LOUD_FAULTS: u32 = 4;
 
 impl Interrupt {
     /// Makes the line over an eventfd that is (or will be) registered as irqfd.
@@ -40,6 +45,7 @@ impl Interrupt {
                 status: AtomicU32::new(0),
                 generation: AtomicU32::new(0),
                 needs_reset: AtomicBool::new(false),
+                faults: AtomicU32::new(0),
                 irqfd,
             }),
         }
@@ -60,7 +66,12 @@ impl Interrupt {
     /// 2.1.2). It then leaves its queues alone until it is reset.
     pub fn fault(&self, device: &'static str, why: &dyn fmt::Display) {
         if !self.line.needs_reset.swap(true, Ordering::SeqCst) {
-            tracing::warn!(device, %why, "the device needs a reset");
+            let before = self.line.faults.fetch_add(1, Ordering::Relaxed);
+            if before < LOUD_FAULTS {
+                tracing::warn!(device, %why, "the device needs a reset");
+            } else {
+                tracing::debug!(device, %why, "the device needs a reset again");
+            }
             self.raise(INTERRUPT_CONFIG);
         }
     }

@@ -143,7 +143,11 @@ impl Disk {
             };
             result(moved)
         })
-        .inspect_err(|partial| self.complain("reading", partial))
+        .inspect_err(|partial| {
+            if let Some(error) = &partial.error {
+                self.complain("reading", error);
+            }
+        })
     }
 
     /// Writes all of `data` at `offset`.
@@ -167,7 +171,11 @@ impl Disk {
             };
             result(moved)
         })
-        .inspect_err(|partial| self.complain("writing", partial))
+        .inspect_err(|partial| {
+            if let Some(error) = &partial.error {
+                self.complain("writing", error);
+            }
+        })
     }
 
     /// Makes all that was written durable (fdatasync).
@@ -175,16 +183,13 @@ impl Disk {
         if self.read_only {
             return Ok(());
         }
-        self.file.sync_data().inspect_err(|error| {
-            tracing::warn!(path = %self.path.display(), %error, "flushing the disk image failed");
-        })
+        self.file
+            .sync_data()
+            .inspect_err(|error| self.complain("flushing", error))
     }
 
     /// Says the first failure aloud; a guest that repeats it does not fill the log.
-    fn complain(&self, what: &'static str, partial: &Partial) {
-        let Some(error) = &partial.error else {
-            return;
-        };
+    fn complain(&self, what: &'static str, error: &io::Error) {
         if !self.complained.swap(true, Ordering::Relaxed) {
             tracing::warn!(path = %self.path.display(), %error, what, "disk I/O failed");
         }

@@ -8,6 +8,8 @@
 mod backend;
 mod device;
 mod request;
+#[cfg(test)]
+mod tests;
 
 pub use backend::Disk;
 pub use device::Block;
