@@ -1,0 +1,258 @@
+//! A container's directory in the guest: its specification, its root and what
+//! else is mounted for it. Made and taken down as a whole.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Mutex;
+
+use nacre_protocol::agent::GuestMount;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tracing::{debug, warn};
+
+use crate::error::{Doing, Error};
+use crate::init;
+use crate::spec;
+
+/// A container's directory and the mounts below it, in the order in which they were made.
+#[derive(Debug)]
+pub struct Bundle {
+    path: PathBuf,
+    mounts: Mutex<Vec<PathBuf>>,
+}
+
+/// The longest id; it becomes the name of a directory.
+const ID_BYTES: usize = 128;
+
+/// Refuses ids that cannot be a directory's name or mean another directory.
+///
+/// # Errors
+/// `InvalidArgument` with what is wrong; the id itself is quoted only as far as it is sane.
+pub fn check_id(id: &str) -> Result<(), Error> {
+    let wrong = if id.is_empty() {
+        "is empty"
+    } else if id.len() > ID_BYTES {
+        "is longer than 128 bytes"
+    } else if id.starts_with('.') || id.starts_with('-') {
+        "begins with a dot or a dash"
+    } else if !id
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"._-+".contains(&byte))
+    {
+        "has other characters than A–Z, a–z, 0–9, `.`, `_`, `-`, `+`"
+    } else {
+        return Ok(());
+    };
+    let shown: String = id.escape_debug().take(40).collect();
+    Err(Error::InvalidArgument(format!("the id `{shown}` {wrong}")))
+}
+
+impl Bundle {
+    /// Makes the directory of a container.
+    ///
+    /// # Errors
+    /// The directory that could not be made.
+    pub fn create(id: &str) -> Result<Bundle, Error> {
+        let path = Path::new(init::STATE).join("containers").join(id);
+        fs::create_dir_all(&path).doing(|| format!("making {}", path.display()))?;
+        Ok(Bundle {
+            path,
+            mounts: Mutex::default(),
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Mounts one of the host's mounts. Blocks as long as the filesystem does.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a target outside of the bundle; what the kernel said otherwise.
+    pub fn mount(&self, wanted: &GuestMount) -> Result<(), Error> {
+        let target = self.inside(&wanted.target)?;
+        fs::create_dir_all(&target).doing(|| format!("making {}", target.display()))?;
+        let (flags, data) = options(&wanted.options);
+        mount(
+            Some(wanted.source.as_str()),
+            &target,
+            Some(wanted.fstype.as_str()),
+            flags,
+            Some(data.as_str()),
+        )
+        .doing(|| {
+            format!(
+                "mounting {} ({}, options {:?}) on {}",
+                wanted.source,
+                wanted.fstype,
+                wanted.options,
+                target.display()
+            )
+        })?;
+        self.mounts.lock().expect("bundle's mounts").push(target);
+        Ok(())
+    }
+
+    /// Makes sure that there is a root, and writes the specification.
+    ///
+    /// # Errors
+    /// The file or directory that could not be made.
+    pub fn fill(&self, specification: &oci_spec::runtime::Spec) -> Result<(), Error> {
+        for directory in [spec::ROOT, "state"] {
+            let directory = self.path.join(directory);
+            fs::create_dir_all(&directory).doing(|| format!("making {}", directory.display()))?;
+        }
+        let json = serde_json::to_vec(specification)
+            .map_err(|error| Error::Internal(format!("writing the specification: {error}")))?;
+        let file = self.path.join("config.json");
+        fs::write(&file, json).doing(|| format!("writing {}", file.display()))
+    }
+
+    /// Unmounts everything and removes the directory. What cannot be is said, and the rest goes on. Blocks
+    /// as long as the filesystems do.
+    ///
+    /// # Errors
+    /// All that went wrong, in one.
+    pub fn remove(&self) -> Result<(), Error> {
+        let mut wrong = Vec::new();
+        let mounts = std::mem::take(&mut *self.mounts.lock().expect("bundle's mounts"));
+        for target in mounts.iter().rev() {
+            if let Err(error) = unmount(target) {
+                wrong.push(error.to_string());
+            }
+        }
+        // Never into something that is still mounted.
+        if wrong.is_empty() {
+            match fs::remove_dir_all(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    wrong.push(format!("removing {}: {error}", self.path.display()));
+                }
+                _ => {}
+            }
+        }
+        match wrong.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Internal(wrong.join("; "))),
+        }
+    }
+
+    fn inside(&self, target: &str) -> Result<PathBuf, Error> {
+        let relative = Path::new(target);
+        let plain = relative
+            .components()
+            .all(|component| matches!(component, Component::Normal(_)));
+        if target.is_empty() || !plain {
+            return Err(Error::InvalidArgument(format!(
+                "the mount target `{}` does not lie in the bundle",
+                target.escape_debug().take(80).collect::<String>()
+            )));
+        }
+        Ok(self.path.join(relative))
+    }
+}
+
+/// Unmounts, so that what was written is on the disk when this returns. A mount that something still
+/// uses is detached: it goes when that goes.
+fn unmount(target: &Path) -> Result<(), Error> {
+    match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(()),
+        Err(nix::Error::EBUSY) => {
+            warn!("{} is in use; it is detached instead", target.display());
+            nix::unistd::sync();
+            umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+                .doing(|| format!("detaching {}", target.display()))
+        }
+        Err(nix::Error::EINVAL | nix::Error::ENOENT) => {
+            debug!("{} is not mounted", target.display());
+            Ok(())
+        }
+        Err(error) => Err(error).doing(|| format!("unmounting {}", target.display())),
+    }
+}
+
+/// Mount options as flags, and what only the filesystem understands as its data.
+fn options(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        let (flag, on) = match option.as_str() {
+            "defaults" | "" => continue,
+            "ro" => (MsFlags::MS_RDONLY, true),
+            "rw" => (MsFlags::MS_RDONLY, false),
+            "nosuid" => (MsFlags::MS_NOSUID, true),
+            "suid" => (MsFlags::MS_NOSUID, false),
+            "nodev" => (MsFlags::MS_NODEV, true),
+            "dev" => (MsFlags::MS_NODEV, false),
+            "noexec" => (MsFlags::MS_NOEXEC, true),
+            "exec" => (MsFlags::MS_NOEXEC, false),
+            "sync" => (MsFlags::MS_SYNCHRONOUS, true),
+            "async" => (MsFlags::MS_SYNCHRONOUS, false),
+            "dirsync" => (MsFlags::MS_DIRSYNC, true),
+            "noatime" => (MsFlags::MS_NOATIME, true),
+            "atime" => (MsFlags::MS_NOATIME, false),
+            "nodiratime" => (MsFlags::MS_NODIRATIME, true),
+            "relatime" => (MsFlags::MS_RELATIME, true),
+            "strictatime" => (MsFlags::MS_STRICTATIME, true),
+            "bind" => (MsFlags::MS_BIND, true),
+            "rbind" => (MsFlags::MS_BIND.union(MsFlags::MS_REC), true),
+            _ => {
+                data.push(option.as_str());
+                continue;
+            }
+        };
+        flags.set(flag, on);
+    }
+    (flags, data.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_are_no_directory_are_refused() {
+        for id in ["c1", "A_b.c-d+e", "0", &"x".repeat(128)] {
+            assert!(check_id(id).is_ok(), "{id}");
+        }
+        let long = "x".repeat(129);
+        let huge = "../".repeat(350_000);
+        for id in [
+            "", ".", "..", "../x", "a/b", "/", "a\0b", ".hidden", "-rf", "a b", "ä", &long, &huge,
+        ] {
+            let refused = check_id(id).unwrap_err();
+            assert!(matches!(refused, Error::InvalidArgument(_)));
+            assert!(refused.to_string().len() < 300);
+        }
+    }
+
+    #[test]
+    fn targets_stay_in_the_bundle() {
+        let bundle = Bundle {
+            path: "/run/nacre/containers/c1".into(),
+            mounts: Mutex::default(),
+        };
+        assert_eq!(
+            bundle.inside("lower/0").unwrap(),
+            Path::new("/run/nacre/containers/c1/lower/0")
+        );
+        for target in ["", "..", "a/../../b", "/etc", "./x/.."] {
+            assert!(bundle.inside(target).is_err(), "{target}");
+        }
+    }
+
+    #[test]
+    fn options_become_flags_and_data() {
+        let given = [
+            "ro",
+            "noatime",
+            "lowerdir=/a:/b",
+            "rw",
+            "defaults",
+            "errors=panic",
+        ];
+        let (flags, data) = options(&given.map(String::from));
+        assert_eq!(flags, MsFlags::MS_NOATIME, "the last of ro and rw holds");
+        assert_eq!(data, "lowerdir=/a:/b,errors=panic");
+    }
+}

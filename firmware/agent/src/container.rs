@@ -1,0 +1,546 @@
+//! The containers of this guest: making, starting, signalling and freeing
+//! them, and telling the host of their ends. Each has its processes by exec
+//! id, the empty one being its init.
+//!
+//! Locks: the table of containers first, then one container's processes; both
+//! are held for look-ups only, never across an await.
+
+use std::collections::HashMap;
+use std::collections::hash_map;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nacre_protocol::agent::{CreateContainerRequest, GuestMount};
+use tracing::{info, warn};
+
+use crate::bundle::{Bundle, check_id};
+use crate::cgroup::{self, Cgroup};
+use crate::error::{Doing, Error};
+use crate::events::Events;
+use crate::init;
+use crate::process::{Input, Process, State};
+use crate::reaper::Reaper;
+use crate::runtime::{self, Gate};
+use crate::spec;
+use crate::stdio::{Connections, ProcessEnds, Pumps, Terminal};
+
+/// How long killed processes may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(4);
+
+/// All containers. Clones share them.
+#[derive(Clone)]
+pub struct Containers(Arc<Shared>);
+
+struct Shared {
+    table: Mutex<Table>,
+    reaper: Reaper,
+    events: Events,
+}
+
+#[derive(Default)]
+struct Table {
+    entries: HashMap<String, Entry>,
+    closed: bool,
+}
+
+enum Entry {
+    Creating,
+    Ready(Arc<Container>),
+    Deleting,
+}
+
+struct Container {
+    id: String,
+    ground: Ground,
+    processes: Mutex<HashMap<String, Slot>>,
+    memory_kills: Mutex<u64>,
+}
+
+/// What a container stands on, whatever its processes do.
+struct Ground {
+    bundle: Arc<Bundle>,
+    cgroup: Cgroup,
+}
+
+/// A process, and what it waits behind until it is started.
+struct Slot {
+    process: Arc<Process>,
+    gate: Option<Gate>,
+}
+
+impl Containers {
+    /// No containers yet.
+    pub fn new(reaper: Reaper, events: Events) -> Containers {
+        Containers(Arc::new(Shared {
+            table: Mutex::default(),
+            reaper,
+            events,
+        }))
+    }
+
+    /// Makes a container, and answers with the pid of its init. A failure leaves nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, `AlreadyExists`; `FailedPrecondition` during shutdown; `Internal` otherwise.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, Error> {
+        let id = request.container_id.clone();
+        check_id(&id)?;
+        {
+            let mut table = self.0.table.lock().expect("containers");
+            if table.closed {
+                return Err(Error::FailedPrecondition(format!(
+                    "container {id}: the guest is shutting down"
+                )));
+            }
+            match table.entries.entry(id.clone()) {
+                hash_map::Entry::Vacant(place) => {
+                    place.insert(Entry::Creating);
+                }
+                hash_map::Entry::Occupied(_) => {
+                    return Err(Error::AlreadyExists(format!("container {id} exists")));
+                }
+            }
+        }
+        let made = self.make(request).await;
+        let mut table = self.0.table.lock().expect("containers");
+        match made {
+            Ok((container, pid)) => {
+                table.entries.insert(id, Entry::Ready(container));
+                Ok(pid)
+            }
+            Err(error) => {
+                table.entries.remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn make(&self, request: CreateContainerRequest) -> Result<(Arc<Container>, u32), Error> {
+        let id = request.container_id.as_str();
+        let cgroup = Cgroup::create(id)?;
+        let ground = match Bundle::create(id) {
+            Ok(bundle) => Ground {
+                bundle: Arc::new(bundle),
+                cgroup,
+            },
+            Err(error) => {
+                let _ = cgroup.remove();
+                return Err(error);
+            }
+        };
+        match self.furnish(&request, &ground).await {
+            Ok(furnished) => Ok(self.settle(id, ground, furnished)),
+            Err(error) => {
+                if let Err(left) = ground.clear().await {
+                    warn!("after the failure to make container {id}: {left}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Mounts, streams and the init. On failure the caller clears the ground.
+    async fn furnish(
+        &self,
+        request: &CreateContainerRequest,
+        ground: &Ground,
+    ) -> Result<Furnished, Error> {
+        let id = request.container_id.as_str();
+        let stdio = request.stdio.clone().unwrap_or_default();
+        let adapted = spec::adapt(
+            &request.spec_json,
+            &ground.cgroup.spec_path(),
+            stdio.terminal,
+            Path::new("/sys/kernel/security/apparmor/profiles").exists(),
+        )?;
+        ground.mount(request.rootfs.clone()).await?;
+        ground.bundle.fill(&adapted.spec)?;
+
+        let connections = Connections::dial(&stdio).await?;
+        let (ends, mut pumps, connections) = match stdio.terminal {
+            true => (ProcessEnds::nothing()?, Pumps::default(), Some(connections)),
+            false => {
+                let (ends, pumps) = connections.pipes(adapted.owner)?;
+                (ends, pumps, None)
+            }
+        };
+        let expectation = self.0.reaper.expect();
+        let created =
+            runtime::create(&expectation, ground.bundle.path(), id, ends, stdio.terminal).await?;
+        let ended = expectation.claim(created.pid);
+        drop(expectation);
+
+        let terminal = match created.terminal {
+            Some(master) => Some(Terminal::new(
+                master,
+                stdio.columns,
+                stdio.rows,
+                adapted.owner.0,
+            )?),
+            None => None,
+        };
+        if let (Some(connections), Some(terminal)) = (connections, &terminal) {
+            pumps = connections.terminal(terminal)?;
+        }
+        if adapted.own_network
+            && let Err(error) = init::loopback_up_in(created.pid)
+        {
+            warn!("bringing up the loopback interface of container {id}: {error}");
+        }
+        pumps.start(id);
+        Ok(Furnished {
+            process: Process::new(created.pid, terminal),
+            gate: created.gate,
+            ended,
+        })
+    }
+
+    fn settle(&self, id: &str, ground: Ground, furnished: Furnished) -> (Arc<Container>, u32) {
+        let Furnished {
+            process,
+            gate,
+            ended,
+        } = furnished;
+        let process = Arc::new(process);
+        let pid = process.pid;
+        let slot = Slot {
+            process: process.clone(),
+            gate: Some(gate),
+        };
+        let container = Arc::new(Container {
+            id: id.to_owned(),
+            ground,
+            processes: Mutex::new(HashMap::from([(String::new(), slot)])),
+            memory_kills: Mutex::new(0),
+        });
+        let of_exit = (self.clone(), container.clone());
+        tokio::spawn(async move {
+            if let Ok(exit) = ended.await {
+                let (containers, container) = of_exit;
+                match process.apply(Input::Ended(exit)) {
+                    Ok(Some(exit)) => containers.report(&container, "", process.pid, exit),
+                    Ok(None) => {}
+                    Err(refused) => warn!("the end of container {}: {refused}", container.id),
+                }
+            }
+        });
+        self.watch_memory(&container);
+        (container, pid.unsigned_abs())
+    }
+
+    /// Tells of kills for want of memory as they happen, until the container is gone.
+    fn watch_memory(&self, container: &Arc<Container>) {
+        let Some(mut kills) = container.ground.cgroup.memory_events() else {
+            return;
+        };
+        let (containers, container) = (self.clone(), Arc::downgrade(container));
+        tokio::spawn(async move {
+            // The file answers with nothing once the cgroup is removed.
+            while kills.value("oom_kill").is_some() {
+                match container.upgrade() {
+                    Some(container) => containers.report_memory(&container),
+                    None => return,
+                }
+                if kills.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+
+    fn report_memory(&self, container: &Container) {
+        let now = container.ground.cgroup.memory_kills();
+        let mut known = container.memory_kills.lock().expect("count of kills");
+        if now > *known {
+            *known = now;
+            info!("container {} is out of memory", container.id);
+            self.0.events.out_of_memory(&container.id);
+        }
+    }
+
+    fn report(&self, container: &Container, exec_id: &str, pid: i32, exit: crate::reaper::Exit) {
+        // A kill for want of memory is told before the exit that it caused.
+        self.report_memory(container);
+        self.0.events.exit(&container.id, exec_id, pid, exit);
+    }
+
+    /// Runs the user's program in a process that was created, and answers with its pid.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` if it is not merely created; `Internal` if the program could not be
+    /// run: the process is gone then, and its exit is told as any other.
+    pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
+        let container = self.find(id)?;
+        let (process, gate) = {
+            let mut processes = container.processes.lock().expect("processes");
+            let slot = processes
+                .get_mut(exec_id)
+                .ok_or_else(|| no_process(id, exec_id))?;
+            slot.process.apply(Input::Start).map_err(|refused| {
+                Error::FailedPrecondition(format!("starting {}: {refused}", name(id, exec_id)))
+            })?;
+            (slot.process.clone(), slot.gate.take())
+        };
+        let opened = match gate {
+            Some(gate) => gate.open().await,
+            None => Err(Error::Internal("there is nothing to start".into())),
+        };
+        let opened = opened
+            .map_err(|error| Error::Internal(format!("starting {}: {error}", name(id, exec_id))));
+        if opened.is_err() {
+            // Gone before the answer, so that Delete works right after it.
+            if process.state().lives() {
+                let _ = cgroup::send(process.pid, libc::SIGKILL);
+            }
+            ended(&process, KILL_LIMIT).await;
+        }
+        if let Ok(Some(exit)) = process.apply(Input::Answered) {
+            let (containers, exec_id) = (self.clone(), exec_id.to_owned());
+            let pid = process.pid;
+            tokio::spawn(async move {
+                // Behind the answer in the runtime's queue.
+                tokio::task::yield_now().await;
+                tokio::task::yield_now().await;
+                containers.report(&container, &exec_id, pid, exit);
+            });
+        }
+        opened.map(|()| process.pid.unsigned_abs())
+    }
+
+    /// Sends a signal to one process, or to all of the container.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no signal; `NotFound` if the process is not there any more.
+    pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let number = match i32::try_from(signal) {
+            Ok(number @ 1..=64) => number,
+            _ => {
+                return Err(Error::InvalidArgument(format!(
+                    "{signal} is no signal: 1 to 64 are"
+                )));
+            }
+        };
+        let container = self.find(id)?;
+        let process = container.process(exec_id)?;
+        let gone = || Error::NotFound(format!("{} has ended", name(id, exec_id)));
+        if all {
+            return match container.ground.cgroup.signal(number) {
+                true => Ok(()),
+                false => Err(gone()),
+            };
+        }
+        if !process.state().lives() {
+            return Err(gone());
+        }
+        match cgroup::send(process.pid, number) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(gone()),
+            sent => sent.doing(|| format!("signal {number} to {}", name(id, exec_id))),
+        }
+    }
+
+    /// The pids in a container's cgroup, with the exec ids of those that have one.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn pids(&self, id: &str) -> Result<Vec<(u32, String)>, Error> {
+        let container = self.find(id)?;
+        let processes = container.processes.lock().expect("processes");
+        let exec_of = |pid: i32| {
+            processes
+                .iter()
+                .find(|(_, slot)| slot.process.pid == pid && slot.process.state().lives())
+                .map(|(exec_id, _)| exec_id.clone())
+                .unwrap_or_default()
+        };
+        let pids = container.ground.cgroup.pids();
+        Ok(pids
+            .into_iter()
+            .map(|pid| (pid.unsigned_abs(), exec_of(pid)))
+            .collect())
+    }
+
+    /// Sets the size of a process's terminal.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` if it has no terminal; `InvalidArgument` for a size beyond 65535.
+    pub fn resize(&self, id: &str, exec_id: &str, columns: u32, rows: u32) -> Result<(), Error> {
+        let process = self.find(id)?.process(exec_id)?;
+        match &process.terminal {
+            Some(terminal) => terminal.resize(columns, rows),
+            None => Err(Error::FailedPrecondition(format!(
+                "{} has no terminal",
+                name(id, exec_id)
+            ))),
+        }
+    }
+
+    /// Frees a container whose init was not started or is gone. What still runs in it is killed.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` while the init runs, or another Delete does; `Internal` with all that
+    /// could not be freed: the container stays, and Delete may be called again.
+    pub async fn delete(&self, id: &str) -> Result<(), Error> {
+        let container = self.find(id)?;
+        let init = container.process("")?;
+        {
+            let mut table = self.0.table.lock().expect("containers");
+            match init.state() {
+                State::Created | State::Exited(_) => {}
+                state => {
+                    return Err(Error::FailedPrecondition(format!(
+                        "deleting container {id}: it is {state}"
+                    )));
+                }
+            }
+            match table.entries.get_mut(id) {
+                Some(entry @ Entry::Ready(_)) => *entry = Entry::Deleting,
+                _ => return Err(busy(id)),
+            }
+        }
+        let cleared = container.clear().await;
+        let mut table = self.0.table.lock().expect("containers");
+        match cleared {
+            Ok(()) => {
+                table.entries.remove(id);
+                Ok(())
+            }
+            Err(error) => {
+                table.entries.insert(id.to_owned(), Entry::Ready(container));
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends all containers: SIGTERM, after `grace` SIGKILL, then everything is unmounted. No container can be
+    /// made from now on. What goes wrong is logged.
+    pub async fn close(&self, grace: Duration) {
+        let all: Vec<Arc<Container>> = {
+            let mut table = self.0.table.lock().expect("containers");
+            table.closed = true;
+            let ready = table.entries.values().filter_map(|entry| match entry {
+                Entry::Ready(container) => Some(container.clone()),
+                Entry::Creating | Entry::Deleting => None,
+            });
+            ready.collect()
+        };
+        if !grace.is_zero() {
+            for container in &all {
+                container.ground.cgroup.signal(libc::SIGTERM);
+            }
+            let deadline = tokio::time::Instant::now() + grace;
+            for container in &all {
+                let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+                let _ = container.ground.cgroup.emptied(left).await;
+            }
+        }
+        for container in &all {
+            if let Err(error) = container.clear().await {
+                warn!("ending container {}: {error}", container.id);
+            }
+        }
+    }
+
+    fn find(&self, id: &str) -> Result<Arc<Container>, Error> {
+        check_id(id)?;
+        match self.0.table.lock().expect("containers").entries.get(id) {
+            Some(Entry::Ready(container)) => Ok(container.clone()),
+            Some(Entry::Creating | Entry::Deleting) => Err(busy(id)),
+            None => Err(Error::NotFound(format!("no container {id}"))),
+        }
+    }
+}
+
+/// What [`Containers::furnish`] has made.
+struct Furnished {
+    process: Process,
+    gate: Gate,
+    ended: tokio::sync::oneshot::Receiver<crate::reaper::Exit>,
+}
+
+impl Container {
+    fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        let processes = self.processes.lock().expect("processes");
+        processes
+            .get(exec_id)
+            .map(|slot| slot.process.clone())
+            .ok_or_else(|| no_process(&self.id, exec_id))
+    }
+
+    /// Kills what runs, waits for its end to be known, and frees the ground.
+    async fn clear(&self) -> Result<(), Error> {
+        self.ground.cgroup.signal(libc::SIGKILL);
+        let all: Vec<Arc<Process>> = {
+            let processes = self.processes.lock().expect("processes");
+            processes
+                .values()
+                .map(|slot| slot.process.clone())
+                .collect()
+        };
+        for process in all {
+            ended(&process, KILL_LIMIT).await;
+        }
+        self.ground.clear().await
+    }
+}
+
+impl Ground {
+    async fn mount(&self, mounts: Vec<GuestMount>) -> Result<(), Error> {
+        let bundle = self.bundle.clone();
+        blocking(move || mounts.iter().try_for_each(|mount| bundle.mount(mount))).await
+    }
+
+    /// Kills what is left in the cgroup, removes it, unmounts and removes the bundle.
+    async fn clear(&self) -> Result<(), Error> {
+        self.cgroup.signal(libc::SIGKILL);
+        let emptied = self.cgroup.emptied(KILL_LIMIT).await;
+        let removed = self.cgroup.remove();
+        let bundle = self.bundle.clone();
+        let unmounted = blocking(move || bundle.remove()).await;
+        let wrong: Vec<String> = [emptied, removed, unmounted]
+            .into_iter()
+            .filter_map(Result::err)
+            .map(|error| error.to_string())
+            .collect();
+        match wrong.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Internal(wrong.join("; "))),
+        }
+    }
+}
+
+/// Waits until a process has ended, for as long as `limit`.
+async fn ended(process: &Process, limit: Duration) {
+    let mut watch = process.watch();
+    let wait = watch.wait_for(|state| !state.lives());
+    if tokio::time::timeout(limit, wait).await.is_err() {
+        warn!(
+            "process {} did not end in {} ms",
+            process.pid,
+            limit.as_millis()
+        );
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Error::Internal(format!("a task failed: {error}"))))
+}
+
+fn busy(id: &str) -> Error {
+    Error::FailedPrecondition(format!("container {id} is being made or deleted"))
+}
+
+fn no_process(id: &str, exec_id: &str) -> Error {
+    Error::NotFound(format!("there is no {}", name(id, exec_id)))
+}
+
+fn name(id: &str, exec_id: &str) -> String {
+    match exec_id {
+        "" => format!("container {id}"),
+        exec_id => format!("exec {exec_id} of container {id}"),
+    }
+}

@@ -1,0 +1,79 @@
+//! Tells the host what happened: one queue, numbered, delivered in order, each
+//! event kept until the host has acknowledged it.
+
+use std::time::Duration;
+
+use nacre_protocol::agent::event_request::Event;
+use nacre_protocol::agent::{EventRequest, Exit, OutOfMemory};
+use nacre_protocol::agent_ttrpc::HostClient;
+use tokio::sync::mpsc;
+use tracing::warn;
+
+use crate::reaper;
+
+/// How long one delivery may take before it is tried again.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// How often one event is tried before the host counts as gone.
+const TRIES: u32 = 30;
+
+/// The queue's near end. There is one event for each process and each kill for memory, so that the
+/// queue is bounded by what runs.
+#[derive(Clone)]
+pub struct Events(mpsc::UnboundedSender<Event>);
+
+impl Events {
+    /// A queue; the far end goes to [`deliver`].
+    pub fn new() -> (Events, mpsc::UnboundedReceiver<Event>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (Events(sender), receiver)
+    }
+
+    /// A process has ended; `exec_id` is empty for a container's init.
+    pub fn exit(&self, container_id: &str, exec_id: &str, pid: i32, exit: reaper::Exit) {
+        let event = Exit {
+            container_id: container_id.into(),
+            exec_id: exec_id.into(),
+            pid: pid.unsigned_abs(),
+            status: exit.status,
+            exited_at_ns: exit.at_ns,
+            ..Default::default()
+        };
+        let _ = self.0.send(Event::Exit(event));
+    }
+
+    /// The kernel has killed a process of the container for want of memory.
+    pub fn out_of_memory(&self, container_id: &str) {
+        let event = OutOfMemory {
+            container_id: container_id.into(),
+            ..Default::default()
+        };
+        let _ = self.0.send(Event::Oom(event));
+    }
+}
+
+/// Delivers for ever. Returns only when the host cannot be reached any more.
+pub async fn deliver(host: HostClient, mut queue: mpsc::UnboundedReceiver<Event>) {
+    let mut sequence = 0;
+    while let Some(event) = queue.recv().await {
+        sequence += 1;
+        let request = EventRequest {
+            sequence,
+            event: Some(event),
+            ..Default::default()
+        };
+        let mut tries = 0;
+        while let Err(error) = host
+            .event(ttrpc::context::with_duration(DEADLINE), &request)
+            .await
+        {
+            tries += 1;
+            warn!("event {sequence} was not acknowledged (try {tries}): {error}");
+            if tries == TRIES
+                || matches!(error, ttrpc::Error::Socket(_) | ttrpc::Error::RemoteClosed)
+            {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}

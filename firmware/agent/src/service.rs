@@ -1,0 +1,222 @@
+//! The host's calls, as ttrpc brings them, turned into deeds of the modules
+//! below. Each runs in a task of its own, so that a caller that gives up
+//! leaves nothing half done.
+
+use std::future::Future;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nacre_protocol::agent::{
+    BindDiskRequest, BindDiskResponse, CreateContainerRequest, CreateContainerResponse,
+    DeleteContainerRequest, Empty, PidsRequest, PidsResponse, Process, ResizePtyRequest,
+    ShutdownRequest, SignalRequest, StartRequest, StartResponse, UnbindDiskRequest,
+};
+use nacre_protocol::agent_ttrpc::Agent;
+use tokio::sync::watch;
+use tracing::{debug, info};
+use ttrpc::asynchronous::TtrpcContext;
+
+use crate::container::Containers;
+use crate::devices;
+use crate::error::Error;
+
+/// The longest grace that a shutdown gives to processes.
+const GRACE_LIMIT: Duration = Duration::from_secs(60);
+
+/// What serves the host's calls.
+#[derive(Clone)]
+pub struct Service {
+    containers: Containers,
+    modules: watch::Receiver<bool>,
+    down: watch::Sender<bool>,
+}
+
+impl Service {
+    /// `modules` turns true when the late modules are loaded; `down` is set true when everything is
+    /// unmounted and the machine may be switched off.
+    pub fn new(
+        containers: Containers,
+        modules: watch::Receiver<bool>,
+        down: watch::Sender<bool>,
+    ) -> Service {
+        Service {
+            containers,
+            modules,
+            down,
+        }
+    }
+
+    /// Waits for the late modules; disks and filesystems need them.
+    async fn modules_loaded(&self) {
+        let mut modules = self.modules.clone();
+        // An error means that the loader is gone: then there is nothing to wait for.
+        let _ = modules.wait_for(|loaded| *loaded).await;
+    }
+}
+
+/// Runs a call to its end, even if the caller gives up, and logs how it went.
+async fn run<T: Send + 'static>(
+    call: &'static str,
+    of: String,
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    let answer = tokio::spawn(work)
+        .await
+        .unwrap_or_else(|error| Err(Error::Internal(format!("{call} {of}: {error}"))));
+    match &answer {
+        Ok(_) => debug!("{call} {of}"),
+        Err(error) => info!("{call} {of}: {:?}: {error}", error.code()),
+    }
+    answer.map_err(ttrpc::Error::from)
+}
+
+/// An id or the like for the log, as far as it is sane.
+fn shown(id: &str) -> String {
+    id.escape_debug().take(80).collect()
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn bind_disk(
+        &self,
+        _: &TtrpcContext,
+        request: BindDiskRequest,
+    ) -> ttrpc::Result<BindDiskResponse> {
+        let this = self.clone();
+        let device = run("BindDisk", request.window.to_string(), async move {
+            this.modules_loaded().await;
+            devices::bind_disk(request.window).await
+        })
+        .await?;
+        Ok(BindDiskResponse {
+            device: device.to_string_lossy().into_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn unbind_disk(
+        &self,
+        _: &TtrpcContext,
+        request: UnbindDiskRequest,
+    ) -> ttrpc::Result<Empty> {
+        run("UnbindDisk", request.window.to_string(), async move {
+            tokio::task::spawn_blocking(move || devices::unbind_disk(request.window))
+                .await
+                .unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        let pid = run("CreateContainer", of, async move {
+            this.modules_loaded().await;
+            this.containers.create(request).await
+        })
+        .await?;
+        Ok(CreateContainerResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        let pid = run("Start", of, async move {
+            let (id, exec_id) = (&request.container_id, &request.exec_id);
+            this.containers.start(id, exec_id).await
+        })
+        .await?;
+        Ok(StartResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let of = format!("{} to {}", request.signal, shown(&request.container_id));
+        run("Signal", of, async move {
+            let (id, exec_id) = (&request.container_id, &request.exec_id);
+            this.containers
+                .signal(id, exec_id, request.signal, request.all)
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        let pids = run("Pids", of, async move {
+            this.containers.pids(&request.container_id)
+        })
+        .await?;
+        let processes = pids
+            .into_iter()
+            .map(|(pid, exec_id)| Process {
+                pid,
+                exec_id,
+                ..Default::default()
+            })
+            .collect();
+        Ok(PidsResponse {
+            processes,
+            ..Default::default()
+        })
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        run("ResizePty", of, async move {
+            let (id, exec_id) = (&request.container_id, &request.exec_id);
+            this.containers
+                .resize(id, exec_id, request.columns, request.rows)
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        run("DeleteContainer", of, async move {
+            this.containers.delete(&request.container_id).await
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let grace = Duration::from_millis(request.grace_ms.into()).min(GRACE_LIMIT);
+        run(
+            "Shutdown",
+            format!("in {} ms", grace.as_millis()),
+            async move {
+                this.containers.close(grace).await;
+                nix::unistd::sync();
+                this.down.send_replace(true);
+                Ok(())
+            },
+        )
+        .await?;
+        Ok(Empty::new())
+    }
+}

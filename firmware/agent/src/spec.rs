@@ -1,0 +1,173 @@
+//! What the agent changes in a container's specification before the runtime
+//! sees it. The host has adapted it to the guest already; here it gets the
+//! paths that only the agent knows, and loses what this kernel cannot do.
+
+use std::path::Path;
+
+use oci_spec::runtime::{LinuxNamespaceType, RootBuilder, Spec};
+use tracing::warn;
+
+use crate::error::Error;
+
+/// The root, relative to the bundle.
+pub const ROOT: &str = "rootfs";
+
+/// A specification that the runtime takes, and what the agent must know of it.
+pub struct Adapted {
+    /// The specification.
+    pub spec: Spec,
+    /// Numeric user and group of the process.
+    pub owner: (u32, u32),
+    /// Whether the container gets a network namespace of its own, which begins with `lo` down.
+    pub own_network: bool,
+}
+
+/// Adapts a specification. `apparmor` says whether the kernel has it switched on.
+///
+/// # Errors
+/// `InvalidArgument` if it does not parse, or if there is nothing to run in it.
+pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Result<Adapted, Error> {
+    let invalid = |what: String| Error::InvalidArgument(format!("the specification {what}"));
+    let mut spec: Spec = serde_json::from_slice(json)
+        .map_err(|error| invalid(format!("does not parse: {error}")))?;
+
+    let readonly = spec.root().as_ref().and_then(|root| root.readonly());
+    let root = RootBuilder::default()
+        .path(ROOT)
+        .readonly(readonly.unwrap_or(false))
+        .build()
+        .map_err(|error| invalid(format!("has no usable root: {error}")))?;
+    spec.set_root(Some(root));
+
+    let Some(process) = spec.process_mut() else {
+        return Err(invalid("has no process".into()));
+    };
+    let first = process.args().as_ref().and_then(|args| args.first());
+    if first.is_none_or(String::is_empty) {
+        return Err(invalid(
+            "has no process.args: there is nothing to run".into(),
+        ));
+    }
+    process.set_terminal(Some(terminal));
+    if !terminal {
+        process.set_console_size(None);
+    }
+    if !apparmor && process.apparmor_profile().is_some() {
+        process.set_apparmor_profile(None);
+    }
+    process.set_selinux_label(None);
+    let owner = (process.user().uid(), process.user().gid());
+
+    let Some(linux) = spec.linux_mut() else {
+        return Err(invalid("has no linux section".into()));
+    };
+    linux.set_cgroups_path(Some(cgroup.to_owned()));
+    linux.set_mount_label(None);
+    linux.set_intel_rdt(None);
+    if linux.seccomp().is_some() {
+        // The runtime is built without C libraries, and applies no filter.
+        warn!("the seccomp profile is not applied in the guest");
+        linux.set_seccomp(None);
+    }
+    let own_network = linux.namespaces().iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
+    });
+
+    // These run on the host, where the runtime namespace is; the other two kinds run here.
+    if let Some(hooks) = spec.hooks_mut() {
+        #[allow(deprecated)]
+        hooks.set_prestart(None);
+        hooks.set_create_runtime(None);
+        hooks.set_poststart(None);
+        hooks.set_poststop(None);
+        if hooks.create_container().is_none() && hooks.start_container().is_none() {
+            spec.set_hooks(None);
+        }
+    }
+    Ok(Adapted {
+        spec,
+        owner,
+        own_network,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPEC: &str = r#"{
+        "ociVersion": "1.1.0",
+        "root": {"path": "/var/lib/elsewhere", "readonly": true},
+        "process": {
+            "user": {"uid": 1000, "gid": 50}, "args": ["sh"], "cwd": "/",
+            "terminal": true, "apparmorProfile": "cri-containerd.apparmor.d"
+        },
+        "hooks": {
+            "createRuntime": [{"path": "/host/hook"}],
+            "startContainer": [{"path": "/guest/hook"}]
+        },
+        "linux": {
+            "cgroupsPath": "/default/c1",
+            "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "mount"}]
+        }
+    }"#;
+
+    fn adapted(json: &str) -> Result<Adapted, Error> {
+        adapt(json.as_bytes(), Path::new("/nacre/c1"), false, false)
+    }
+
+    #[test]
+    fn the_agents_own_paths_replace_the_hosts() {
+        let Adapted {
+            spec,
+            owner,
+            own_network,
+        } = adapted(SPEC).unwrap();
+        let root = spec.root().as_ref().unwrap();
+        assert_eq!(root.path(), Path::new("rootfs"));
+        assert_eq!(root.readonly(), Some(true));
+        let linux = spec.linux().as_ref().unwrap();
+        assert_eq!(
+            linux.cgroups_path().as_deref(),
+            Some(Path::new("/nacre/c1"))
+        );
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!(process.terminal(), Some(false));
+        assert!(process.apparmor_profile().is_none());
+        assert_eq!(owner, (1000, 50));
+        assert!(own_network);
+    }
+
+    #[test]
+    fn only_the_guests_hooks_stay() {
+        let spec = adapted(SPEC).unwrap().spec;
+        let hooks = spec.hooks().as_ref().unwrap();
+        assert!(hooks.create_runtime().is_none());
+        assert_eq!(hooks.start_container().as_ref().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_network_with_a_path_is_not_our_own() {
+        let joined = SPEC.replace(
+            r#"{"type": "network"}"#,
+            r#"{"type": "network", "path": "/proc/1/ns/net"}"#,
+        );
+        assert!(!adapted(&joined).unwrap().own_network);
+    }
+
+    #[test]
+    fn what_cannot_run_is_refused() {
+        for (what, json) in [
+            ("does not parse", "{".into()),
+            ("nothing to run", SPEC.replace(r#"["sh"]"#, "[]")),
+            ("nothing to run", SPEC.replace(r#"["sh"]"#, r#"[""]"#)),
+            ("no process", r#"{"ociVersion":"1.0.0","linux":{}}"#.into()),
+        ] {
+            match adapted(&json) {
+                Err(Error::InvalidArgument(words)) => assert!(words.contains(what), "{words}"),
+                Err(other) => panic!("{other}"),
+                Ok(_) => panic!("{json} was taken"),
+            }
+        }
+    }
+}
