@@ -62,6 +62,7 @@ pub fn environment_in_guest() -> Vec<(String, String)> {
         .collect();
     all.extend([
         ("NACRE_RUNC", "/usr/sbin/runc"),
+        ("NACRE_BUSYBOX", "/usr/bin/busybox"),
         ("NACRE_TEST_IMAGE", IMAGE_IN_GUEST),
         ("NACRE_TEST_IMAGE_REF", oci::REFERENCE),
     ]);
@@ -83,6 +84,7 @@ pub fn environment_on_host() -> Result<Vec<(String, String)>> {
         "NACRE_RUNC",
         apt::unpacked(Release::Bookworm, "runc")?.join("usr/sbin/runc"),
     ));
+    all.push(("NACRE_BUSYBOX", busybox()?));
     all.push(("NACRE_TEST_IMAGE", oci::busybox_archive()?));
     all.push(("NACRE_TEST_IMAGE_REF", oci::REFERENCE.into()));
     Ok(all

@@ -76,10 +76,10 @@ pub(super) fn boot(
     };
     Frame::Job(serde_json::to_vec(&job)?).write_to(&mut channel)?;
     let mut silence = BOOT_LIMIT;
+    // The command's time begins when the guest is up.
+    let mut deadline: Option<Instant> = None;
     loop {
-        let limit = request
-            .time_limit
-            .map(|limit| (limit + BOOT_LIMIT).saturating_sub(started.elapsed()));
+        let limit = deadline.map(|at| at.saturating_duration_since(Instant::now()));
         if limit == Some(Duration::ZERO) {
             return Err(Failure::Fatal(anyhow!(
                 "the command ran into its time limit of {} s",
@@ -94,6 +94,7 @@ pub(super) fn boot(
                     started.elapsed().as_secs_f64()
                 ));
                 silence = SILENCE_LIMIT;
+                deadline = request.time_limit.map(|limit| Instant::now() + limit);
             }
             Ok(Some(Frame::Stdout(data))) => sink.stdout(&data),
             Ok(Some(Frame::Stderr(data))) => sink.stderr(&data),
