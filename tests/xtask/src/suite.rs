@@ -144,22 +144,14 @@ impl Suite {
         Ok(report)
     }
 
-    /// The names of all cases, from the program itself.
+    /// The names of all cases, each with its containerd and runtime, from the program itself.
     fn list(&self) -> Result<Vec<String>> {
         let mut command = Command::new(paths::debug("nacre-e2e"));
-        command.arg("list");
-        if self.full {
-            command.arg("--full");
-        }
-        let text = run::output(&mut command)?;
-        let fits =
-            |name: &&str| self.only.is_empty() || self.only.iter().any(|part| name.contains(part));
+        let text = run::output(command.arg("--list").args(self.options()))?;
         let names: Vec<String> = text
             .lines()
-            .map(str::trim)
+            .map(|name| name.trim().to_owned())
             .filter(|name| !name.is_empty())
-            .filter(fits)
-            .map(str::to_owned)
             .collect();
         if names.is_empty() {
             bail!(
@@ -175,16 +167,32 @@ impl Suite {
     }
 
     fn command<'a>(&self, done: impl Iterator<Item = &'a String>) -> Vec<String> {
-        let mut words = vec!["nacre-e2e".to_owned(), "run".to_owned()];
-        if self.full {
-            words.push("--full".into());
-        }
+        let mut words = vec!["nacre-e2e".to_owned()];
+        words.extend(self.options());
+        words.extend(done.flat_map(|name| ["--skip".to_owned(), name.clone()]));
+        words
+    }
+
+    fn options(&self) -> Vec<String> {
+        let count = if self.full { "soak" } else { "small" };
+        let fixed = [
+            "--count",
+            count,
+            "--containerd",
+            "2.1",
+            "--containerd",
+            "1.7",
+            "--runtime",
+            "nacre",
+            "--runtime",
+            "runc",
+        ];
+        let mut words: Vec<String> = fixed.map(str::to_owned).to_vec();
         words.extend(
             self.only
                 .iter()
-                .flat_map(|part| ["--only".to_owned(), part.clone()]),
+                .flat_map(|part| ["--filter".to_owned(), part.clone()]),
         );
-        words.extend(done.flat_map(|name| ["--skip".to_owned(), name.clone()]));
         words
     }
 }
@@ -211,34 +219,31 @@ enum Line<'a> {
 }
 
 fn parse(line: &str) -> Line<'_> {
-    let mut words = line.splitn(5, ' ');
-    let (Some("CASE"), Some(name), Some(event)) = (words.next(), words.next(), words.next()) else {
-        return Line::Other;
-    };
-    let seconds = words
-        .next()
-        .and_then(|seconds| seconds.trim_end_matches('s').parse().ok());
-    let reason = words.next().unwrap_or_default().to_owned();
-    match (event, seconds) {
-        ("start", None) => Line::Start(name),
-        ("ok", Some(seconds)) => Line::End(
-            name,
-            Verdict {
-                passed: true,
-                seconds,
-                reason: String::new(),
-            },
-        ),
-        ("failed", Some(seconds)) => Line::End(
-            name,
-            Verdict {
-                passed: false,
-                seconds,
-                reason,
-            },
-        ),
-        _ => Line::Other,
+    if let Some(name) = line.strip_prefix("start ") {
+        return Line::Start(name);
     }
+    let (passed, rest) = match (line.strip_prefix("ok "), line.strip_prefix("FAILED ")) {
+        (Some(rest), _) => (true, rest),
+        (_, Some(rest)) => (false, rest),
+        _ => return Line::Other,
+    };
+    // The name ends where the time stands in parentheses; a name may have parentheses of its own.
+    for (at, _) in rest.match_indices(" (") {
+        if let Some((seconds, reason)) = rest[at + 2..].split_once(" s)")
+            && let Ok(seconds) = seconds.parse()
+        {
+            let reason = reason.trim_start_matches(": ").to_owned();
+            return Line::End(
+                &rest[..at],
+                Verdict {
+                    passed,
+                    seconds,
+                    reason,
+                },
+            );
+        }
+    }
+    Line::Other
 }
 
 fn say(name: &str, verdict: &Verdict) {
@@ -327,35 +332,32 @@ mod tests {
 
     #[test]
     fn report_lines_are_told_from_other_output() {
-        assert_eq!(parse("CASE a/b start"), Line::Start("a/b"));
+        assert_eq!(parse("start a b [x, y]"), Line::Start("a b [x, y]"));
+        let passed = Verdict {
+            passed: true,
+            seconds: 1.5,
+            reason: String::new(),
+        };
         assert_eq!(
-            parse("CASE a ok 1.5"),
-            Line::End(
-                "a",
-                Verdict {
-                    passed: true,
-                    seconds: 1.5,
-                    reason: String::new()
-                }
-            )
+            parse("ok a (b) [x, y] (1.5 s)"),
+            Line::End("a (b) [x, y]", passed)
         );
         let failed = Verdict {
             passed: false,
             seconds: 2.0,
-            reason: "exit code 3, not 0".into(),
+            reason: "code 3 (1.0 s), not 0".into(),
         };
         assert_eq!(
-            parse("CASE a failed 2.0 exit code 3, not 0"),
+            parse("FAILED a (2.0 s): code 3 (1.0 s), not 0"),
             Line::End("a", failed)
         );
         for other in [
             "",
-            "CASE",
-            "CASE a",
-            "CASE a ok",
-            "CASE a perhaps 1",
-            "case a start",
-            "CASE a failed soon",
+            "ok",
+            "ok a",
+            "FAILED a (soon)",
+            "3 passed, 0 failed",
+            "starting containerd",
         ] {
             assert_eq!(parse(other), Line::Other, "{other}");
         }
@@ -363,7 +365,7 @@ mod tests {
 
     #[test]
     fn a_report_cut_anywhere_reads_the_same() {
-        let report = b"CASE a start\nnoise\nCASE a ok 1.0\nCASE b start\nCASE b failed 2.0 why not\nCASE c start\n";
+        let report = b"start a\nnoise\nok a (1.0 s)\nstart b\nFAILED b (2.0 s): why not\nstart c\n";
         for cut in 0..report.len() {
             let (mut cases, mut saved) = (BTreeMap::new(), 0);
             let mut save = |_: &str, _: &Verdict| {
