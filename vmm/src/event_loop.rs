@@ -189,7 +189,7 @@ impl EventLoop {
 
         let running = Arc::clone(&shared);
         let thread = thread::Builder::new()
-            .name(name.to_owned())
+            .name(name.replace('\0', ""))
             .spawn(move || {
                 let result = catch_unwind(AssertUnwindSafe(|| {
                     while !running.stop.load(Ordering::SeqCst) {

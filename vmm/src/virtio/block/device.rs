@@ -69,7 +69,8 @@ impl Block {
         Ok(Self {
             disk: Arc::new(Disk::open(config)?),
             id,
-            name: format!("disk-{}", config.id),
+            // A thread's name holds no zero.
+            name: format!("disk-{}", config.id.replace('\0', "")),
             events,
             worker: None,
         })
