@@ -1,0 +1,279 @@
+//! `vmctl` by itself: boot, run, doctor, list.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
+
+use crate::context::Context;
+use crate::ctr::{self, Ctr, Output, expect_words};
+use crate::image;
+use crate::poll;
+use crate::processes;
+use crate::suite::{Case, Subject};
+
+const fn alone(name: &'static str, seconds: u64, run: fn(&Context) -> Result<()>) -> Case {
+    Case {
+        name,
+        subject: Subject::Alone,
+        seconds: (seconds, seconds),
+        run,
+    }
+}
+
+pub(crate) const CASES: &[Case] = &[
+    alone("vmctl doctor finds that this host runs guests", 90, doctor),
+    alone(
+        "vmctl doctor without /dev/kvm fails and says so",
+        30,
+        doctor_without_kvm,
+    ),
+    alone(
+        "vmctl boot reaches the agent and prints the phases as JSON",
+        90,
+        boot_phases,
+    ),
+    alone(
+        "vmctl boot with 16M is refused with the minimum",
+        20,
+        too_little_memory,
+    ),
+    alone(
+        "vmctl boot with more memory than can be mapped says so",
+        30,
+        too_much_memory,
+    ),
+    alone("vmctl boot names a missing kernel", 20, boot_missing_kernel),
+    alone("vmctl run prints what the program prints", 90, run_echo),
+    alone("vmctl run passes the exit code on", 240, run_exit_codes),
+    alone(
+        "vmctl run keeps stdout and stderr apart and leaves the folder alone",
+        90,
+        run_streams,
+    ),
+    Case {
+        name: "vmctl list shows the VM of a running container",
+        subject: Subject::Nacre,
+        seconds: (90, 90),
+        run: list,
+    },
+];
+
+fn vmctl(context: &Context, arguments: &[&str]) -> Command {
+    let mut command = Command::new(context.programs.vmctl());
+    command.args(arguments);
+    command
+}
+
+fn call(context: &Context, arguments: &[&str]) -> Result<Output> {
+    ctr::run(&mut vmctl(context, arguments))
+}
+
+fn doctor(context: &Context) -> Result<()> {
+    let output = call(context, &["doctor"])?;
+    output.expect_code(0)?;
+    expect_words(&output.out(), &["/dev/kvm", "guest"])
+}
+
+fn doctor_without_kvm(context: &Context) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .arg("without-kvm")
+        .arg(context.programs.vmctl())
+        .arg("doctor");
+    let output = ctr::run(&mut command)?;
+    ensure!(output.code != 0, "it found nothing wrong");
+    expect_words(&format!("{}{}", output.out(), output.err()), &["/dev/kvm"])
+}
+
+fn boot_phases(context: &Context) -> Result<()> {
+    let mut child = vmctl(context, &["boot", "--timing", "--json"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .process_group(0)
+        .spawn()
+        .context("starting vmctl boot")?;
+    let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
+    let mut text = String::new();
+    let mut phases = None;
+    for line in stdout.lines() {
+        let line = line?;
+        eprintln!("  {line}");
+        text.push_str(&line);
+        text.push('\n');
+        if let Some(found) = text.find('{').and_then(|at| first_object(&text[at..])) {
+            phases = Some(found);
+            break;
+        }
+    }
+    // It may go on with the console; it ends when it is told to.
+    let pid = child.id() as i32;
+    if child.try_wait()?.is_none() {
+        processes::signal(pid, Signal::SIGTERM);
+    }
+    poll::until("the end of vmctl boot", context.seconds(15), || {
+        Ok(child.try_wait()?)
+    })?;
+    let phases = phases.context("no JSON object on stdout")?;
+    let mut numbers = Vec::new();
+    collect_numbers("", &phases, &mut numbers);
+    let ready = numbers.iter().find(|(name, _)| name.contains("ready"));
+    let (name, ready) = ready.with_context(|| format!("no phase is named ready: {phases}"))?;
+    ensure!(*ready > 0.0, "{name} is {ready}");
+    ensure!(
+        numbers.len() >= 3,
+        "{} phases only: {phases}",
+        numbers.len()
+    );
+    Ok(())
+}
+
+/// The first whole JSON object of a text.
+fn first_object(text: &str) -> Option<serde_json::Value> {
+    let mut stream = serde_json::Deserializer::from_str(text).into_iter::<serde_json::Value>();
+    stream.next()?.ok()
+}
+
+fn collect_numbers(name: &str, value: &serde_json::Value, found: &mut Vec<(String, f64)>) {
+    match value {
+        serde_json::Value::Number(number) => {
+            found.push((name.to_owned(), number.as_f64().unwrap_or_default()));
+        }
+        serde_json::Value::Object(fields) => {
+            // A list of phases has the name in one field and the time in another.
+            let own = fields
+                .get("name")
+                .or_else(|| fields.get("phase"))
+                .and_then(|name| name.as_str());
+            for (key, value) in fields {
+                collect_numbers(
+                    &format!("{name}.{}{key}", own.unwrap_or_default()),
+                    value,
+                    found,
+                );
+            }
+        }
+        serde_json::Value::Array(values) => {
+            values
+                .iter()
+                .for_each(|value| collect_numbers(name, value, found));
+        }
+        _ => {}
+    }
+}
+
+fn too_little_memory(context: &Context) -> Result<()> {
+    let output = call(context, &["boot", "--memory", "16M"])?;
+    ensure!(output.code != 0, "it booted");
+    expect_words(&output.err(), &["memory", "16", "at least"])?;
+    ensure!(
+        output.took < context.seconds(5),
+        "it took {:?}",
+        output.took
+    );
+    Ok(())
+}
+
+fn too_much_memory(context: &Context) -> Result<()> {
+    let mut command = vmctl(context, &["boot", "--memory", "3072M"]);
+    // SAFETY: setrlimit is async-signal-safe, and its argument lives until it returns.
+    unsafe {
+        command.pre_exec(|| {
+            let limit = libc::rlimit {
+                rlim_cur: 2 << 30,
+                rlim_max: 2 << 30,
+            };
+            match libc::setrlimit(libc::RLIMIT_AS, &raw const limit) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        });
+    }
+    let output = ctr::run(&mut command)?;
+    ensure!(output.code != 0, "it booted");
+    let text = output.err().to_lowercase();
+    expect_words(&text, &["memory", "map", "3072"])
+}
+
+fn boot_missing_kernel(context: &Context) -> Result<()> {
+    let path = context.path("no-kernel-here");
+    let output = call(context, &["boot", "--kernel", &path.to_string_lossy()])?;
+    ensure!(output.code != 0, "it booted");
+    expect_words(&output.err(), &[&path.to_string_lossy(), "kernel"])
+}
+
+fn rootfs(context: &Context) -> Result<PathBuf> {
+    let folder = context.path("rootfs");
+    std::fs::create_dir_all(&folder)?;
+    image::unpack(&context.programs.busybox, &folder)?;
+    Ok(folder)
+}
+
+fn run_in(context: &Context, rootfs: &std::path::Path, command: &[&str]) -> Result<Output> {
+    let mut arguments = vec!["run", "--rootfs"];
+    let rootfs = rootfs.to_string_lossy();
+    arguments.push(&rootfs);
+    arguments.push("--");
+    arguments.extend(command);
+    call(context, &arguments)
+}
+
+fn run_echo(context: &Context) -> Result<()> {
+    let output = run_in(
+        context,
+        &rootfs(context)?,
+        &["echo", "hello from a bare container"],
+    )?;
+    output
+        .expect_code(0)?
+        .expect_out("hello from a bare container\n")?;
+    Ok(())
+}
+
+fn run_exit_codes(context: &Context) -> Result<()> {
+    let rootfs = rootfs(context)?;
+    for code in [0, 1, 42, 255] {
+        run_in(context, &rootfs, &["sh", "-c", &format!("exit {code}")])?.expect_code(code)?;
+    }
+    Ok(())
+}
+
+fn run_streams(context: &Context) -> Result<()> {
+    let rootfs = rootfs(context)?;
+    let script = "echo out; echo err >&2; echo changed >/etc/motto; cat /etc/motto";
+    let output = run_in(context, &rootfs, &["sh", "-c", script])?;
+    output.expect_code(0)?.expect_out("out\nchanged\n")?;
+    ensure!(output.err() == "err\n", "stderr has {:?}", output.err());
+    let motto = std::fs::read_to_string(rootfs.join("etc/motto"))?;
+    ensure!(
+        motto == "made on the spot\n",
+        "the host's folder was changed: {motto:?}"
+    );
+    Ok(())
+}
+
+fn list(context: &Context) -> Result<()> {
+    let ctr = Ctr::new(context)?;
+    let id = context.id("listed");
+    let none = call(context, &["list"])?;
+    none.expect_code(0)?;
+    if none.out().contains(&id) {
+        bail!("{id} is listed before it is there");
+    }
+    ctr.detached(&id, &[], &["sleep", "1000"])?;
+    let some = call(context, &["list"])?;
+    some.expect_code(0)?;
+    expect_words(&some.out(), &[&id])?;
+    ctr.call(&["tasks", "kill", "-s", "SIGKILL", &id])?
+        .expect_code(0)?;
+    ctr.wait_for_status(&id, "STOPPED", context.seconds(20))?;
+    ctr.remove(&id)?;
+    let after = call(context, &["list"])?;
+    after.expect_code(0)?;
+    ensure!(!after.out().contains(&id), "{id} is still listed");
+    Ok(())
+}
