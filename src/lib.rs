@@ -1,1 +1,15 @@
 //! nacre: a containerd shim that is its own virtual machine monitor.
+//!
+//! [`sandbox`] is one VM with its agent; [`shim`] serves containerd's task
+//! service on it, [`vmctl`] runs VMs and containers by hand. The programs in
+//! `src/bin` only call [`shim`] and [`vmctl`].
+
+pub mod config;
+pub mod control;
+pub mod record;
+pub mod sandbox;
+pub mod shim;
+pub mod vmctl;
+
+/// Version and build of this program, as the agent logs it at its hello.
+pub const BUILD_ID: &str = env!("NACRE_BUILD_ID");

@@ -1,2 +1,7 @@
-//! Placeholder.
-fn main() {}
+//! `vmctl`: see [`nacre::vmctl`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    nacre::vmctl::main(std::env::args_os())
+}

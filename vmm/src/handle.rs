@@ -93,10 +93,23 @@ impl Vm {
     ///
     /// [`Error`] says what cannot be; nothing is left of the VM then.
     pub fn start(config: VmConfig) -> Result<Self, Error> {
+        Self::start_with(config, |_| {})
+    }
+
+    /// [`Vm::start`] that calls `before_run` with the host side of the vsock device, if there is to be
+    /// one, before the guest's first instruction: ports that listen then are there for all it dials.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vm::start`].
+    pub fn start_with(
+        config: VmConfig,
+        before_run: impl FnOnce(&VsockHost),
+    ) -> Result<Self, Error> {
         let start_ns = monotonic_ns();
         let (name, vcpus, memory_mib) = (config.name.clone(), config.vcpus, config.memory_mib);
         let progress = Arc::new(Progress::default());
-        let (machine, vsock) = Machine::start(config, &progress)?;
+        let (machine, vsock) = Machine::start(config, &progress, before_run)?;
         let state = Arc::new(Mutex::new(State::Running(Box::new(machine))));
         let supervisor = {
             let (progress, state) = (Arc::clone(&progress), Arc::clone(&state));

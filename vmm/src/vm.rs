@@ -202,7 +202,8 @@ pub struct Counters {
 }
 
 impl Machine {
-    /// Makes the VM and starts its vCPUs. On an error nothing is left of it.
+    /// Makes the VM, calls `before_run` with the vsock device's host side if it has one, and starts
+    /// its vCPUs. On an error nothing is left of it.
     ///
     /// # Errors
     ///
@@ -210,6 +211,7 @@ impl Machine {
     pub fn start(
         config: VmConfig,
         progress: &Progress,
+        before_run: impl FnOnce(&VsockHost),
     ) -> Result<(Self, Option<VsockHost>), Error> {
         config.check()?;
         let kvm = kvm::open()?;
@@ -292,6 +294,9 @@ impl Machine {
             config.console.input,
         );
         let started = result.and_then(|host| {
+            if let Some(host) = &host {
+                before_run(host);
+            }
             for vcpu in prepared {
                 machine.vcpus.start(vcpu)?;
             }

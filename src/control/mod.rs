@@ -1,0 +1,462 @@
+//! Each VM's control socket: what `vmctl list` and `inspect` speak to. The
+//! service is thin: [`serve`] puts a [`Target`] on a Unix socket, [`Client`]
+//! asks one. What is answered is an [`Inspection`].
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use crate::sandbox::{BootPhases, ExitReason, Sandbox};
+
+#[allow(
+    missing_docs,
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    rust_2018_idioms,
+    unused
+)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/control_stubs.rs"));
+}
+
+use generated::{control as proto, control_ttrpc};
+
+/// Name of the socket in a VM's state directory.
+pub const SOCKET: &str = "control.sock";
+
+/// A control socket cannot be served or asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The socket cannot be made.
+    #[error("Cannot serve the control socket {}", path.display())]
+    Serve {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Nobody answers on the socket.
+    #[error("Cannot reach the control socket {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The call failed.
+    #[error("The control socket {} did not answer {call}: {cause}", path.display())]
+    Call {
+        /// The socket.
+        path: PathBuf,
+        /// The call.
+        call: &'static str,
+        /// What ttrpc said.
+        cause: String,
+    },
+}
+
+/// State of a VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// The agent is not ready yet.
+    Booting,
+    /// The agent is ready.
+    Running,
+    /// The VM runs, the agent will not be ready any more.
+    Failed,
+    /// The VM has ended.
+    #[default]
+    Ended,
+}
+
+impl State {
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Booting => "booting",
+            Self::Running => "running",
+            Self::Failed => "failed",
+            Self::Ended => "ended",
+        }
+    }
+
+    fn named(name: &str) -> Self {
+        [Self::Booting, Self::Running, Self::Failed]
+            .into_iter()
+            .find(|state| state.as_str() == name)
+            .unwrap_or(Self::Ended)
+    }
+}
+
+/// A device of the VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Its virtio-mmio window.
+    pub window: Option<u8>,
+    /// e.g. `block`.
+    pub kind: String,
+    /// e.g. the image's path.
+    pub detail: String,
+}
+
+/// What there is to see of a VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inspection {
+    /// Sandbox id.
+    pub id: String,
+    /// containerd namespace, or `vmctl`.
+    pub namespace: String,
+    /// Host process that holds the VM.
+    pub pid: u32,
+    /// How far it is.
+    pub state: State,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Kernel file.
+    pub kernel: String,
+    /// initrd file.
+    pub initrd: String,
+    /// The guest's `uname -r`, empty until the agent is ready.
+    pub kernel_release: String,
+    /// The agent's build, empty until it is ready.
+    pub agent_build: String,
+    /// Boot phases.
+    pub phases: BootPhases,
+    /// vCPU exits by reason.
+    pub exits: BTreeMap<String, u64>,
+    /// Containers.
+    pub containers: Vec<String>,
+    /// Devices.
+    pub devices: Vec<Device>,
+}
+
+/// What a control socket serves.
+#[async_trait]
+pub trait Target: Send + Sync {
+    /// What there is to see. Must not wait for the guest.
+    fn inspect(&self) -> Inspection;
+    /// Ends the VM in order and answers how it ended.
+    async fn stop(&self) -> ExitReason;
+}
+
+#[async_trait]
+impl Target for Sandbox {
+    fn inspect(&self) -> Inspection {
+        Sandbox::inspect(self)
+    }
+
+    async fn stop(&self) -> ExitReason {
+        self.shutdown().await
+    }
+}
+
+/// A served control socket; dropping it closes and removes it.
+pub struct Served {
+    path: PathBuf,
+    // Its drop ends the connections.
+    _server: Server,
+    accepting: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.accepting.abort();
+        // It may be gone already with its directory.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Serves `target` on a fresh socket of mode 0600 at `path`; a stale one is replaced. Needs a tokio runtime.
+pub async fn serve(path: &Path, target: Arc<dyn Target>) -> Result<Served, Error> {
+    let failed = |source| Error::Serve {
+        path: path.to_owned(),
+        source,
+    };
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    // The state directory is 0700, so no one slips in before the mode is set.
+    let listener = tokio::net::UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    let (accepted, connections) = tokio::sync::mpsc::channel(4);
+    let accepting = tokio::spawn(async move {
+        loop {
+            let connection = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept on the control socket");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            if accepted.send(connection).await.is_err() {
+                return;
+            }
+        }
+    });
+    let connections = futures::stream::unfold(connections, |mut connections| async move {
+        connections
+            .recv()
+            .await
+            .map(|stream| (Ok::<_, std::io::Error>(stream), connections))
+    });
+    let mut server = Server::new()
+        .add_listener(Listener::new(connections))
+        .register_service(control_ttrpc::create_control(Arc::new(Service(target))));
+    server
+        .start()
+        .await
+        .map_err(|error| failed(std::io::Error::other(error.to_string())))?;
+    Ok(Served {
+        path: path.to_owned(),
+        _server: server,
+        accepting,
+    })
+}
+
+struct Service(Arc<dyn Target>);
+
+#[async_trait]
+impl control_ttrpc::Control for Service {
+    async fn inspect(
+        &self,
+        _context: &TtrpcContext,
+        _request: proto::InspectRequest,
+    ) -> ttrpc::Result<proto::InspectResponse> {
+        Ok(self.0.inspect().into())
+    }
+
+    async fn stop(
+        &self,
+        _context: &TtrpcContext,
+        _request: proto::StopRequest,
+    ) -> ttrpc::Result<proto::StopResponse> {
+        let mut response = proto::StopResponse::new();
+        response.reason = self.0.stop().await.to_string();
+        Ok(response)
+    }
+}
+
+/// Asks a VM's control socket.
+pub struct Client {
+    path: PathBuf,
+    client: control_ttrpc::ControlClient,
+}
+
+impl Client {
+    /// Connects to the control socket in a VM's state directory.
+    pub async fn connect(directory: &Path) -> Result<Self, Error> {
+        let path = directory.join(SOCKET);
+        let stream = tokio::net::UnixStream::connect(&path)
+            .await
+            .map_err(|source| Error::Connect {
+                path: path.clone(),
+                source,
+            })?;
+        let socket = ttrpc::asynchronous::transport::Socket::new(stream);
+        let client = control_ttrpc::ControlClient::new(ttrpc::asynchronous::Client::new(socket));
+        Ok(Self { path, client })
+    }
+
+    /// What there is to see.
+    pub async fn inspect(&self) -> Result<Inspection, Error> {
+        let context = ttrpc::context::with_duration(Duration::from_secs(5));
+        let answer = self
+            .client
+            .inspect(context, &proto::InspectRequest::new())
+            .await;
+        answer
+            .map(Inspection::from)
+            .map_err(|error| self.failed("Inspect", &error))
+    }
+
+    /// Ends the VM in order; answers how it ended.
+    pub async fn stop(&self) -> Result<String, Error> {
+        let context = ttrpc::context::with_duration(Duration::from_secs(15));
+        let answer = self.client.stop(context, &proto::StopRequest::new()).await;
+        answer
+            .map(|answer| answer.reason)
+            .map_err(|error| self.failed("Stop", &error))
+    }
+
+    fn failed(&self, call: &'static str, error: &ttrpc::Error) -> Error {
+        Error::Call {
+            path: self.path.clone(),
+            call,
+            cause: error.to_string(),
+        }
+    }
+}
+
+impl From<Inspection> for proto::InspectResponse {
+    fn from(from: Inspection) -> Self {
+        let mut phases = proto::Phases::new();
+        phases.process_ns = from.phases.process_ns.unwrap_or(0);
+        phases.main_ns = from.phases.main_ns.unwrap_or(0);
+        phases.start_ns = from.phases.start_ns;
+        phases.kvm_ns = from.phases.kvm_ns.unwrap_or(0);
+        phases.loaded_ns = from.phases.loaded_ns.unwrap_or(0);
+        phases.first_run_ns = from.phases.first_run_ns.unwrap_or(0);
+        phases.init_ns = from.phases.init_ns.unwrap_or(0);
+        phases.connected_ns = from.phases.connected_ns.unwrap_or(0);
+        phases.ready_ns = from.phases.ready_ns.unwrap_or(0);
+        phases.guest_init_us = from.phases.guest_init_us.unwrap_or(0);
+        phases.guest_modules_us = from.phases.guest_modules_us.unwrap_or(0);
+        phases.guest_ready_us = from.phases.guest_ready_us.unwrap_or(0);
+        let device = |from: Device| {
+            let mut device = proto::Device::new();
+            device.window_plus_one = from.window.map_or(0, |window| u32::from(window) + 1);
+            device.kind = from.kind;
+            device.detail = from.detail;
+            device
+        };
+        let mut to = Self::new();
+        to.id = from.id;
+        to.namespace = from.namespace;
+        to.pid = from.pid;
+        to.state = from.state.as_str().to_owned();
+        to.vcpus = from.vcpus;
+        to.memory_mib = from.memory_mib;
+        to.kernel = from.kernel;
+        to.initrd = from.initrd;
+        to.kernel_release = from.kernel_release;
+        to.agent_build = from.agent_build;
+        to.phases = Some(phases).into();
+        to.exits = from.exits.into_iter().collect();
+        to.containers = from.containers;
+        to.devices = from.devices.into_iter().map(device).collect();
+        to
+    }
+}
+
+impl From<proto::InspectResponse> for Inspection {
+    fn from(from: proto::InspectResponse) -> Self {
+        let phases = from.phases.unwrap_or_default();
+        let reached = |ns: u64| (ns != 0).then_some(ns);
+        let device = |from: proto::Device| Device {
+            window: from
+                .window_plus_one
+                .checked_sub(1)
+                .and_then(|window| u8::try_from(window).ok()),
+            kind: from.kind,
+            detail: from.detail,
+        };
+        Self {
+            id: from.id,
+            namespace: from.namespace,
+            pid: from.pid,
+            state: State::named(&from.state),
+            vcpus: from.vcpus,
+            memory_mib: from.memory_mib,
+            kernel: from.kernel,
+            initrd: from.initrd,
+            kernel_release: from.kernel_release,
+            agent_build: from.agent_build,
+            phases: BootPhases {
+                process_ns: reached(phases.process_ns),
+                main_ns: reached(phases.main_ns),
+                start_ns: phases.start_ns,
+                kvm_ns: reached(phases.kvm_ns),
+                loaded_ns: reached(phases.loaded_ns),
+                first_run_ns: reached(phases.first_run_ns),
+                init_ns: reached(phases.init_ns),
+                connected_ns: reached(phases.connected_ns),
+                ready_ns: reached(phases.ready_ns),
+                guest_init_us: reached(phases.guest_init_us),
+                guest_modules_us: reached(phases.guest_modules_us),
+                guest_ready_us: reached(phases.guest_ready_us),
+            },
+            exits: from.exits.into_iter().collect(),
+            containers: from.containers,
+            devices: from.devices.into_iter().map(device).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inspection() -> Inspection {
+        Inspection {
+            id: "a".to_owned(),
+            namespace: "vmctl".to_owned(),
+            pid: 7,
+            state: State::Running,
+            vcpus: 2,
+            memory_mib: 512,
+            kernel: "/k".to_owned(),
+            initrd: "/i".to_owned(),
+            kernel_release: "6.1".to_owned(),
+            agent_build: "0.1.0".to_owned(),
+            phases: BootPhases {
+                start_ns: 5,
+                ready_ns: Some(9),
+                ..BootPhases::default()
+            },
+            exits: BTreeMap::from([("io".to_owned(), 3)]),
+            containers: vec!["c".to_owned()],
+            devices: vec![Device {
+                window: Some(0),
+                kind: "block".to_owned(),
+                detail: "/d".to_owned(),
+            }],
+        }
+    }
+
+    struct Fixed;
+
+    #[async_trait]
+    impl Target for Fixed {
+        fn inspect(&self) -> Inspection {
+            inspection()
+        }
+        async fn stop(&self) -> ExitReason {
+            ExitReason::PowerOff
+        }
+    }
+
+    #[test]
+    fn an_inspection_survives_the_wire_form() {
+        assert_eq!(
+            Inspection::from(proto::InspectResponse::from(inspection())),
+            inspection()
+        );
+    }
+
+    #[tokio::test]
+    async fn a_served_socket_is_private_answers_and_goes_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(SOCKET);
+        std::fs::write(&path, "stale").unwrap();
+        let served = serve(&path, Arc::new(Fixed)).await.unwrap();
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        let client = Client::connect(directory.path()).await.unwrap();
+        assert_eq!(client.inspect().await.unwrap(), inspection());
+        assert_eq!(
+            client.stop().await.unwrap(),
+            ExitReason::PowerOff.to_string()
+        );
+        drop(served);
+        assert!(!path.exists());
+        assert!(Client::connect(directory.path()).await.is_err());
+    }
+}

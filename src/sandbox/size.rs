@@ -1,0 +1,143 @@
+//! How big a VM is at its boot, from the limits in the OCI spec.
+
+use oci_spec::runtime::{LinuxResources, Spec};
+
+use crate::config::Size;
+
+/// vCPUs and memory at boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BootSize {
+    /// vCPUs, 1–254.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+}
+
+/// The limits that decide about the size.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// CPU quota in microseconds a period; 0 or less: none.
+    pub quota: Option<i64>,
+    /// CPU period in microseconds; absent or 0: the kernel's 100 000.
+    pub period: Option<u64>,
+    /// CPU list, such as `0-2,5`.
+    pub cpuset: Option<String>,
+    /// Memory limit in bytes; 0 or less: none.
+    pub memory: Option<i64>,
+}
+
+impl Limits {
+    /// The limits of a spec.
+    pub fn of(spec: &Spec) -> Self {
+        let resources = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
+        resources.map(Self::of_resources).unwrap_or_default()
+    }
+
+    /// The limits of resources.
+    pub fn of_resources(resources: &LinuxResources) -> Self {
+        let cpu = resources.cpu().as_ref();
+        Self {
+            quota: cpu.and_then(|cpu| cpu.quota()),
+            period: cpu.and_then(|cpu| cpu.period()),
+            cpuset: cpu.and_then(|cpu| cpu.cpus().clone()),
+            memory: resources
+                .memory()
+                .as_ref()
+                .and_then(|memory| memory.limit()),
+        }
+    }
+}
+
+/// The size that limits ask for on a host of `host_cpus`: vCPUs are the quota over the period, rounded
+/// up, else the cpuset's count, else the default, and never more than the host has; memory is the
+/// limit plus what the guest needs and at least the minimum, else the default.
+pub fn boot_size(limits: &Limits, config: &Size, host_cpus: usize) -> BootSize {
+    let period = limits
+        .period
+        .filter(|period| *period > 0)
+        .unwrap_or(100_000);
+    let by_quota = limits
+        .quota
+        .and_then(|quota| u64::try_from(quota).ok())
+        .filter(|quota| *quota > 0)
+        .map(|quota| quota.div_ceil(period));
+    let by_cpuset = || limits.cpuset.as_deref().and_then(cpus_in_list);
+    let wanted = by_quota
+        .or_else(by_cpuset)
+        .unwrap_or(u64::from(config.default_vcpus));
+    let most = u64::try_from(host_cpus).unwrap_or(u64::MAX).clamp(1, 254);
+    let vcpus = u8::try_from(wanted.clamp(1, most)).unwrap_or(254);
+    let memory_mib = match limits.memory.and_then(|bytes| u64::try_from(bytes).ok()) {
+        Some(bytes) if bytes > 0 && bytes < UNLIMITED => {
+            (bytes.div_ceil(1 << 20) + config.guest_memory.mib()).max(config.minimum_memory.mib())
+        }
+        _ => config.default_memory.mib(),
+    };
+    BootSize { vcpus, memory_mib }
+}
+
+/// From here on a limit is a way to say "none": cgroup v1 writes 2^63 rounded down to a page.
+const UNLIMITED: u64 = 1 << 60;
+
+/// CPUs named by a kernel CPU list; None if it is empty or none.
+fn cpus_in_list(list: &str) -> Option<u64> {
+    let mut count: u64 = 0;
+    for part in list.trim().split(',').filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        count += u64::from(last.checked_sub(first)?) + 1;
+    }
+    (count > 0).then_some(count)
+}
+
+/// CPUs that this process may use.
+pub fn host_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_by_limits() {
+        let mib = |count: i64| Some(count << 20);
+        let table = [
+            // quota, period, cpuset, memory, host CPUs → vCPUs, MiB
+            (None, None, None, None, 8, 1, 512),
+            (Some(150_000), Some(100_000), None, None, 8, 2, 512),
+            (Some(100_000), None, None, None, 8, 1, 512),
+            (Some(50_000), Some(100_000), None, None, 8, 1, 512),
+            (Some(1_600_000), Some(100_000), None, None, 8, 8, 512),
+            (Some(-1), Some(100_000), Some("0-2"), None, 8, 3, 512),
+            (Some(0), Some(0), Some("1,3-4"), None, 8, 3, 512),
+            (Some(200_000), Some(100_000), Some("0"), None, 8, 2, 512),
+            (None, None, Some("garbage"), None, 8, 1, 512),
+            (None, None, Some("4-1"), None, 8, 1, 512),
+            (None, None, None, mib(64), 8, 1, 256),
+            (None, None, None, mib(1024), 8, 1, 1152),
+            (None, None, None, Some((1 << 30) + 1), 8, 1, 1153),
+            (None, None, None, Some(-1), 8, 1, 512),
+            (None, None, None, Some(0x7fff_ffff_ffff_f000), 8, 1, 512),
+            (Some(i64::MAX), Some(1), None, None, 1000, 254, 512),
+            (None, None, None, None, 0, 1, 512),
+        ];
+        for (quota, period, cpuset, memory, host, vcpus, memory_mib) in table {
+            let limits = Limits {
+                quota,
+                period,
+                cpuset: cpuset.map(str::to_owned),
+                memory,
+            };
+            let size = boot_size(&limits, &Size::default(), host);
+            assert_eq!(
+                size,
+                BootSize { vcpus, memory_mib },
+                "{limits:?} on {host} CPUs"
+            );
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! The OCI spec as the guest gets it. What has no meaning in a guest is taken
+//! out with a warning; what would silently mean something else is refused by
+//! name: host bind mounts, host devices, foreign namespaces, hooks.
+
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Spec,
+};
+
+/// The spec asks for what a guest cannot have (yet).
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A mount of host files.
+    #[error(
+        "The mount of {origin} at {destination} needs host files in the guest, which is not supported yet: remove it"
+    )]
+    HostMount {
+        /// On the host.
+        origin: String,
+        /// In the container.
+        destination: String,
+    },
+    /// A mount of a file system that the guest does not offer.
+    #[error("The mount at {destination} has the type {fstype}, which the guest does not offer")]
+    FsType {
+        /// In the container.
+        destination: String,
+        /// Its type.
+        fstype: String,
+    },
+    /// A namespace of the host.
+    #[error("The {kind} namespace {path} is the host's and cannot be joined from a guest")]
+    Namespace {
+        /// Its kind.
+        kind: String,
+        /// Its path.
+        path: String,
+    },
+    /// A host device.
+    #[error("The device {path} is the host's and cannot be passed to a guest")]
+    Device {
+        /// Its path.
+        path: String,
+    },
+    /// A hook that would have to run on the host or across both.
+    #[error("The {stage} hook {path} is not supported yet: remove it")]
+    Hook {
+        /// OCI's name of the stage.
+        stage: &'static str,
+        /// Its program.
+        path: String,
+    },
+    /// There is nothing to run.
+    #[error("The spec has no process")]
+    NoProcess,
+    /// The adapted spec cannot be written as JSON.
+    #[error("Cannot write the guest's spec as JSON")]
+    Json(#[from] serde_json::Error),
+}
+
+/// A spec for the guest.
+#[derive(Debug, Clone)]
+pub struct GuestSpec {
+    /// `config.json` for the agent.
+    pub json: Vec<u8>,
+    /// Whether the container's root is to be read-only.
+    pub read_only_root: bool,
+    /// Whether the init has a terminal.
+    pub terminal: bool,
+    /// What was left out and why, for the log.
+    pub warnings: Vec<String>,
+}
+
+/// File systems that a container may mount in the guest, since they hold nothing of the host.
+const GUEST_FILE_SYSTEMS: [&str; 13] = [
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "ramfs",
+    "devpts",
+    "devtmpfs",
+    "mqueue",
+    "cgroup",
+    "cgroup2",
+    "securityfs",
+    "debugfs",
+    "tracefs",
+    "bpf",
+];
+
+/// Character devices (major, minor) that mean the same in every kernel.
+const COMMON_DEVICES: [(i64, i64); 9] = [
+    (1, 3),    // null
+    (1, 5),    // zero
+    (1, 7),    // full
+    (1, 8),    // random
+    (1, 9),    // urandom
+    (5, 0),    // tty
+    (5, 2),    // ptmx
+    (10, 200), // net/tun
+    (10, 229), // fuse
+];
+
+/// Adapts a spec for the container `id` in the guest: network namespace path and `cgroupsPath` are
+/// replaced by the guest's own (`/nacre/ID`), CPU sets taken out (the VM's size honours them), seccomp
+/// profile and security labels dropped with a warning (the agent's runtime has neither), the OOM score
+/// kept.
+pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
+    let mut spec = spec.clone();
+    let mut warnings = Vec::new();
+    for mount in spec.mounts().iter().flatten() {
+        judge_mount(mount)?;
+    }
+    if let Some(hooks) = spec.hooks() {
+        judge_hooks(hooks)?;
+        let kept = Hooks::default();
+        let mut kept = kept;
+        kept.set_start_container(hooks.start_container().clone());
+        spec.set_hooks(hooks.start_container().is_some().then_some(kept));
+    }
+    let process = spec.process_mut().as_mut().ok_or(Error::NoProcess)?;
+    let terminal = process.terminal().unwrap_or(false);
+    if process
+        .apparmor_profile()
+        .as_deref()
+        .is_some_and(|profile| !profile.is_empty())
+    {
+        warnings.push("the AppArmor profile is not applied in the guest".to_owned());
+    }
+    process.set_apparmor_profile(None);
+    if process
+        .selinux_label()
+        .as_deref()
+        .is_some_and(|label| !label.is_empty())
+    {
+        warnings.push("the SELinux label is not applied in the guest".to_owned());
+    }
+    process.set_selinux_label(None);
+    process.set_exec_cpu_affinity(None);
+    let mut linux = spec.linux().clone().unwrap_or_default();
+    adapt_linux(&mut linux, id, &mut warnings)?;
+    spec.set_linux(Some(linux));
+    let read_only_root = spec
+        .root()
+        .as_ref()
+        .and_then(|root| root.readonly())
+        .unwrap_or(false);
+    Ok(GuestSpec {
+        json: serde_json::to_vec(&spec)?,
+        read_only_root,
+        terminal,
+        warnings,
+    })
+}
+
+fn judge_mount(mount: &Mount) -> Result<(), Error> {
+    let destination = mount.destination().display().to_string();
+    let fstype = mount.typ().as_deref().unwrap_or("none");
+    let binds = |option: &String| option == "bind" || option == "rbind";
+    if fstype == "bind" || mount.options().iter().flatten().any(binds) {
+        let origin = mount
+            .source()
+            .as_ref()
+            .map(|source| source.display().to_string());
+        let origin = origin.unwrap_or_else(|| "(no source)".to_owned());
+        return Err(Error::HostMount {
+            origin,
+            destination,
+        });
+    }
+    if !GUEST_FILE_SYSTEMS.contains(&fstype) {
+        return Err(Error::FsType {
+            destination,
+            fstype: fstype.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+fn judge_hooks(hooks: &Hooks) -> Result<(), Error> {
+    #[allow(deprecated, reason = "containerd's clients still set it")]
+    let stages = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    for (stage, hooks) in stages {
+        if let Some(hook) = hooks.iter().flatten().next() {
+            return Err(Error::Hook {
+                stage,
+                path: hook.path().display().to_string(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Result<(), Error> {
+    linux.set_cgroups_path(Some(format!("/nacre/{id}").into()));
+    for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        let Some(path) = namespace.path().clone() else {
+            continue;
+        };
+        if namespace.typ() == LinuxNamespaceType::Network {
+            // The host's netns is the VM's; the container has the guest's own.
+            namespace.set_path(None);
+        } else if !path.as_os_str().is_empty() {
+            let kind = namespace.typ().to_string();
+            return Err(Error::Namespace {
+                kind,
+                path: path.display().to_string(),
+            });
+        }
+    }
+    for device in linux.devices().iter().flatten() {
+        let character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
+        if !character || !COMMON_DEVICES.contains(&(device.major(), device.minor())) {
+            return Err(Error::Device {
+                path: device.path().display().to_string(),
+            });
+        }
+    }
+    if linux.seccomp().is_some() {
+        warnings.push("the seccomp profile is not applied in the guest".to_owned());
+        linux.set_seccomp(None);
+    }
+    if linux
+        .mount_label()
+        .as_deref()
+        .is_some_and(|label| !label.is_empty())
+    {
+        warnings.push("the SELinux mount label is not applied in the guest".to_owned());
+    }
+    linux.set_mount_label(None);
+    if linux.intel_rdt().is_some() {
+        warnings.push("the Intel RDT class is not applied to the guest".to_owned());
+        linux.set_intel_rdt(None);
+    }
+    if linux
+        .net_devices()
+        .as_ref()
+        .is_some_and(|devices| !devices.is_empty())
+    {
+        warnings.push("the host's network devices are not moved into the guest".to_owned());
+    }
+    linux.set_net_devices(None);
+    linux.set_memory_policy(None);
+    if let Some(resources) = linux.resources_mut() {
+        adapt_resources(resources, warnings);
+    }
+    Ok(())
+}
+
+fn adapt_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) {
+    if let Some(cpu) = resources.cpu_mut() {
+        // Numbers of host CPUs and nodes; the VM's size honours their count.
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
+    if resources.block_io().is_some() {
+        warnings
+            .push("block I/O limits name host devices and are not applied in the guest".to_owned());
+        resources.set_block_io(None);
+    }
+    if resources.rdma().is_some() {
+        warnings.push("RDMA limits are not applied in the guest".to_owned());
+        resources.set_rdma(None);
+    }
+    if resources.network().is_some() {
+        // cgroup v1 only, and of host interfaces.
+        resources.set_network(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{Hook, LinuxNamespaceBuilder};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(change: impl FnOnce(&mut Value)) -> Spec {
+        let mut value = serde_json::to_value(Spec::default()).unwrap();
+        value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "mount"}]);
+        change(&mut value);
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn adapted(change: impl FnOnce(&mut Value)) -> (Value, Vec<String>) {
+        let guest = for_guest(&spec(change), "c1").unwrap();
+        (serde_json::from_slice(&guest.json).unwrap(), guest.warnings)
+    }
+
+    fn refused(change: impl FnOnce(&mut Value)) -> String {
+        for_guest(&spec(change), "c1").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_usual_mounts_stay() {
+        let (value, warnings) = adapted(|_| {});
+        assert_eq!(
+            value["mounts"].as_array().unwrap().len(),
+            Spec::default().mounts().as_ref().unwrap().len()
+        );
+        assert_eq!(value["linux"]["cgroupsPath"], "/nacre/c1");
+        assert_eq!(warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn host_mounts_are_refused_by_name() {
+        for mount in [
+            json!({"destination": "/data", "type": "bind", "source": "/srv/data"}),
+            json!({"destination": "/data", "type": "none", "source": "/srv/data", "options": ["rbind", "ro"]}),
+            json!({"destination": "/data", "source": "/srv/data", "options": ["bind"]}),
+        ] {
+            let error = refused(|spec| spec["mounts"].as_array_mut().unwrap().push(mount));
+            assert!(
+                error.contains("/srv/data") && error.contains("/data"),
+                "{error}"
+            );
+        }
+        let error = refused(|spec| {
+            let mount = json!({"destination": "/o", "type": "overlay", "options": ["lowerdir=/x"]});
+            spec["mounts"].as_array_mut().unwrap().push(mount);
+        });
+        assert!(error.contains("/o") && error.contains("overlay"), "{error}");
+    }
+
+    #[test]
+    fn the_network_namespace_becomes_the_guests_and_others_are_refused() {
+        let (value, _) = adapted(|spec| {
+            spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/run/netns/x"}]);
+        });
+        assert_eq!(value["linux"]["namespaces"], json!([{"type": "network"}]));
+        let error = refused(|spec| {
+            spec["linux"]["namespaces"] = json!([{"type": "ipc", "path": "/proc/7/ns/ipc"}]);
+        });
+        assert!(error.contains("/proc/7/ns/ipc"), "{error}");
+        LinuxNamespaceBuilder::default().build().unwrap();
+    }
+
+    #[test]
+    fn security_profiles_go_with_a_warning_and_the_oom_score_stays() {
+        let (value, warnings) = adapted(|spec| {
+            spec["process"]["apparmorProfile"] = json!("docker-default");
+            spec["process"]["selinuxLabel"] = json!("x:y");
+            spec["process"]["oomScoreAdj"] = json!(-500);
+            spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ERRNO"});
+            spec["linux"]["resources"] =
+                json!({"cpu": {"cpus": "4-5", "quota": 1000}, "devices": []});
+        });
+        assert_eq!(warnings.len(), 3, "{warnings:?}");
+        assert_eq!(value["process"]["oomScoreAdj"], -500);
+        assert_eq!(value["process"].get("apparmorProfile"), None);
+        assert_eq!(value["linux"].get("seccomp"), None);
+        assert_eq!(value["linux"]["resources"]["cpu"], json!({"quota": 1000}));
+    }
+
+    #[test]
+    fn hooks_are_refused_by_stage_and_path_but_start_container_stays() {
+        let hook = json!([{"path": "/bin/hook"}]);
+        for stage in [
+            "prestart",
+            "createRuntime",
+            "createContainer",
+            "poststart",
+            "poststop",
+        ] {
+            let error = refused(|spec| spec["hooks"] = json!({stage: hook}));
+            assert!(
+                error.contains(stage) && error.contains("/bin/hook"),
+                "{error}"
+            );
+        }
+        let (value, _) = adapted(|spec| spec["hooks"] = json!({"startContainer": hook}));
+        assert_eq!(value["hooks"]["startContainer"][0]["path"], "/bin/hook");
+        assert_eq!(Hook::default().path().as_os_str(), "");
+    }
+
+    #[test]
+    fn host_devices_are_refused_and_common_ones_stay() {
+        let error = refused(|spec| {
+            spec["linux"]["devices"] =
+                json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        });
+        assert!(error.contains("/dev/sda"), "{error}");
+        let (value, _) = adapted(|spec| {
+            spec["linux"]["devices"] =
+                json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}]);
+        });
+        assert_eq!(value["linux"]["devices"][0]["path"], "/dev/null");
+    }
+
+    #[test]
+    fn a_spec_without_a_process_is_refused() {
+        let mut spec = spec(|_| {});
+        spec.set_process(None);
+        assert!(matches!(for_guest(&spec, "c"), Err(Error::NoProcess)));
+    }
+}

@@ -1,0 +1,149 @@
+//! The real machine: [`nacre_vmm::Vm`] behind the sandbox's trait.
+
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG};
+use nacre_vmm::config::{Console, DEFAULT_WINDOWS};
+use nacre_vmm::virtio::vsock::{VsockHost, VsockListener};
+use nacre_vmm::{DiskConfig, ExitReason, Vm, VmConfig};
+
+use super::SandboxConfig;
+use super::bring_up::Ports;
+use super::console::{ConsoleWriter, Tail};
+use super::error::Error;
+use super::machine::{GuestStream, Machine, PortListener};
+use super::phases::MachinePhases;
+
+/// Starts the VM. With an agent, the well-known ports listen before the guest's first instruction.
+pub(crate) fn start(
+    config: SandboxConfig,
+    tail: Tail,
+) -> Result<(Arc<dyn Machine>, Option<Ports>), Error> {
+    let doing = format!("start the VM {}", config.id);
+    let windows = windows(config.agent, config.disks.len());
+    let output = ConsoleWriter::new(config.console.raw, tail, config.console.lines);
+    let vm_config = VmConfig {
+        name: config.id,
+        kernel: config.kernel,
+        initrd: config.initrd,
+        cmdline: config.cmdline,
+        memory_mib: config.memory_mib,
+        vcpus: config.vcpus,
+        disks: config.disks,
+        windows,
+        vsock: config.agent,
+        rng: true,
+        console: Console {
+            output: Box::new(output),
+            input: config.console.input,
+        },
+    };
+    let mut ports = None;
+    let vm = Vm::start_with(vm_config, |host| ports = Some(listen_on_all(host)))
+        .map_err(|error| Error::machine(doing.as_str(), &error))?;
+    let ports = ports
+        .transpose()
+        .map_err(|error| Error::machine("listen for the guest's agent", &error))?;
+    Ok((Arc::new(vm), ports))
+}
+
+fn listen_on_all(host: &VsockHost) -> Result<Ports, nacre_vmm::virtio::vsock::Error> {
+    Ok(Ports {
+        calls: Box::new(host.listen(PORT_CALLS)?),
+        events: Box::new(host.listen(PORT_EVENTS)?),
+        log: Box::new(host.listen(PORT_LOG)?),
+    })
+}
+
+/// As many windows as the disks of the start need beside the usual spares.
+fn windows(agent: bool, disks: usize) -> u8 {
+    let first = first_disk_window(agent);
+    u8::try_from(disks)
+        .ok()
+        .and_then(|disks| disks.checked_add(first))
+        .unwrap_or(u8::MAX)
+        .clamp(DEFAULT_WINDOWS, nacre_vmm::memory::layout::MAX_WINDOWS)
+}
+
+/// The window of the first disk of the start: vsock and rng come before.
+pub(crate) fn first_disk_window(agent: bool) -> u8 {
+    u8::from(agent) + 1
+}
+
+#[async_trait]
+impl Machine for Vm {
+    async fn ended(&self) -> ExitReason {
+        Vm::ended(self).await
+    }
+
+    fn exit_reason(&self) -> Option<ExitReason> {
+        Vm::exit_reason(self)
+    }
+
+    fn stop(&self) {
+        Vm::stop(self);
+    }
+
+    fn listen(&self, port: u32) -> Result<Box<dyn PortListener>, Error> {
+        let doing = || format!("listen on vsock port {port}");
+        let host = self.vsock().ok_or_else(|| Error::Machine {
+            doing: doing(),
+            cause: "the VM has no vsock device".to_owned(),
+        })?;
+        let listener = host
+            .listen(port)
+            .map_err(|error| Error::machine(doing(), &error))?;
+        Ok(Box::new(listener))
+    }
+
+    fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error> {
+        let doing = format!("plug the disk {}", disk.path.display());
+        Vm::plug_disk(self, disk).map_err(|error| Error::machine(doing, &error))
+    }
+
+    fn unplug(&self, window: u8) -> Result<(), Error> {
+        Vm::unplug(self, window)
+            .map_err(|error| Error::machine(format!("unplug window {window}"), &error))
+    }
+
+    fn phases(&self) -> MachinePhases {
+        let phases = Vm::phases(self);
+        MachinePhases {
+            start_ns: phases.start_ns,
+            kvm_ns: phases.kvm_ns,
+            loaded_ns: phases.loaded_ns,
+            first_run_ns: phases.first_run_ns,
+            marks: phases.marks,
+        }
+    }
+
+    fn exits(&self) -> Vec<(String, u64)> {
+        let counters = self.counters();
+        counters
+            .exits
+            .into_iter()
+            .map(|(name, count)| (name.to_owned(), count))
+            .collect()
+    }
+}
+
+#[async_trait]
+impl PortListener for VsockListener {
+    async fn accept(&mut self) -> io::Result<GuestStream> {
+        Ok(GuestStream::new(VsockListener::accept(self).await?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_grow_with_the_disks_up_to_the_machines_limit() {
+        assert_eq!(windows(true, 0), DEFAULT_WINDOWS);
+        assert_eq!(windows(true, 10), 12);
+        assert_eq!(windows(true, 1000), nacre_vmm::memory::layout::MAX_WINDOWS);
+    }
+}

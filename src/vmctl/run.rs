@@ -1,0 +1,461 @@
+//! `vmctl run`: one container in one VM, without containerd. Its root is an
+//! image made of a directory; its stdio is ours; its exit code too.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::mpsc;
+
+use super::RUN_FAILED;
+use super::session::{NAMESPACE, Session, Signals, check_name, default_name};
+use super::terminal::{self, RawMode};
+use crate::config::{ByteSize, Config};
+use crate::record::Resource;
+use crate::sandbox::spec::for_guest;
+use crate::sandbox::storage::{rootfs_image, rootfs_mount};
+use crate::sandbox::{
+    AgentEvent, DiskConfig, Error, GuestLine, GuestStream, Sandbox, SandboxConfig, Source, Stdio,
+    StdioListener,
+};
+
+mod command_spec;
+
+use command_spec::Command;
+
+/// How long output may take to arrive after the process has ended.
+const DRAIN: Duration = Duration::from_secs(30);
+/// Signals of the user that end vmctl whatever the container does with them.
+const INSISTENT: u32 = 3;
+
+const HELP: &str = "\
+Exit code: the command's own; 128+N if signal N ended it; 125 if the container could not be run, 126 if its \
+command cannot be executed, 127 if there is none. SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed \
+to the command; the third SIGINT or SIGTERM ends the VM.";
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = HELP)]
+pub(super) struct Args {
+    /// Directory with the container's root file system; it is copied, never written
+    #[arg(long, value_name = "DIR")]
+    rootfs: PathBuf,
+    /// Memory of the VM, such as 512M or 2G [default: from the configuration]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
+    /// vCPUs of the VM, 1 to 254 [default: from the configuration]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=254))]
+    vcpus: Option<u8>,
+    /// An environment variable; NAME alone takes vmctl's own value. May be given several times
+    #[arg(long = "env", short = 'e', value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Working directory in the container
+    #[arg(long, value_name = "PATH", default_value = "/")]
+    cwd: PathBuf,
+    /// User and group: UID, UID:GID, or names that the root's /etc/passwd and /etc/group have
+    #[arg(long, short = 'u', value_name = "USER[:GROUP]", default_value = "0")]
+    user: String,
+    /// Whether the command has a terminal; auto: if standard input and output are one
+    #[arg(
+        long,
+        short = 't',
+        value_name = "WHEN",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "auto",
+        default_missing_value = "always"
+    )]
+    tty: When,
+    /// Make the root read-only
+    #[arg(long)]
+    read_only: bool,
+    /// Guest kernel [default: from the configuration]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// initrd with the agent [default: from the configuration]
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Show the guest's console and the agent's log on standard error
+    #[arg(long)]
+    verbose: bool,
+    /// Name of the VM in `vmctl list` [default: run-PID]
+    #[arg(long, value_parser = check_name)]
+    name: Option<String>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(super) command: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum When {
+    Auto,
+    Always,
+    Never,
+}
+
+pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::Result<u8> {
+    let id = args.name.clone().unwrap_or_else(|| default_name("run"));
+    let tty = match args.tty {
+        When::Auto => terminal::is_interactive(),
+        When::Always => true,
+        When::Never => false,
+    };
+    let command = Command {
+        args: args.command.clone(),
+        env: args.env.clone(),
+        cwd: args.cwd.clone(),
+        user: args.user.clone(),
+        terminal: tty,
+        read_only_root: args.read_only,
+        hostname: id.clone(),
+    };
+    let spec = for_guest(&command.spec(&args.rootfs)?, &id)?;
+    let mut signals = Signals::new(&[
+        libc::SIGINT,
+        libc::SIGTERM,
+        libc::SIGHUP,
+        libc::SIGQUIT,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGWINCH,
+    ])?;
+    let mut session = Session::begin(config, &id)?;
+    let mut sandbox_config =
+        SandboxConfig::new(config, NAMESPACE, &id, session.directory().to_owned());
+    sandbox_config.main_ns = Some(main_ns);
+    if let Some(kernel) = &args.kernel {
+        sandbox_config.kernel = kernel.clone();
+    }
+    if let Some(initrd) = &args.initrd {
+        sandbox_config.initrd = Some(initrd.clone());
+    }
+    if let Some(memory) = args.memory {
+        sandbox_config.memory_mib = memory.mib();
+    }
+    if let Some(vcpus) = args.vcpus {
+        sandbox_config.vcpus = vcpus;
+    }
+    if args.verbose {
+        sandbox_config.console.lines = Some(Arc::new(print_line));
+    }
+    // The VM boots while the image is made.
+    let sandbox = Sandbox::boot(sandbox_config)?;
+    let container = Container {
+        id,
+        sandbox: sandbox.clone(),
+        tty,
+    };
+    let ran = async {
+        session.serve(&sandbox).await?;
+        container
+            .run(config, args, &session, spec.json, &mut signals)
+            .await
+    }
+    .await;
+    // In order, whatever became of the container; the session then frees the state.
+    sandbox.shutdown().await;
+    drop(session);
+    ran
+}
+
+fn print_line(line: &GuestLine) {
+    let source = match line.source {
+        Source::Console => "console",
+        Source::Agent => "agent",
+    };
+    eprintln!(
+        "[{source} {} {}] {}\r",
+        line.level, line.component, line.message
+    );
+}
+
+/// The one container of this VM.
+struct Container {
+    id: String,
+    sandbox: Sandbox,
+    tty: bool,
+}
+
+impl Container {
+    async fn run(
+        &self,
+        config: &Config,
+        args: &Args,
+        session: &Session,
+        spec_json: Vec<u8>,
+        signals: &mut Signals,
+    ) -> anyhow::Result<u8> {
+        let events = self
+            .sandbox
+            .events()
+            .context("The sandbox's events are taken")?;
+        let created = {
+            let create = self.create(config, args, session, spec_json);
+            tokio::pin!(create);
+            loop {
+                tokio::select! {
+                    created = &mut create => break created?,
+                    signal = signals.next() => if signal != libc::SIGWINCH {
+                        // Nothing runs yet that could take it.
+                        return Ok(128 + signal as u8);
+                    },
+                }
+            }
+        };
+        let raw = if self.tty { RawMode::enter()? } else { None };
+        let code = self.attend(created, events, signals).await;
+        drop(raw);
+        code
+    }
+
+    /// Root, container, process, and the streams that it has dialled.
+    async fn create(
+        &self,
+        config: &Config,
+        args: &Args,
+        session: &Session,
+        spec_json: Vec<u8>,
+    ) -> anyhow::Result<Streams> {
+        let image = session.directory().join("root.img");
+        session.record.add(Resource::File(image.clone()))?;
+        let (from, to) = (args.rootfs.clone(), image.clone());
+        let headroom = config.rootfs.headroom.0;
+        let making = tokio::task::spawn_blocking(move || rootfs_image(&from, &to, headroom));
+        // A VM that does not come up need not wait for the image.
+        tokio::select! {
+            made = making => made.context("Making the root image failed")??,
+            error = failure(&self.sandbox) => return Err(error.into()),
+        }
+        let disk = DiskConfig {
+            path: image,
+            read_only: args.read_only,
+            id: "root".to_owned(),
+        };
+        let disk = self.sandbox.attach_disk(disk).await?;
+        let stdin = self.sandbox.stdio_listener()?;
+        let stdout = self.sandbox.stdio_listener()?;
+        let stderr = if self.tty {
+            None
+        } else {
+            Some(self.sandbox.stdio_listener()?)
+        };
+        let mut stdio = Stdio::new();
+        stdio.stdin_port = stdin.port();
+        stdio.stdout_port = stdout.port();
+        stdio.stderr_port = stderr.as_ref().map_or(0, StdioListener::port);
+        stdio.terminal = self.tty;
+        if let Some((columns, rows)) = self.tty.then(terminal::size).flatten() {
+            stdio.columns = u32::from(columns);
+            stdio.rows = u32::from(rows);
+        }
+        let root = rootfs_mount(&disk.device, args.read_only);
+        self.sandbox
+            .create_container(&self.id, spec_json, vec![root], stdio)
+            .await?;
+        let streams = async {
+            Ok::<_, Error>(Streams {
+                stdin: stdin.accept().await?,
+                stdout: stdout.accept().await?,
+                stderr: match stderr {
+                    Some(stderr) => Some(stderr.accept().await?),
+                    None => None,
+                },
+            })
+        };
+        Ok(streams.await?)
+    }
+
+    /// Starts the process and serves it until it has ended and its output has arrived.
+    async fn attend(
+        &self,
+        streams: Streams,
+        mut events: mpsc::Receiver<AgentEvent>,
+        signals: &mut Signals,
+    ) -> anyhow::Result<u8> {
+        let output = tokio::spawn(copy_out(streams.stdout, tokio::io::stdout()));
+        let errors = streams
+            .stderr
+            .map(|stderr| tokio::spawn(copy_out(stderr, tokio::io::stderr())));
+        if let Err(error) = self.sandbox.start(&self.id, "").await {
+            return not_started(error);
+        }
+        let stdin = tokio::spawn(copy_in(read_stdin()?, streams.stdin));
+        let insisted = AtomicU32::new(0);
+        let status = loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(AgentEvent::Exit { exec_id, status, .. }) if exec_id.is_empty() => break status,
+                    Some(AgentEvent::Oom { .. }) => eprintln!("vmctl: the container ran out of memory\r"),
+                    Some(AgentEvent::Exit { .. }) => {}
+                    None => {
+                        let reason = self.sandbox.ended().await;
+                        let console = self.sandbox.console_tail();
+                        return Err(Error::Gone { reason, console }.into());
+                    }
+                },
+                signal = signals.next() => self.signal(signal, &insisted).await?,
+            }
+        };
+        stdin.abort();
+        let drained = async {
+            // A failed write to our own output has been told by its copy.
+            let _ = output.await;
+            if let Some(errors) = errors {
+                let _ = errors.await;
+            }
+        };
+        if tokio::time::timeout(DRAIN, drained).await.is_err() {
+            eprintln!("vmctl: the container's output did not end within {DRAIN:?}\r");
+        }
+        if let Err(error) = self.sandbox.delete_container(&self.id).await {
+            tracing::warn!(%error, "the container was not deleted in the guest");
+        }
+        Ok(status)
+    }
+
+    async fn signal(&self, signal: i32, insisted: &AtomicU32) -> anyhow::Result<()> {
+        if signal == libc::SIGWINCH {
+            if let Some((columns, rows)) = self.tty.then(terminal::size).flatten()
+                && let Err(error) = self
+                    .sandbox
+                    .resize_pty(&self.id, "", u32::from(columns), u32::from(rows))
+                    .await
+            {
+                tracing::warn!(%error, "the terminal was not resized");
+            }
+            return Ok(());
+        }
+        if matches!(signal, libc::SIGINT | libc::SIGTERM)
+            && insisted.fetch_add(1, Ordering::Relaxed) + 1 >= INSISTENT
+        {
+            bail!("Ended by signal {signal}, which the container was sent {INSISTENT} times");
+        }
+        let number = u32::try_from(signal).unwrap_or_default();
+        match self.sandbox.signal(&self.id, "", number, false).await {
+            Err(error) if error.code() == Some(ttrpc::Code::NOT_FOUND) => Ok(()),
+            sent => Ok(sent?),
+        }
+    }
+}
+
+/// Completes with the error only if the VM fails to come up.
+async fn failure(sandbox: &Sandbox) -> Error {
+    match sandbox.ready().await {
+        Ok(_) => std::future::pending().await,
+        Err(error) => error,
+    }
+}
+
+/// The codes that shells have taught everyone for a command that cannot be run.
+fn not_started(error: Error) -> anyhow::Result<u8> {
+    let code = match &error {
+        Error::Refused { message, .. } if message.contains("ermission denied") => 126,
+        Error::Refused { code, message, .. }
+            if *code == ttrpc::Code::NOT_FOUND
+                || message.contains("No such file")
+                || message.contains("not found") =>
+        {
+            127
+        }
+        _ => return Err(anyhow!(error)),
+    };
+    eprintln!("vmctl: {error}");
+    debug_assert_ne!(code, RUN_FAILED);
+    Ok(code)
+}
+
+/// The process's streams.
+struct Streams {
+    stdin: GuestStream,
+    stdout: GuestStream,
+    stderr: Option<GuestStream>,
+}
+
+/// Copies a stream of the guest to one of ours until it ends. What we cannot write ends the stream, and
+/// the process learns it as it would from a closed pipe.
+async fn copy_out(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+) -> std::io::Result<()> {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let count = from.read(&mut buffer).await?;
+        if count == 0 {
+            return to.flush().await;
+        }
+        to.write_all(&buffer[..count]).await?;
+        to.flush().await?;
+    }
+}
+
+/// Copies our standard input to the guest's; its end half-closes the stream.
+async fn copy_in(
+    mut from: mpsc::Receiver<Vec<u8>>,
+    mut to: impl AsyncWrite + Unpin,
+) -> std::io::Result<()> {
+    while let Some(data) = from.recv().await {
+        to.write_all(&data).await?;
+        to.flush().await?;
+    }
+    to.shutdown().await?;
+    // The other direction stays open: dropping the stream would reset it before the data is read.
+    std::future::pending().await
+}
+
+/// Reads standard input in a thread that ends with the process or the input; the channel ends with it.
+fn read_stdin() -> anyhow::Result<mpsc::Receiver<Vec<u8>>> {
+    let (sender, receiver) = mpsc::channel(4);
+    if nix::unistd::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group != nix::unistd::getpgrp())
+        && std::io::stdin().is_terminal()
+    {
+        // In the background of a terminal a read would stop this process.
+        return Ok(receiver);
+    }
+    std::thread::Builder::new()
+        .name("stdin".to_owned())
+        .spawn(move || {
+            let mut stdin = std::io::stdin().lock();
+            let mut buffer = vec![0; 64 * 1024];
+            while let Ok(count @ 1..) = std::io::Read::read(&mut stdin, &mut buffer) {
+                if sender.blocking_send(buffer[..count].to_vec()).is_err() {
+                    return;
+                }
+            }
+        })
+        .context("Cannot start a thread for standard input")?;
+    Ok(receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_is_not_there_is_127_and_one_that_cannot_run_126() {
+        let refused = |code, message: &str| Error::Refused {
+            call: "starting".to_owned(),
+            code,
+            message: message.to_owned(),
+        };
+        let internal = ttrpc::Code::INTERNAL;
+        assert_eq!(
+            not_started(refused(internal, "/nope: No such file or directory")).unwrap(),
+            127
+        );
+        assert_eq!(
+            not_started(refused(internal, "/etc: Permission denied")).unwrap(),
+            126
+        );
+        not_started(refused(internal, "something else")).unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn output_is_copied_whole() {
+        let mut to = Vec::new();
+        copy_out(&[7u8; 200_000][..], &mut to).await.unwrap();
+        assert_eq!(to.len(), 200_000);
+    }
+}
