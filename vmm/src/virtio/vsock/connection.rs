@@ -637,3 +637,243 @@ impl Connection {
         later.wake(&mut self.writer);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::packet::{OP_CREDIT_REQUEST, OP_CREDIT_UPDATE};
+    use super::*;
+
+    #[test]
+    fn every_pair_of_phase_and_step_is_as_the_table_says() {
+        use Phase::{Accepting, Closed, Closing, Established, Requested, Requesting};
+        use Step::{
+            CloseSent, GotCredit, GotData, GotFullShutdown, GotRequest, GotReset, GotResponse,
+            GotShutdown, RequestSent, ResponseSent, Stop,
+        };
+        let finished = Closed(Cause::Finished);
+        let refused = Closed(Cause::Refused);
+        let reset = Closed(Cause::Reset);
+        let ended = Closed(Cause::Ended);
+        let phases = [
+            Requesting,
+            Requested,
+            Accepting,
+            Established,
+            Closing,
+            finished,
+            reset,
+        ];
+        type Row = (Step, [Option<Phase>; 7]);
+        let table: [Row; 11] = [
+            (
+                RequestSent,
+                [Some(Requested), None, None, None, None, None, None],
+            ),
+            (
+                ResponseSent,
+                [None, None, Some(Established), None, None, None, None],
+            ),
+            (
+                CloseSent,
+                [None, None, None, Some(Closing), None, None, None],
+            ),
+            (GotRequest, [None; 7]),
+            (
+                GotResponse,
+                [None, Some(Established), None, None, None, None, None],
+            ),
+            (
+                GotData,
+                [
+                    None,
+                    None,
+                    None,
+                    Some(Established),
+                    Some(Closing),
+                    None,
+                    None,
+                ],
+            ),
+            (
+                GotCredit,
+                [
+                    None,
+                    None,
+                    Some(Accepting),
+                    Some(Established),
+                    Some(Closing),
+                    None,
+                    None,
+                ],
+            ),
+            (
+                GotShutdown,
+                [
+                    None,
+                    None,
+                    Some(Accepting),
+                    Some(Established),
+                    Some(Closing),
+                    None,
+                    None,
+                ],
+            ),
+            (
+                GotFullShutdown,
+                [
+                    None,
+                    None,
+                    Some(finished),
+                    Some(finished),
+                    Some(finished),
+                    None,
+                    None,
+                ],
+            ),
+            (
+                GotReset,
+                [
+                    Some(refused),
+                    Some(refused),
+                    Some(reset),
+                    Some(reset),
+                    Some(finished),
+                    None,
+                    None,
+                ],
+            ),
+            (
+                Stop(Cause::Ended),
+                [
+                    Some(ended),
+                    Some(ended),
+                    Some(ended),
+                    Some(ended),
+                    Some(ended),
+                    Some(finished),
+                    Some(reset),
+                ],
+            ),
+        ];
+        for (step, row) in table {
+            for (phase, expected) in phases.into_iter().zip(row) {
+                let after = phase.after(step);
+                assert_eq!(after.ok(), expected, "{phase:?} and {step:?}");
+                if let Err(error) = after {
+                    assert_eq!(error, Unexpected { phase, step });
+                }
+            }
+        }
+    }
+
+    /// An established connection whose counters are all at `start`.
+    fn established(start: u32) -> Connection {
+        let mut connection = Connection::outgoing(3, 1, 2);
+        connection.phase = Phase::Established;
+        connection.peer_buf_alloc = 1000;
+        for counter in [
+            &mut connection.rx_cnt,
+            &mut connection.fwd_cnt,
+            &mut connection.told_fwd_cnt,
+            &mut connection.tx_cnt,
+            &mut connection.peer_fwd_cnt,
+        ] {
+            *counter = start;
+        }
+        connection
+    }
+
+    fn credit(buf_alloc: u32, fwd_cnt: u32) -> Header {
+        Header {
+            op: OP_CREDIT_UPDATE,
+            buf_alloc,
+            fwd_cnt,
+            ..Header::default()
+        }
+    }
+
+    #[test]
+    fn counters_wrap_in_both_directions() {
+        let start = u32::MAX - 400;
+        let mut connection = established(start);
+        let mut later = Deferred::default();
+        assert_eq!(connection.write([&[7u8; 5000][..]]), Progress::Moved(5000));
+        let sent = |connection: &mut Connection, later: &mut Deferred| {
+            connection.next_packet(4096, later, |header, _| (header.op, header.len))
+        };
+        assert_eq!(sent(&mut connection, &mut later), Some((OP_RW, 1000)));
+        assert_eq!(connection.tx_cnt, 599);
+        assert_eq!(
+            sent(&mut connection, &mut later),
+            Some((OP_CREDIT_REQUEST, 0))
+        );
+        connection.receive(
+            &credit(1000, start.wrapping_add(700)),
+            &mut &[][..],
+            &mut later,
+        );
+        assert_eq!(sent(&mut connection, &mut later), Some((OP_RW, 700)));
+        assert_eq!(
+            sent(&mut connection, &mut later),
+            Some((OP_CREDIT_REQUEST, 0))
+        );
+
+        let mut data = Header {
+            op: OP_RW,
+            len: 60_000,
+            buf_alloc: 1000,
+            ..Header::default()
+        };
+        data.fwd_cnt = connection.peer_fwd_cnt;
+        let payload = vec![1; 60_000];
+        for _ in 0..50 {
+            for _ in 0..4 {
+                let verdict = connection.receive(&data, &mut &payload[..], &mut later);
+                assert_eq!(verdict, Verdict::Keep);
+            }
+            assert_eq!(connection.read(1 << 20, |_| {}), Progress::Moved(240_000));
+            let update = connection
+                .next_packet(1, &mut later, |header, _| *header)
+                .unwrap();
+            assert_eq!(
+                (update.op, update.fwd_cnt),
+                (OP_CREDIT_UPDATE, connection.rx_cnt)
+            );
+        }
+        assert!(connection.rx_cnt < start);
+    }
+
+    #[test]
+    fn a_peer_that_shrinks_its_buffer_below_what_is_in_flight_has_no_room() {
+        let mut connection = established(0);
+        let mut later = Deferred::default();
+        connection.write([&[7u8; 800][..]]);
+        connection.next_packet(4096, &mut later, |_, _| ());
+        assert_eq!(connection.peer_free(), 200);
+        for (buf_alloc, free) in [
+            (799, 0),
+            (800, 0),
+            (801, 1),
+            (0, 0),
+            (u32::MAX, u32::MAX - 800),
+        ] {
+            connection.receive(&credit(buf_alloc, 0), &mut &[][..], &mut later);
+            assert_eq!(connection.peer_free(), free);
+        }
+    }
+
+    #[test]
+    fn shrinking_and_growing_again_makes_no_endless_requests() {
+        let mut connection = established(0);
+        let mut later = Deferred::default();
+        connection.write([&[7u8; 1001][..]]);
+        let mut requests = 0;
+        for round in 0..100 {
+            while let Some(op) = connection.next_packet(4096, &mut later, |header, _| header.op) {
+                requests += usize::from(op == OP_CREDIT_REQUEST);
+            }
+            connection.receive(&credit(round % 2, 0), &mut &[][..], &mut later);
+        }
+        assert_eq!(requests, 1);
+    }
+}

@@ -13,6 +13,8 @@ mod muxer;
 mod packet;
 mod ring;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub use connection::{BUF_ALLOC, TX_BUFFER};
 pub use device::Vsock;

@@ -603,4 +603,61 @@ impl Muxer {
     pub fn connections(&self) -> usize {
         self.connections.len()
     }
+
+    /// Holds the table to what it promises.
+    #[cfg(test)]
+    pub fn check(&self) {
+        use super::connection::{BUF_ALLOC, TX_BUFFER};
+        assert!(self.connections.len() <= MAX_CONNECTIONS);
+        assert!(self.replies.len() <= MAX_REPLIES);
+        for (ports, id) in &self.live {
+            let connection = &self.connections[id].connection;
+            assert_eq!(
+                (ports.host, ports.guest),
+                (connection.host_port, connection.guest_port)
+            );
+            assert!(!matches!(connection.phase(), Phase::Closed(_)));
+        }
+        let mut waiting = 0;
+        let mut over = 0;
+        for (id, entrant) in &self.connections {
+            let connection = &entrant.connection;
+            assert!(connection.unread() <= BUF_ALLOC as usize);
+            assert!(connection.unsent() <= TX_BUFFER);
+            assert!(connection.memory() <= BUF_ALLOC as usize + TX_BUFFER);
+            assert_eq!(entrant.queued, self.ready.contains(id));
+            assert!(entrant.queued || !connection.has_packet(), "{connection:?}");
+            waiting += usize::from(entrant.holder == Holder::Listener);
+            if let Phase::Closed(cause) = connection.phase() {
+                over += 1;
+                assert_eq!(connection.unsent(), 0);
+                match entrant.holder {
+                    Holder::Host => {}
+                    Holder::Listener => assert_eq!(cause, Cause::Finished),
+                    Holder::Nobody => panic!("a dead connection that nobody holds"),
+                }
+            }
+        }
+        assert_eq!(self.connections.len(), self.live.len() + over);
+        let unique: std::collections::HashSet<_> = self.ready.iter().collect();
+        assert_eq!(unique.len(), self.ready.len());
+        assert!(
+            self.ready
+                .iter()
+                .all(|id| self.connections.contains_key(id))
+        );
+        let mut backlog = 0;
+        for (port, listener) in &self.listeners {
+            assert!(listener.backlog.len() <= BACKLOG);
+            backlog += listener.backlog.len();
+            for id in &listener.backlog {
+                assert_eq!(self.connections[id].connection.host_port, *port);
+                assert_eq!(self.connections[id].holder, Holder::Listener);
+            }
+        }
+        assert_eq!(backlog, waiting);
+        if self.device == DeviceState::NeedsPackets {
+            assert!(self.ready.is_empty() && self.replies.is_empty());
+        }
+    }
 }
