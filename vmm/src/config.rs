@@ -216,10 +216,10 @@ impl DiskConfig {
 
 /// The kernel command line for a stock kernel on this machine.
 ///
-/// `panic=-1` reboots at once after a panic, which pvpanic has told before; the reboot itself goes
-/// through the ACPI reset register, Linux's own first choice.
+/// `panic=-1` reboots at once after a panic, which pvpanic has told before. `reboot=a` goes through
+/// the ACPI reset register: without EFI, Linux's own choice for hardware-reduced ACPI is the BIOS.
 pub fn default_cmdline() -> String {
-    "console=ttyS0 quiet panic=-1 tsc=reliable random.trust_cpu=on".to_owned()
+    "console=ttyS0 quiet panic=-1 reboot=a tsc=reliable random.trust_cpu=on".to_owned()
 }
 
 #[cfg(test)]

@@ -241,16 +241,10 @@ impl Vm {
 /// Waits for the end, takes the machine down, and says so.
 fn supervise(progress: &Progress, state: &Mutex<State>) {
     let reason = progress.ending.wait_reason();
-    let machine = {
-        let mut state = lock(state);
-        let counters = match &*state {
-            State::Running(machine) => machine.counters(),
-            State::Ended(counters) => counters.clone(),
-        };
-        std::mem::replace(&mut *state, State::Ended(counters))
-    };
+    let machine = std::mem::replace(&mut *lock(state), State::Ended(Counters::default()));
     if let State::Running(machine) = machine {
-        machine.take_down();
+        let counters = machine.take_down();
+        *lock(state) = State::Ended(counters);
     }
     tracing::info!(%reason, "the VM has ended");
     progress.ending.finish();

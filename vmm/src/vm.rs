@@ -22,13 +22,13 @@ use crate::exit::{Ending, ExitReason};
 use crate::interrupt::{self, IrqLine, Kick};
 use crate::kvm;
 use crate::memory::layout::{
-    ACPI_START, I8042_PORT, MIB, PHASE_PORT, PVPANIC_PORT, SERIAL_GSI, SERIAL_PORT,
+    ACPI_START, I8042_PORT, MIB, PHASE_PORT, PVPANIC_PORT, RESET_VECTOR, SERIAL_GSI, SERIAL_PORT,
     SLEEP_CONTROL_PORT, START_INFO, WINDOW_SIZE, low_ram_end, ram, window_address, window_gsi,
 };
 use crate::memory::{self, GuestMemory};
 use crate::platform::monotonic_ns;
 use crate::platform::phase::{PhaseMarks, PhasePort};
-use crate::platform::power::{PowerRegisters, ResetLine};
+use crate::platform::power::{PowerRegisters, RESET_VECTOR_CODE, ResetLine};
 use crate::platform::pvpanic::Pvpanic;
 use crate::serial::{InputPump, SerialPort};
 use crate::vcpu;
@@ -427,14 +427,17 @@ impl Machine {
         self.memory.size()
     }
 
-    /// Stops everything that runs and gives everything back. The end has been reported before.
-    pub fn take_down(mut self) {
+    /// Stops everything that runs and gives everything back; the last counters. The end has been
+    /// reported before.
+    pub fn take_down(mut self) -> Counters {
         self.vcpus.join();
+        let counters = self.counters();
         for place in &mut self.windows {
             place.wires = None;
             drop(place.slot.lock().unplug());
         }
         self.event_loop.stop();
+        counters
     }
 }
 
@@ -458,6 +461,12 @@ fn load(config: &VmConfig, memory: &GuestMemory, size: u64) -> Result<Entry, Err
         .map_err(|error| boot::Error::Write {
             what: "ACPI tables",
             address: ACPI_START,
+            why: error.to_string(),
+        })?;
+    view.write_slice(&RESET_VECTOR_CODE, GuestAddress(RESET_VECTOR))
+        .map_err(|error| boot::Error::Write {
+            what: "reset vector",
+            address: RESET_VECTOR,
             why: error.to_string(),
         })?;
     write_start_info(&view, size, &config.cmdline, initrd, ACPI_START)?;

@@ -19,7 +19,7 @@ use acpi_tables::xsdt::XSDT;
 
 use super::Error;
 use crate::memory::layout::{
-    ACPI_START, GED_GSI, HIGH_RAM_START, IOAPIC, LAPIC, PVPANIC_PORT, RESET_PORT, RESET_VALUE,
+    ACPI_START, GED_GSI, IOAPIC, LAPIC, PVPANIC_PORT, RESET_PORT, RESET_VALUE, RESET_VECTOR,
     SERIAL_GSI, SERIAL_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, WINDOW_SIZE, window_address,
     window_gsi,
 };
@@ -64,7 +64,7 @@ pub fn tables(machine: &Machine) -> Result<Vec<u8>, Error> {
     Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
     let mut bytes = block.bytes;
     bytes[..rsdp.len()].copy_from_slice(&rsdp);
-    if bytes.len() as u64 > HIGH_RAM_START - ACPI_START {
+    if bytes.len() as u64 > RESET_VECTOR - ACPI_START {
         return Err(Error::AcpiSize(bytes.len()));
     }
     Ok(bytes)

@@ -32,7 +32,9 @@ pub const CMDLINE_SIZE: usize = 2048;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables, the RSDP first.
 pub const ACPI_START: u64 = 0xe_0000;
-/// End of the space for ACPI tables; RAM for the guest's use goes on here.
+/// Where a processor begins after a reset, seen from real mode; ACPI tables end before it.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// End of what is reserved below 1 MiB; RAM for the guest's use goes on here.
 pub const HIGH_RAM_START: u64 = MIB;
 
 /// The first virtio-mmio window.

@@ -14,6 +14,15 @@ const SLEEP_TYPE_MASK: u8 = 7;
 const SLEEP_ENABLE: u8 = 1 << 5;
 const PULSE_RESET_LINE: u8 = 0xfe;
 
+/// Real-mode code for the reset vector: it asks for a reset by the register. Linux with
+/// hardware-reduced ACPI and without EFI ends there when it restarts, unless it was told another
+/// way (`reboot=`).
+pub const RESET_VECTOR_CODE: [u8; 9] = {
+    let [low, high] = RESET_PORT.to_le_bytes();
+    // mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; again: hlt; jmp again
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+};
+
 /// Sleep control, sleep status and reset, one byte each, from [`SLEEP_CONTROL_PORT`].
 pub struct PowerRegisters {
     ending: Arc<Ending>,

@@ -128,6 +128,10 @@ pub fn spawn(
                     run(index, &mut vcpu, &surroundings, &counts)
                 }))
             };
+            if let Ok(regs) = vcpu.get_regs() {
+                let rip = format_args!("{:#x}", regs.rip);
+                tracing::debug!(vcpu = index, rip, "left the guest");
+            }
             match outcome {
                 Ok(Some(reason)) => {
                     ending.report(reason);
