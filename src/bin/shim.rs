@@ -1,2 +1,7 @@
-//! Placeholder.
-fn main() {}
+//! `containerd-shim-nacre-v1`: containerd's shim, which is its own virtual machine monitor.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    nacre::shim::main()
+}

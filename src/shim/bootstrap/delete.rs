@@ -1,0 +1,196 @@
+//! `delete`: frees what a daemon left that ended in whatever way, and answers
+//! for its container. A daemon that still lives is waited for, then killed, by a
+//! descriptor that cannot mean another process.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::Message;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::flags::{DAEMON_ACTION, Flags};
+use super::{ADDRESS_FILE, PID_FILE, address};
+use crate::config::Config;
+use crate::record::{self, Holder};
+use crate::shim::events::timestamp;
+
+/// Exit status of a task whose shim is gone: 128 + SIGKILL.
+const KILLED: u32 = 137;
+/// How long a daemon that ends by itself is waited for. containerd gives `delete` five seconds in all.
+const ENDS_BY_ITSELF: Duration = Duration::from_millis(3000);
+/// How long a killed one is waited for.
+const ENDS_KILLED: Duration = Duration::from_millis(1500);
+
+/// Why not everything is free.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration is wrong.
+    #[error("{0}")]
+    Config(String),
+    /// What is recorded cannot be freed.
+    #[error("{0}")]
+    Record(String),
+}
+
+/// Runs `delete`; answers with the bytes for stdout.
+///
+/// # Errors
+/// What could not be freed.
+pub fn delete(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
+    let config = Config::load().map_err(|error| Error::Config(crate::sandbox::chain(&error)))?;
+    // Without a bundle the container can only have had a sandbox of its own.
+    let sandbox = super::load_spec(bundle).map_or_else(
+        |_| flags.id.clone(),
+        |spec| super::sandbox_id(&spec, &flags.id),
+    );
+    let directory = config.vm_dir(&flags.namespace, &sandbox);
+    let ours = sandbox == flags.id;
+    let pid = bundle_pid(bundle);
+    let daemon = pid.and_then(|pid| Daemon::find(pid, &flags.namespace, &sandbox));
+
+    let freed = free(
+        &directory,
+        daemon.as_ref(),
+        ours,
+        &flags.namespace,
+        &sandbox,
+    );
+    if let Some(path) = socket(bundle) {
+        address::release(&path, None);
+    }
+    let pid = freed?.or(pid);
+
+    let mut response = DeleteResponse::new();
+    response.pid = pid
+        .and_then(|pid| u32::try_from(pid).ok())
+        .unwrap_or_default();
+    response.exit_status = KILLED;
+    response.exited_at = timestamp(SystemTime::now());
+    // Writing to a Vec fails only for messages over 2 GiB.
+    Ok(response.write_to_bytes().unwrap_or_default())
+}
+
+/// Frees the sandbox's record when nobody holds it. Answers with the last holder's pid.
+fn free(
+    directory: &Path,
+    daemon: Option<&Daemon>,
+    ours: bool,
+    namespace: &str,
+    sandbox: &str,
+) -> Result<Option<i32>, Error> {
+    let failed = |error: record::Error| Error::Record(crate::sandbox::chain(&error));
+    let mut last = record::wait_unlocked(directory, ENDS_BY_ITSELF);
+    if matches!(last, Err(record::Error::Held { .. })) {
+        if !ours {
+            // It serves the rest of its pod.
+            return Ok(None);
+        }
+        if let Holder::Living(pid) = record::holder(directory).map_err(failed)?
+            && let Some(found) = Daemon::find(pid, namespace, sandbox)
+            // Still the holder, now that the descriptor is open: the pid means it and nobody else.
+            && matches!(record::holder(directory), Ok(Holder::Living(now)) if now == pid)
+        {
+            found.kill();
+        }
+        last = record::wait_unlocked(directory, ENDS_KILLED);
+    }
+    let last = last.map_err(failed)?;
+    if let Some(daemon) = daemon.filter(|_| ours) {
+        // It gives its record up before it is quite gone.
+        daemon.wait(ENDS_KILLED);
+    }
+    record::cleanup(directory).map_err(failed)?;
+    Ok(last)
+}
+
+fn bundle_pid(bundle: &Path) -> Option<i32> {
+    std::fs::read_to_string(bundle.join(PID_FILE))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
+}
+
+fn socket(bundle: &Path) -> Option<PathBuf> {
+    let text = std::fs::read_to_string(bundle.join(ADDRESS_FILE)).ok()?;
+    text.trim().strip_prefix("unix://").map(PathBuf::from)
+}
+
+/// A living daemon, by a descriptor.
+struct Daemon(OwnedFd);
+
+impl Daemon {
+    /// Opens `pid` if it is a daemon of this sandbox.
+    fn find(pid: i32, namespace: &str, sandbox: &str) -> Option<Self> {
+        let descriptor = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        // Read after the descriptor was opened: if it is the daemon, so is the descriptor.
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        is_daemon(&line, namespace, sandbox).then_some(Self(descriptor))
+    }
+
+    fn kill(&self) {
+        // ESRCH: it is gone, which is what is wanted.
+        let _ = pidfd_send_signal(&self.0, Signal::KILL);
+    }
+
+    fn wait(&self, limit: Duration) {
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        let limit = Timespec {
+            tv_sec: limit.as_secs().cast_signed(),
+            tv_nsec: limit.subsec_nanos().into(),
+        };
+        // Out of time is told by the record's lock, not here.
+        let _ = rustix::event::poll(&mut fds, Some(&limit));
+    }
+}
+
+/// Whether a command line is that of the daemon which serves a sandbox. A pod's daemon carries the id of the container
+/// that it was started for, so that only the namespace and the action are sure for others.
+fn is_daemon(line: &[u8], namespace: &str, _sandbox: &str) -> bool {
+    let words: Vec<&[u8]> = line
+        .split(|byte| *byte == 0)
+        .filter(|word| !word.is_empty())
+        .collect();
+    let follows = |name: &[u8], value: &[u8]| {
+        words
+            .windows(2)
+            .any(|pair| pair[0] == name && pair[1] == value)
+    };
+    words.last() == Some(&DAEMON_ACTION.as_bytes()) && follows(b"-namespace", namespace.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_daemons_command_line_is_one() {
+        let line = b"containerd-shim-nacre-v1\0-namespace\0ns\0-id\0c1\0-address\0/a\0daemon\0";
+        assert!(is_daemon(line, "ns", "c1"));
+        assert!(!is_daemon(line, "other", "c1"));
+        assert!(!is_daemon(b"vi\0-namespace\0ns\0notes\0", "ns", "c1"));
+        assert!(!is_daemon(b"", "ns", "c1"));
+    }
+
+    #[test]
+    fn the_bundle_tells_pid_and_socket_if_it_can() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert_eq!(
+            (bundle_pid(bundle.path()), socket(bundle.path())),
+            (None, None)
+        );
+        std::fs::write(bundle.path().join(PID_FILE), "42\n").unwrap();
+        std::fs::write(bundle.path().join(ADDRESS_FILE), "unix:///run/s/x").unwrap();
+        assert_eq!(bundle_pid(bundle.path()), Some(42));
+        assert_eq!(socket(bundle.path()), Some("/run/s/x".into()));
+    }
+
+    #[test]
+    fn our_own_test_process_is_not_taken_for_a_daemon() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert!(Daemon::find(pid, "ns", "c1").is_none());
+    }
+}

@@ -1,0 +1,279 @@
+//! The daemon behind a shim's socket: what `start` spawns. It takes its place in
+//! the system while it has one thread, then boots the VM and serves until it is told to end.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::Level;
+
+use super::bootstrap::{self, DAEMON_UP, Flags};
+use super::events::{Publisher, TtrpcWay};
+use super::namespaces::{self, Network};
+use super::task::{self, Identity, Shim};
+use super::{log, stdio};
+use crate::config::Config;
+use crate::control;
+use crate::record::{self, Owner, PidFile, Record, Resource};
+use crate::sandbox::{
+    ConsoleSink, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
+};
+
+/// A daemon that nobody has called for so long ends itself.
+const NOBODY_CALLS: Duration = Duration::from_secs(30);
+/// How long a predecessor with the same id may take to be gone.
+const PREDECESSOR_ENDS: Duration = Duration::from_secs(8);
+/// After so long an end that hangs is an end by force.
+const ENDS_BY_FORCE: Duration = Duration::from_secs(8);
+/// For the answer to Shutdown to be on its way before the process goes.
+const LAST_ANSWER: Duration = Duration::from_millis(20);
+/// Threads of the runtime; the VM has its own.
+const WORKERS: usize = 2;
+
+/// What the daemon has when it is in its place.
+struct Place {
+    listener: UnixListener,
+    socket: PathBuf,
+    inode: Option<u64>,
+    config: Config,
+    sandbox: SandboxConfig,
+    identity: Identity,
+    record: Record,
+    lock: PidFile,
+}
+
+/// Runs the daemon; returns when it has ended in order. `bundle` is the working directory.
+///
+/// # Errors
+/// Why it did not come up. `start` has been told the same.
+pub fn run(flags: &Flags, bundle: &Path) -> Result<(), String> {
+    let main_ns = monotonic_ns();
+    let (listener, mut up) =
+        take_stdio().map_err(|error| format!("Cannot take over from start: {error}"))?;
+    log::install(bundle, flags.debug, &flags.namespace, &flags.id);
+    let tell = |up: &mut std::fs::File, error: String| {
+        tracing::error!("the shim does not come up: {error}");
+        // Nobody is left to tell if start has gone.
+        let _ = up.write_all(error.as_bytes());
+        error
+    };
+    let place = match take_place(flags, bundle, listener, main_ns) {
+        Ok(place) => place,
+        Err(error) => return Err(tell(&mut up, error)),
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .thread_name("shim")
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = record::cleanup(place.record.directory());
+            return Err(tell(&mut up, format!("Cannot start the runtime: {error}")));
+        }
+    };
+    runtime.block_on(serve(place, up));
+    // Threads that wait for readers that never come must not keep the process.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+/// Takes the socket from stdin and the pipe to `start` from stdout, and puts /dev/null in their places.
+fn take_stdio() -> io::Result<(UnixListener, std::fs::File)> {
+    let listener: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
+    let up: OwnedFd = io::stdout().as_fd().try_clone_to_owned()?;
+    let null = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    let listener = UnixListener::from(listener);
+    listener.set_nonblocking(true)?;
+    Ok((listener, up.into()))
+}
+
+/// Everything that has to be done by the one thread of a young process.
+fn take_place(
+    flags: &Flags,
+    bundle: &Path,
+    listener: UnixListener,
+    main_ns: u64,
+) -> Result<Place, String> {
+    let config = Config::load().map_err(|error| chain(&error))?;
+    let spec = bootstrap::load_spec(bundle)?;
+    namespaces::enter(&Network::of(&spec)).map_err(|error| error.to_string())?;
+
+    let socket = listener
+        .local_addr()
+        .ok()
+        .and_then(|address| address.as_pathname().map(Path::to_owned))
+        .unwrap_or_default();
+    let inode = std::fs::symlink_metadata(&socket)
+        .ok()
+        .map(|metadata| metadata.ino());
+
+    let id = bootstrap::sandbox_id(&spec, &flags.id);
+    let directory = config.vm_dir(&flags.namespace, &id);
+    // One that is about to end still has the name; one that was killed has left things behind.
+    record::wait_unlocked(&directory, PREDECESSOR_ENDS).map_err(|error| chain(&error))?;
+    record::cleanup(&directory).map_err(|error| chain(&error))?;
+    let owner = Owner {
+        id: id.clone(),
+        namespace: flags.namespace.clone(),
+    };
+    let record = Record::create(&directory, owner).map_err(|error| chain(&error))?;
+    let lock = PidFile::hold(&directory).map_err(|error| chain(&error))?;
+
+    let mut sandbox = SandboxConfig::new(&config, &flags.namespace, &id, directory);
+    let size = size::boot_size(&size::Limits::of(&spec), &config.size, size::host_cpus());
+    sandbox.vcpus = size.vcpus;
+    sandbox.memory_mib = size.memory_mib;
+    sandbox.console = ConsoleSink {
+        lines: Some(Arc::new(guest_line)),
+        ..ConsoleSink::default()
+    };
+    sandbox.main_ns = Some(main_ns);
+    let identity = Identity {
+        namespace: flags.namespace.clone(),
+        sandbox: id,
+        pid: std::process::id(),
+    };
+    Ok(Place {
+        listener,
+        socket,
+        inode,
+        config,
+        sandbox,
+        identity,
+        record,
+        lock,
+    })
+}
+
+/// A line of the guest goes to containerd's log; its rate is bounded where it comes from.
+fn guest_line(line: &GuestLine) {
+    let (component, message) = match line.source {
+        Source::Console => ("console", line.message.as_str()),
+        Source::Agent => (line.component.as_str(), line.message.as_str()),
+    };
+    match line.level {
+        Level::ERROR => tracing::error!(component, "{message}"),
+        Level::WARN => tracing::warn!(component, "{message}"),
+        Level::INFO => tracing::info!(component, "{message}"),
+        Level::DEBUG | Level::TRACE => tracing::debug!(component, "{message}"),
+    }
+}
+
+async fn serve(place: Place, mut up: std::fs::File) {
+    let Place {
+        listener,
+        socket,
+        inode,
+        config,
+        sandbox,
+        identity,
+        record,
+        lock,
+    } = place;
+    let way = TtrpcWay::new(&std::env::var("TTRPC_ADDRESS").unwrap_or_default());
+    let publisher = Publisher::start(&identity.namespace, way);
+    let pid = identity.pid;
+    let control_socket = record.directory().join(control::SOCKET);
+    let recorded = record.add(Resource::Socket(control_socket.clone()));
+    let limits = stdio::Limits::default();
+    let shim = Shim::new(identity, config, record, limits, publisher);
+
+    // The boot begins before anything else.
+    tokio::spawn(shim.clone().boot(sandbox, control_socket));
+    let mut server = ttrpc::asynchronous::Server::new().register_service(task::services(&shim));
+    let served = match ttrpc::asynchronous::transport::Listener::try_from(listener) {
+        Ok(listener) => {
+            server = server.add_listener(listener);
+            server.start().await.map_err(|error| error.to_string())
+        }
+        Err(error) => Err(error.to_string()),
+    };
+    let served = served.and(recorded.map_err(|error| chain(&error)));
+    let word = match &served {
+        Ok(()) => vec![DAEMON_UP],
+        Err(error) => format!("Cannot serve: {error}").into_bytes(),
+    };
+    // If start has gone, nobody will call, and that ends us too.
+    let _ = up.write_all(&word);
+    drop(up);
+    if let Err(error) = served {
+        tracing::error!(%error, "cannot serve");
+        shim.shut_down();
+    }
+    tracing::info!(pid, version = crate::BUILD_ID, "the shim serves");
+
+    tokio::spawn(heed_signals(shim.clone()));
+    tokio::spawn(heed_silence(shim.clone()));
+    shim.ending().await;
+
+    std::thread::spawn(|| {
+        std::thread::sleep(ENDS_BY_FORCE);
+        std::process::exit(1);
+    });
+    // From here on a new shim may have the address.
+    bootstrap::release(&socket, inode);
+    let failures = shim.clean_up().await;
+    if failures.is_empty() {
+        tracing::info!("the shim ends");
+    } else {
+        tracing::warn!(failures, "the shim ends");
+    }
+    tokio::time::sleep(LAST_ANSWER).await;
+    drop(lock);
+}
+
+async fn heed_signals(shim: Arc<Shim>) {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
+        tracing::warn!("signals are not handled");
+        return;
+    };
+    let name = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tracing::info!(signal = name, "a signal ends the shim");
+    shim.shut_down();
+}
+
+async fn heed_silence(shim: Arc<Shim>) {
+    tokio::time::sleep(NOBODY_CALLS).await;
+    if !shim.called() {
+        tracing::warn!(after = ?NOBODY_CALLS, "nobody called; the shim ends");
+        shim.shut_down();
+    }
+}
+
+impl Shim {
+    /// Makes the VM and follows it; its control socket is there as long as it is.
+    async fn boot(self: Arc<Self>, config: SandboxConfig, control_socket: PathBuf) {
+        // Reading kernel and initrd blocks for a while.
+        let made = tokio::task::spawn_blocking(move || Sandbox::boot(config)).await;
+        let made = match made {
+            Ok(made) => made.map_err(|error| chain(&error)),
+            Err(error) => Err(format!("Making the VM broke off: {error}")),
+        };
+        match &made {
+            Ok(sandbox) => match control::serve(&control_socket, Arc::new(sandbox.clone())).await {
+                Ok(served) => self.keep_control(served),
+                Err(error) => tracing::warn!(error = chain(&error), "there is no control socket"),
+            },
+            Err(error) => tracing::error!(%error, "there is no VM"),
+        }
+        self.booted(made).await;
+    }
+}

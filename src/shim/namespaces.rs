@@ -1,0 +1,128 @@
+//! What the daemon leaves and joins before it has any thread: session, mount
+//! namespace, and the network namespace of its container, so that
+//! `/proc/PID/ns/net` of the shim is the one that others fill for it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::{Mode, umask};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+/// A step into the daemon's own surroundings that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot {doing}: {source}")]
+pub struct Error {
+    doing: String,
+    source: std::io::Error,
+}
+
+fn failed<E: Into<std::io::Error>>(doing: impl Into<String>) -> impl FnOnce(E) -> Error {
+    move |source| Error {
+        doing: doing.into(),
+        source: source.into(),
+    }
+}
+
+/// The network that a container's spec wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// The host's.
+    Host,
+    /// A fresh one.
+    Fresh,
+    /// One that somebody has made.
+    At(PathBuf),
+}
+
+impl Network {
+    /// Reads it from a spec.
+    pub fn of(spec: &Spec) -> Self {
+        let namespaces = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.namespaces().as_ref());
+        let network = namespaces
+            .into_iter()
+            .flatten()
+            .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+        match network.map(|namespace| namespace.path().as_deref()) {
+            None => Self::Host,
+            Some(None) => Self::Fresh,
+            Some(Some(path)) if path == Path::new("") => Self::Fresh,
+            Some(Some(path)) => Self::At(path.to_owned()),
+        }
+    }
+}
+
+/// Makes this process a session of its own with a private mount namespace and
+/// the network. Must be called while it has one thread: namespaces belong to threads.
+///
+/// # Errors
+/// Any step that the system refused.
+pub fn enter(network: &Network) -> Result<(), Error> {
+    // The child of a fork is no group leader, so this fails only if it has been done.
+    let _ = nix::unistd::setsid();
+    umask(Mode::from_bits_truncate(0o022));
+    unshare(CloneFlags::CLONE_NEWNS).map_err(failed("make a mount namespace"))?;
+    // What the host mounts still comes in; what is mounted here does not go out, and goes with us.
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_SLAVE,
+        None::<&str>,
+    )
+    .map_err(failed("detach the mount namespace from the host's"))?;
+    match network {
+        Network::Host => Ok(()),
+        Network::Fresh => {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(failed("make a network namespace"))
+        }
+        Network::At(path) => {
+            let doing = || format!("enter the network namespace {}", path.display());
+            let file = File::open(path).map_err(failed(doing()))?;
+            setns(file, CloneFlags::CLONE_NEWNET).map_err(failed(doing()))
+        }
+    }
+}
+
+/// Makes the kernel's out-of-memory killer prefer `pid` a little over our parent, as containerd's own shims do.
+pub fn adjust_oom_score(pid: u32) {
+    let parent = nix::unistd::getppid();
+    let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"))
+        .ok()
+        .and_then(|text| text.trim().parse::<i32>().ok());
+    let Some(score) = score else { return };
+    // Lowering needs a capability, raising does not; not having either is no reason to fail.
+    let _ = std::fs::write(
+        format!("/proc/{pid}/oom_score_adj"),
+        (score + 1).min(1000).to_string(),
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn network(namespaces: &str) -> Network {
+        let text = format!(r#"{{"ociVersion":"1.1.0","linux":{{"namespaces":[{namespaces}]}}}}"#);
+        Network::of(&serde_json::from_str(&text).unwrap())
+    }
+
+    #[test]
+    fn the_spec_decides_about_the_network() {
+        assert_eq!(network(r#"{"type":"pid"}"#), Network::Host);
+        assert_eq!(
+            network(r#"{"type":"pid"},{"type":"network"}"#),
+            Network::Fresh
+        );
+        assert_eq!(
+            network(r#"{"type":"network","path":"/run/netns/x"}"#),
+            Network::At("/run/netns/x".into())
+        );
+        let bare: Spec = serde_json::from_str(r#"{"ociVersion":"1.1.0"}"#).unwrap();
+        assert_eq!(Network::of(&bare), Network::Host);
+    }
+}

@@ -1,0 +1,445 @@
+//! Create: the root that containerd mounted becomes a disk of the VM while the
+//! guest boots, then the agent makes the container. What fails is named, and
+//! what was made until then is freed.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::api::{CreateTaskRequest, Mount};
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use protobuf::{Message, MessageField};
+
+use super::{Container, Error, Process, Shim};
+use crate::record::{Record, Resource};
+use crate::sandbox::{DiskConfig, Sandbox, chain, spec, storage};
+use crate::shim::bootstrap;
+use crate::shim::events::TaskEvent;
+use crate::shim::lifecycle::{self, ContainerEvent, SandboxEvent};
+use crate::shim::rootfs::Root;
+use crate::shim::stdio::{Paths, Prepared, ProcessIo};
+
+/// How long a shim that has nothing left after a failed Create waits to be told to end.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// Fields of containerd's `runc.v1.Options` by number. None has a meaning for a VM.
+const RUNC_OPTIONS: [(u32, &str); 12] = [
+    (1, "no_pivot_root"),
+    (2, "no_new_keyring"),
+    (3, "shim_cgroup"),
+    (4, "io_uid"),
+    (5, "io_gid"),
+    (6, "binary_name"),
+    (7, "root"),
+    (9, "systemd_cgroup"),
+    (10, "criu_image_path"),
+    (11, "criu_work_path"),
+    (12, "task_api_address"),
+    (13, "task_api_version"),
+];
+
+/// What a container holds once it is made.
+struct Made {
+    window: u8,
+    image: Resource,
+    io: ProcessIo,
+}
+
+impl Shim {
+    /// Makes a container, and answers with its host pid.
+    pub(super) async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        let id = request.id.clone();
+        check(&request)?;
+        for option in odd_options(&request) {
+            tracing::warn!(
+                container = id,
+                option,
+                "a runtime option has no meaning here"
+            );
+        }
+        let paths = Paths {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        self.reserve(&id, &request.bundle, paths.clone())?;
+        match self.make(&request, &paths).await {
+            Ok(made) => {
+                self.created(request, made);
+                Ok(self.identity.pid)
+            }
+            Err(error) => {
+                self.failed(&id).await;
+                Err(match error {
+                    Error::Invalid(text) => Error::Invalid(text),
+                    other => Error::Failed(format!("Cannot create container {id:?}: {other}")),
+                })
+            }
+        }
+    }
+
+    /// Takes the id.
+    fn reserve(&self, id: &str, bundle: &str, paths: Paths) -> Result<(), Error> {
+        let mut state = self.lock();
+        if !state.life.takes_containers() {
+            // The better reason is in the boot, if that failed.
+            if let Some(Err(cause)) = &*self.boot.borrow() {
+                return Err(Error::Failed(format!(
+                    "Cannot create container {id:?}: {cause}"
+                )));
+            }
+            let tail = self.sandbox_now().and_then(|sandbox| {
+                let reason = sandbox.exit_reason()?;
+                Some(format!(
+                    ": {reason}; its console said:\n{}",
+                    last_lines(&sandbox.console_tail())
+                ))
+            });
+            return Err(Error::Precondition(format!(
+                "Cannot create container {id:?}: the sandbox is {}{}",
+                state.life,
+                tail.unwrap_or_default()
+            )));
+        }
+        if state.containers.contains_key(id) {
+            return Err(Error::AlreadyExists(format!("Container {id:?} exists")));
+        }
+        let life = lifecycle::Container::Idle.after(ContainerEvent::Create)?;
+        let container = Container {
+            life,
+            bundle: bundle.to_owned(),
+            init: Process::new(paths),
+            execs: HashMap::new(),
+            window: None,
+            image: None,
+        };
+        state.containers.insert(id.to_owned(), container);
+        Ok(())
+    }
+
+    async fn make(&self, request: &CreateTaskRequest, paths: &Paths) -> Result<Made, Error> {
+        let id = request.id.as_str();
+        let bundle = PathBuf::from(&request.bundle);
+        let spec = bootstrap::load_spec(&bundle).map_err(Error::Failed)?;
+        let guest = spec::for_guest(&spec, id).map_err(|error| Error::Invalid(chain(&error)))?;
+        for warning in &guest.warnings {
+            tracing::warn!(container = id, "{warning}");
+        }
+        let sandbox = self.sandbox().await?;
+        let prepared =
+            Prepared::new(&sandbox, paths).map_err(|error| Error::Invalid(error.to_string()))?;
+
+        let root = spec
+            .root()
+            .as_ref()
+            .map_or_else(|| PathBuf::from("rootfs"), |root| root.path().clone());
+        let image_path = self
+            .record
+            .directory()
+            .join(format!("root-{}.img", file_name(id)));
+        let image = Image::new(self.record.clone(), image_path.clone())?;
+        let make_image = {
+            let (mounts, headroom) = (request.rootfs.clone(), self.config.rootfs.headroom.0);
+            let image_path = image_path.clone();
+            tokio::task::spawn_blocking(move || {
+                make_image(&bundle, &root, &mounts, &image_path, headroom)
+            })
+        };
+        // The guest boots while the image is made. Both are waited for, so that no file appears after a failure.
+        let (ready, made) = tokio::join!(sandbox.ready(), make_image);
+        let ready = ready.map_err(|error| Error::Failed(error.to_string()))?;
+        made.map_err(|error| Error::Failed(format!("Making the root image broke off: {error}")))??;
+        tracing::debug!(
+            container = id,
+            kernel = ready.kernel_release,
+            "the guest is ready"
+        );
+
+        let disk = DiskConfig {
+            path: image_path,
+            read_only: guest.read_only_root,
+            id: "root".to_owned(),
+        };
+        let disk = sandbox
+            .attach_disk(disk)
+            .await
+            .map_err(|error| Error::Failed(error.to_string()))?;
+        let mounts = vec![storage::rootfs_mount(&disk.device, guest.read_only_root)];
+        let ports = prepared.ports();
+        let io = prepared.run(self.limits);
+        let created = sandbox
+            .create_container(id, guest.json, mounts, ports)
+            .await;
+        if let Err(error) = created {
+            drop(io);
+            undo(&sandbox, id, disk.window).await;
+            return Err(Error::Failed(error.to_string()));
+        }
+        Ok(Made {
+            window: disk.window,
+            image: image.keep(),
+            io,
+        })
+    }
+
+    /// All of it is there: makes it known, then what happened to it meanwhile.
+    fn created(self: &Arc<Self>, request: CreateTaskRequest, made: Made) {
+        let mut io = TaskIO::new();
+        io.stdin = request.stdin;
+        io.stdout = request.stdout;
+        io.stderr = request.stderr;
+        io.terminal = request.terminal;
+        let mut event = TaskCreate::new();
+        event.container_id.clone_from(&request.id);
+        event.bundle = request.bundle;
+        event.rootfs = request.rootfs;
+        event.io = MessageField::some(io);
+        event.pid = self.identity.pid;
+
+        let held = {
+            let mut state = self.lock();
+            let Some(container) = state.containers.get_mut(&request.id) else {
+                return;
+            };
+            // Refused only by a state that Creating does not lead to.
+            container.life = container
+                .life
+                .after(ContainerEvent::Created)
+                .unwrap_or(container.life);
+            container.window = Some(made.window);
+            container.image = Some(made.image);
+            container.init.io = Some(made.io);
+            self.publisher.publish(&TaskEvent::Create(event));
+            container.init.held.take()
+        };
+        tracing::info!(container = request.id, "created");
+        if let Some(exit) = held {
+            self.process_ended(&request.id, "", exit);
+        }
+    }
+
+    /// Gives the id free again, and ends the VM if it was the only container.
+    async fn failed(self: &Arc<Self>, id: &str) {
+        let last = {
+            let mut state = self.lock();
+            if let Some(mut container) = state.containers.remove(id) {
+                container.life = container
+                    .life
+                    .after(ContainerEvent::Fail)
+                    .unwrap_or(container.life);
+                tracing::debug!(container = id, life = %container.life, "Create failed");
+            }
+            let last = state.containers.is_empty();
+            if last {
+                // Allowed in every state.
+                state.life = state.life.after(SandboxEvent::End).unwrap_or(state.life);
+            }
+            last
+        };
+        if !last {
+            return;
+        }
+        if let Some(sandbox) = self.sandbox_now() {
+            sandbox.shutdown().await;
+        }
+        let shim = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(LINGER).await;
+            tracing::warn!("nobody ended the shim after a failed Create");
+            shim.shut_down();
+        });
+    }
+}
+
+/// A root image that is freed unless it is kept.
+struct Image {
+    record: Arc<Record>,
+    resource: Option<Resource>,
+}
+
+impl Image {
+    fn new(record: Arc<Record>, path: PathBuf) -> Result<Self, Error> {
+        let resource = Resource::File(path);
+        record
+            .add(resource.clone())
+            .map_err(|error| Error::Failed(chain(&error)))?;
+        Ok(Self {
+            record,
+            resource: Some(resource),
+        })
+    }
+
+    fn keep(mut self) -> Resource {
+        // Taken here only, and self goes with it.
+        self.resource
+            .take()
+            .unwrap_or_else(|| Resource::File(PathBuf::new()))
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if let Some(resource) = &self.resource
+            && let Err(error) = self.record.free(resource)
+        {
+            tracing::warn!(error = chain(&error), "cannot free a root image");
+        }
+    }
+}
+
+/// Takes back what the guest has of a container that could not be made.
+async fn undo(sandbox: &Sandbox, id: &str, window: u8) {
+    if sandbox.exit_reason().is_some() {
+        return;
+    }
+    let free = async {
+        if let Err(error) = sandbox.delete_container(id).await {
+            tracing::debug!(container = id, %error, "the guest has nothing to delete");
+        }
+        sandbox.detach_disk(window).await
+    };
+    match tokio::time::timeout(super::AGENT_PATIENCE, free).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(container = id, %error, "cannot take a disk back"),
+        Err(_) => tracing::warn!(container = id, "the guest does not give a disk back"),
+    }
+}
+
+fn make_image(
+    bundle: &Path,
+    root: &Path,
+    mounts: &[Mount],
+    image: &Path,
+    headroom: u64,
+) -> Result<(), Error> {
+    // `join` keeps an absolute root.
+    let root = Root::mount(&bundle.join(root), mounts)
+        .map_err(|error| Error::Failed(error.to_string()))?;
+    storage::rootfs_image(root.path(), image, headroom)
+        .map_err(|error| Error::Failed(chain(&error)))
+}
+
+/// A container id as part of a file name.
+fn file_name(id: &str) -> String {
+    let plain: String = id
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-_.".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect();
+    plain.chars().take(128).collect()
+}
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
+
+fn check(request: &CreateTaskRequest) -> Result<(), Error> {
+    let id = &request.id;
+    if id.is_empty() || id == "." || id == ".." || id.contains(['/', '\0']) {
+        return Err(Error::Invalid(format!(
+            "Container id {id:?} is empty or contains a path separator"
+        )));
+    }
+    if !Path::new(&request.bundle).is_absolute() {
+        return Err(Error::Invalid(format!(
+            "Bundle {:?} is not an absolute path",
+            request.bundle
+        )));
+    }
+    if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
+        return Err(Error::Unimplemented("Create from a checkpoint"));
+    }
+    Ok(())
+}
+
+/// The names of runc options that are set and mean nothing here.
+fn odd_options(request: &CreateTaskRequest) -> Vec<&'static str> {
+    let Some(options) = request.options.as_ref() else {
+        return Vec::new();
+    };
+    if !options.type_url.ends_with("containerd.runc.v1.Options") {
+        return Vec::new();
+    }
+    // An empty message keeps every field as an unknown one.
+    let Ok(fields) = protobuf::well_known_types::empty::Empty::parse_from_bytes(&options.value)
+    else {
+        return vec!["(unreadable options)"];
+    };
+    RUNC_OPTIONS
+        .iter()
+        .filter(|(number, _)| {
+            fields
+                .special_fields
+                .unknown_fields()
+                .get(*number)
+                .is_some()
+        })
+        .map(|(_, name)| *name)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use protobuf::well_known_types::any::Any;
+
+    use super::*;
+
+    fn request(id: &str) -> CreateTaskRequest {
+        let mut request = CreateTaskRequest::new();
+        request.id = id.into();
+        request.bundle = "/bundle".into();
+        request
+    }
+
+    #[test]
+    fn ids_that_could_leave_a_directory_are_invalid() {
+        assert!(check(&request("c1")).is_ok());
+        for id in ["", ".", "..", "a/b", "../x", "a\0"] {
+            assert!(
+                matches!(check(&request(id)), Err(Error::Invalid(_))),
+                "{id:?}"
+            );
+        }
+        let mut restore = request("c1");
+        restore.checkpoint = "/cp".into();
+        assert!(matches!(check(&restore), Err(Error::Unimplemented(_))));
+        let mut relative = request("c1");
+        relative.bundle = "bundle".into();
+        assert!(matches!(check(&relative), Err(Error::Invalid(_))));
+    }
+
+    #[test]
+    fn runc_options_are_named_and_never_fail() {
+        let mut request = request("c1");
+        assert!(odd_options(&request).is_empty());
+        let mut options = Any::new();
+        options.type_url = "containerd.runc.v1.Options".into();
+        // systemd_cgroup = true, root = "/r"
+        options.value = b"\x48\x01\x3a\x02/r".to_vec();
+        request.options = MessageField::some(options.clone());
+        assert_eq!(odd_options(&request), ["root", "systemd_cgroup"]);
+        options.value = b"\xff".to_vec();
+        request.options = MessageField::some(options.clone());
+        assert_eq!(odd_options(&request), ["(unreadable options)"]);
+        options.type_url = "something.else".into();
+        request.options = MessageField::some(options);
+        assert!(odd_options(&request).is_empty());
+    }
+
+    #[test]
+    fn image_names_are_plain() {
+        assert_eq!(file_name("a b:ü"), "a_b__");
+        assert_eq!(file_name(&"x".repeat(500)).len(), 128);
+    }
+}

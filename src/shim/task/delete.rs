@@ -1,0 +1,170 @@
+//! Delete: frees a container whose init has ended, in the guest and on the host.
+
+use std::sync::Arc;
+
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::events::task::TaskDelete;
+
+use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container, no_process};
+use crate::record::Resource;
+use crate::sandbox::chain;
+use crate::shim::events::{TaskEvent, timestamp};
+use crate::shim::lifecycle::{self, ContainerEvent, Process};
+
+const SIGKILL: u32 = libc::SIGKILL as u32;
+
+impl Shim {
+    /// Frees a container, or an exec of one.
+    pub(super) async fn delete(
+        self: Arc<Self>,
+        id: &str,
+        exec_id: &str,
+    ) -> Result<DeleteResponse, Error> {
+        if !exec_id.is_empty() {
+            return self.delete_exec(id, exec_id);
+        }
+        let exit = self.ended_or_never_started(id).await?;
+        let (window, image) = {
+            let mut state = self.lock();
+            let container = state
+                .containers
+                .get_mut(id)
+                .ok_or_else(|| no_container(id))?;
+            container.life = container.life.after(ContainerEvent::Delete)?;
+            // Late readers of its output have had their time.
+            container.init.io = None;
+            (container.window.take(), container.image.take())
+        };
+        self.free(id, window, image).await;
+        {
+            let mut state = self.lock();
+            if let Some(container) = state.containers.get_mut(id) {
+                container.life = container.life.after(ContainerEvent::Deleted)?;
+            }
+            state.containers.remove(id);
+            let mut event = TaskDelete::new();
+            event.container_id = id.to_owned();
+            event.pid = self.identity.pid;
+            event.exit_status = exit.status;
+            event.exited_at = timestamp(exit.at);
+            self.publisher.publish(&TaskEvent::Delete(event));
+        }
+        tracing::info!(container = id, "deleted");
+        Ok(self.answer(exit))
+    }
+
+    fn delete_exec(&self, id: &str, exec_id: &str) -> Result<DeleteResponse, Error> {
+        let mut state = self.lock();
+        let container = state
+            .containers
+            .get_mut(id)
+            .ok_or_else(|| no_container(id))?;
+        let exec = container
+            .execs
+            .get(exec_id)
+            .ok_or_else(|| no_process(id, exec_id))?;
+        let Some(exit) = *exec.exit.borrow() else {
+            return Err(Error::Precondition(format!(
+                "The exec {exec_id:?} of container {id:?} is {}",
+                exec.life
+            )));
+        };
+        container.execs.remove(exec_id);
+        Ok(self.answer(exit))
+    }
+
+    fn answer(&self, exit: Exit) -> DeleteResponse {
+        let mut response = DeleteResponse::new();
+        response.pid = self.identity.pid;
+        response.exit_status = exit.status;
+        response.exited_at = timestamp(exit.at);
+        response
+    }
+
+    /// The exit of a container's init: known, about to be, or made so because it was never started.
+    async fn ended_or_never_started(self: &Arc<Self>, id: &str) -> Result<Exit, Error> {
+        let (life, mut exit) = {
+            let state = self.lock();
+            let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
+            if container.life != lifecycle::Container::Running
+                && container.life != lifecycle::Container::ShuttingDown
+            {
+                return Err(Error::Precondition(format!(
+                    "Container {id:?} is {}",
+                    container.life
+                )));
+            }
+            (container.init.life, container.init.exit.subscribe())
+        };
+        match life {
+            Process::Starting | Process::Running => {
+                return Err(Error::Precondition(format!(
+                    "Container {id:?} is {life}: kill it before it is deleted"
+                )));
+            }
+            Process::Created => self.end_unstarted(id).await,
+            Process::Draining | Process::Stopped => {}
+        }
+        let exit = exit
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|exit| *exit);
+        exit.ok_or_else(|| no_container(id))
+    }
+
+    /// Ends an init that waits for a Start that never came.
+    async fn end_unstarted(self: &Arc<Self>, id: &str) {
+        if let Some(sandbox) = self.sandbox_now() {
+            let killed =
+                tokio::time::timeout(AGENT_PATIENCE, sandbox.signal(id, "", SIGKILL, true)).await;
+            if !matches!(killed, Ok(Ok(()))) {
+                tracing::warn!(
+                    container = id,
+                    "the guest did not kill a container that was not started"
+                );
+            }
+        }
+        // Nothing ran in it, so there is no exit of its own to wait for.
+        self.process_ended(id, "", Exit::killed());
+    }
+
+    /// Frees what a container holds, whatever of it fails. A guest that does not answer is stopped.
+    async fn free(&self, id: &str, window: Option<u8>, image: Option<Resource>) {
+        if let Some(sandbox) = self
+            .sandbox_now()
+            .filter(|sandbox| sandbox.exit_reason().is_none())
+        {
+            let in_guest = async {
+                if let Err(error) = sandbox.delete_container(id).await {
+                    tracing::warn!(container = id, %error, "the guest did not delete a container");
+                }
+                if let Some(window) = window
+                    && let Err(error) = sandbox.detach_disk(window).await
+                {
+                    tracing::warn!(container = id, %error, "the guest did not let go of a disk");
+                }
+            };
+            if tokio::time::timeout(AGENT_PATIENCE, in_guest)
+                .await
+                .is_err()
+            {
+                tracing::error!(
+                    container = id,
+                    "the guest does not free a container; the VM is stopped"
+                );
+                sandbox.stop();
+            }
+        }
+        let Some(image) = image else { return };
+        let record = self.record.clone();
+        let freed = tokio::task::spawn_blocking(move || record.free(&image)).await;
+        if let Ok(Err(error)) = freed {
+            tracing::warn!(
+                container = id,
+                error = chain(&error),
+                "cannot free a root image"
+            );
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The phases in which a shim ends, see [`super::super::cleanup`] for their order.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::{Exit, Shim};
+use crate::record;
+use crate::sandbox::chain;
+use crate::shim::cleanup::{Phase, Steps};
+use crate::shim::lifecycle;
+
+/// Output of a process that still runs is waited for as long as it keeps coming: it may be about to exit.
+const OUTPUT_PAUSE: Duration = Duration::from_millis(400);
+
+/// Does the phases for one shim.
+pub struct Ending {
+    shim: Arc<Shim>,
+}
+
+impl Ending {
+    /// The ending of `shim`.
+    pub fn of(shim: Arc<Shim>) -> Self {
+        Self { shim }
+    }
+
+    /// Bytes moved by all processes, and how many of these run and how many drain.
+    fn activity(&self) -> (u64, usize, usize) {
+        let state = self.shim.lock();
+        let processes = || {
+            state
+                .containers
+                .values()
+                .flat_map(|container| container.processes())
+        };
+        let moved = processes()
+            .filter_map(|(_, process)| process.io.as_ref())
+            .map(|io| io.moved())
+            .sum();
+        let running = processes()
+            .filter(|(_, process)| process.life == lifecycle::Process::Running)
+            .count();
+        let draining = processes()
+            .filter(|(_, process)| process.life == lifecycle::Process::Draining)
+            .count();
+        (moved, running, draining)
+    }
+
+    async fn stdio(&self) {
+        let (mut last, mut running, mut draining) = self.activity();
+        while running + draining > 0 {
+            // An exit ends the wait at once; a pause in the output of what runs ends it too.
+            let exits = tokio::time::timeout(OUTPUT_PAUSE, self.shim.all_exits()).await;
+            if exits.is_ok() {
+                return;
+            }
+            let moved;
+            (moved, running, draining) = self.activity();
+            if moved == last && draining == 0 {
+                return;
+            }
+            last = moved;
+        }
+    }
+}
+
+#[async_trait]
+impl Steps for Ending {
+    async fn run(&self, phase: Phase) -> Result<(), String> {
+        let shim = &self.shim;
+        match phase {
+            // Controllers and interfaces come with their features.
+            Phase::Hotplug | Phase::Network => Ok(()),
+            Phase::Stdio => {
+                self.stdio().await;
+                Ok(())
+            }
+            Phase::Guest => {
+                if let Some(sandbox) = shim.sandbox_now() {
+                    let reason = sandbox.shutdown().await;
+                    tracing::debug!(%reason, "the guest has ended");
+                }
+                Ok(())
+            }
+            Phase::Connections => {
+                let served = shim
+                    .control
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take();
+                drop(served);
+                // The streams have ended with the guest; what they brought goes to readers that read.
+                shim.all_exits().await;
+                Ok(())
+            }
+            Phase::Vm => {
+                if let Some(sandbox) = shim.sandbox_now() {
+                    sandbox.stop();
+                    sandbox.ended().await;
+                }
+                Ok(())
+            }
+            Phase::Mounts => {
+                let directory = shim.record.directory().to_owned();
+                let freed = tokio::task::spawn_blocking(move || record::cleanup(&directory)).await;
+                match freed {
+                    Ok(Ok(_)) => Ok(()),
+                    Ok(Err(error)) => Err(chain(&error)),
+                    Err(error) => Err(error.to_string()),
+                }
+            }
+            Phase::Events => {
+                self.leave_no_exit_out();
+                shim.publisher.flushed().await;
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Ending {
+    /// Processes whose exit is still not known get one; their output has had its time.
+    fn leave_no_exit_out(&self) {
+        let left: Vec<(String, String)> = {
+            let mut state = self.shim.lock();
+            let mut left = Vec::new();
+            for (id, container) in &mut state.containers {
+                let unknown: Vec<String> = container
+                    .processes()
+                    .filter(|(_, process)| process.exit.borrow().is_none())
+                    .map(|(exec_id, _)| exec_id.to_owned())
+                    .collect();
+                for exec_id in unknown {
+                    if let Some(process) = container.process_mut(&exec_id) {
+                        // Closes its streams, so that the drain that is under way ends.
+                        process.io = None;
+                    }
+                    left.push((id.clone(), exec_id));
+                }
+            }
+            left
+        };
+        for (id, exec_id) in left {
+            self.shim.process_ended(&id, &exec_id, Exit::killed());
+        }
+    }
+}

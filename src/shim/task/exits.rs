@@ -1,0 +1,249 @@
+//! How exits become known: by the agent's events, or by the end of the VM. Each
+//! waits for its process's output, and init's for those of its execs.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use tokio::sync::watch;
+
+use super::{Exit, Shim};
+use crate::sandbox::{AgentEvent, Sandbox};
+use crate::shim::events::{TaskEvent, timestamp};
+use crate::shim::lifecycle::{self, ProcessEvent, SandboxEvent};
+
+/// How long init's exit waits for those of its execs, which die with it.
+const EXECS_FOLLOW: Duration = Duration::from_secs(5);
+/// How long a shim without a VM waits to be told to end, after its events are out.
+const LINGER: Duration = Duration::from_secs(5);
+/// The same, when there was no container yet: Create still has to hear why.
+const LINGER_BEFORE_CREATE: Duration = Duration::from_secs(30);
+
+impl Shim {
+    /// Takes what the boot came to, and follows the sandbox to its end.
+    pub(in crate::shim) async fn booted(self: Arc<Self>, made: Result<Sandbox, String>) {
+        let sandbox = made.as_ref().ok().cloned();
+        if sandbox.is_none() {
+            let mut state = self.lock();
+            // Allowed in every state.
+            state.life = state.life.after(SandboxEvent::End).unwrap_or(state.life);
+        }
+        self.boot.send_replace(Some(made));
+        let Some(sandbox) = sandbox else { return };
+        let (shim, booting) = (self.clone(), sandbox.clone());
+        tokio::spawn(async move {
+            match booting.ready().await {
+                Ok(ready) => {
+                    let mut state = shim.lock();
+                    // Not if it is ending already.
+                    state.life = state.life.after(SandboxEvent::Ready).unwrap_or(state.life);
+                    drop(state);
+                    tracing::info!(
+                        kernel = ready.kernel_release, agent = ready.build_id,
+                        phases = ?booting.phases().reached(), "the guest is ready"
+                    );
+                }
+                Err(error) => tracing::error!(%error, "the guest does not become ready"),
+            }
+        });
+        self.follow(sandbox).await;
+    }
+
+    /// Follows a sandbox from its boot to its end.
+    async fn follow(self: Arc<Self>, sandbox: Sandbox) {
+        if let Some(mut events) = sandbox.events() {
+            while let Some(event) = events.recv().await {
+                match event {
+                    AgentEvent::Exit {
+                        container_id,
+                        exec_id,
+                        status,
+                        exited_at,
+                        ..
+                    } => {
+                        let exit = Exit {
+                            status: u32::from(status),
+                            at: exited_at,
+                        };
+                        self.process_ended(&container_id, &exec_id, exit);
+                    }
+                    AgentEvent::Oom { container_id } => {
+                        let mut event = TaskOOM::new();
+                        event.container_id = container_id;
+                        self.publisher.publish(&TaskEvent::Oom(event));
+                    }
+                }
+            }
+        }
+        let reason = sandbox.ended().await;
+        let (planned, any) = self.vm_ended();
+        if planned {
+            tracing::info!(%reason, "the VM has ended");
+            return;
+        }
+        tracing::error!(%reason, console = sandbox.console_tail(), "the VM has ended by itself");
+        self.all_exits().await;
+        self.publisher.flushed().await;
+        tokio::time::sleep(if any { LINGER } else { LINGER_BEFORE_CREATE }).await;
+        self.shut_down();
+    }
+
+    /// Every process that was alive has died with the VM. Says whether the end was asked for, and whether there were containers.
+    fn vm_ended(self: &Arc<Self>) -> (bool, bool) {
+        let (planned, live, any) = {
+            let mut state = self.lock();
+            let planned = state.life == lifecycle::Sandbox::ShuttingDown;
+            // Allowed in every state.
+            state.life = state.life.after(SandboxEvent::End).unwrap_or(state.life);
+            let live: Vec<(String, String)> = state
+                .containers
+                .iter()
+                .flat_map(|(id, container)| {
+                    container
+                        .processes()
+                        .filter(|(_, process)| process.life.is_live())
+                        .map(|(exec_id, _)| (id.clone(), exec_id.to_owned()))
+                })
+                .collect();
+            (planned, live, !state.containers.is_empty())
+        };
+        for (id, exec_id) in live {
+            self.process_ended(&id, &exec_id, Exit::killed());
+        }
+        (planned, any)
+    }
+
+    /// Completes when the exit of every process is known.
+    pub(super) async fn all_exits(&self) {
+        let exits: Vec<watch::Receiver<Option<Exit>>> = {
+            let state = self.lock();
+            let containers = state.containers.values();
+            let made =
+                containers.filter(|container| container.life != lifecycle::Container::Creating);
+            made.flat_map(|container| {
+                container
+                    .processes()
+                    .map(|(_, process)| process.exit.subscribe())
+            })
+            .collect()
+        };
+        for mut exit in exits {
+            // Its container may be deleted meanwhile, and then there is nothing to wait for.
+            let _ = exit.wait_for(Option::is_some).await;
+        }
+    }
+
+    /// A process has ended. What it must follow comes first: an exit while the
+    /// container is made or the process started is held until that is known. Only the first exit counts.
+    pub(super) fn process_ended(self: &Arc<Self>, id: &str, exec_id: &str, exit: Exit) {
+        {
+            let mut state = self.lock();
+            let Some(container) = state.containers.get_mut(id) else {
+                return;
+            };
+            let creating = container.life == lifecycle::Container::Creating;
+            let Some(process) = container.process_mut(exec_id) else {
+                return;
+            };
+            if creating || process.life == lifecycle::Process::Starting {
+                process.held.get_or_insert(exit);
+                return;
+            }
+            let Ok(next) = process.life.after(ProcessEvent::Exit) else {
+                return;
+            };
+            process.life = next;
+        }
+        self.drain(id, exec_id, exit);
+    }
+
+    /// Makes the exit of a draining process known, when its output is out.
+    pub(super) fn drain(self: &Arc<Self>, id: &str, exec_id: &str, exit: Exit) {
+        let (output, execs) = {
+            let mut state = self.lock();
+            let Some(container) = state.containers.get_mut(id) else {
+                return;
+            };
+            let execs: Vec<_> = if exec_id.is_empty() {
+                container
+                    .execs
+                    .values()
+                    .map(|exec| exec.exit.subscribe())
+                    .collect()
+            } else {
+                Vec::new()
+            };
+            let Some(process) = container.process_mut(exec_id) else {
+                return;
+            };
+            (process.io.as_mut().map(|io| io.drain()), execs)
+        };
+        tracing::debug!(
+            container = id,
+            exec = exec_id,
+            status = exit.status,
+            "a process has ended"
+        );
+        tokio::spawn(
+            self.clone()
+                .finish(id.to_owned(), exec_id.to_owned(), exit, output, execs),
+        );
+    }
+
+    async fn finish(
+        self: Arc<Self>,
+        id: String,
+        exec_id: String,
+        exit: Exit,
+        output: Option<impl Future<Output = ()>>,
+        execs: Vec<watch::Receiver<Option<Exit>>>,
+    ) {
+        if let Some(output) = output {
+            output.await;
+        }
+        let execs_exit = async {
+            for mut exec in execs {
+                // Deleted meanwhile is as good as ended.
+                let _ = exec.wait_for(Option::is_some).await;
+            }
+        };
+        if tokio::time::timeout(EXECS_FOLLOW, execs_exit)
+            .await
+            .is_err()
+        {
+            tracing::warn!(container = id, "init has ended and an exec of it has not");
+        }
+        let mut state = self.lock();
+        let Some(process) = state
+            .containers
+            .get_mut(&id)
+            .and_then(|c| c.process_mut(&exec_id))
+        else {
+            return;
+        };
+        let Ok(next) = process.life.after(ProcessEvent::Drained) else {
+            return;
+        };
+        process.life = next;
+        let mut event = TaskExit::new();
+        event.container_id.clone_from(&id);
+        event.id = if exec_id.is_empty() {
+            id.clone()
+        } else {
+            exec_id.clone()
+        };
+        event.pid = self.identity.pid;
+        event.exit_status = exit.status;
+        event.exited_at = timestamp(exit.at);
+        self.publisher.publish(&TaskEvent::Exit(event));
+        process.exit.send_replace(Some(exit));
+        drop(state);
+        tracing::info!(
+            container = id,
+            exec = exec_id,
+            status = exit.status,
+            "exited"
+        );
+    }
+}

@@ -1,0 +1,261 @@
+//! The task service: what containerd calls, over one sandbox and the containers
+//! in it. One lock guards the lives of all of them; it is held for looking and
+//! changing only, never while the guest or a disk is waited for.
+
+mod create;
+mod delete;
+mod ending;
+mod error;
+mod exits;
+mod process;
+mod service;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
+
+use super::cleanup::Cleanup;
+use super::events::Publisher;
+use super::lifecycle::{self, SandboxEvent};
+use super::stdio::{Limits, Paths, ProcessIo};
+use crate::config::Config;
+use crate::control;
+use crate::record::{Record, Resource};
+use crate::sandbox::Sandbox;
+
+pub use ending::Ending;
+pub use error::Error;
+pub use service::services;
+
+/// How long the agent may take to kill or to free something before the VM is stopped instead.
+const AGENT_PATIENCE: Duration = Duration::from_secs(5);
+/// Exit status of a process that went down with its VM: 128 + SIGKILL.
+const KILLED: u32 = 137;
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Exit {
+    status: u32,
+    at: SystemTime,
+}
+
+impl Exit {
+    fn killed() -> Self {
+        Self {
+            status: KILLED,
+            at: SystemTime::now(),
+        }
+    }
+}
+
+/// A container's init, or an exec in it.
+struct Process {
+    life: lifecycle::Process,
+    paths: Paths,
+    io: Option<ProcessIo>,
+    /// An exit that came before what it must follow.
+    held: Option<Exit>,
+    /// Set once, when all output is delivered and the exit event is queued.
+    exit: watch::Sender<Option<Exit>>,
+}
+
+impl Process {
+    fn new(paths: Paths) -> Self {
+        Self {
+            life: lifecycle::Process::Created,
+            paths,
+            io: None,
+            held: None,
+            exit: watch::channel(None).0,
+        }
+    }
+}
+
+/// A container and what was made for it.
+struct Container {
+    life: lifecycle::Container,
+    bundle: String,
+    init: Process,
+    execs: HashMap<String, Process>,
+    /// The virtio-mmio window of its root disk.
+    window: Option<u8>,
+    /// Its root image.
+    image: Option<Resource>,
+}
+
+impl Container {
+    fn process(&self, exec_id: &str) -> Option<&Process> {
+        if exec_id.is_empty() {
+            Some(&self.init)
+        } else {
+            self.execs.get(exec_id)
+        }
+    }
+
+    fn process_mut(&mut self, exec_id: &str) -> Option<&mut Process> {
+        if exec_id.is_empty() {
+            Some(&mut self.init)
+        } else {
+            self.execs.get_mut(exec_id)
+        }
+    }
+
+    fn processes(&self) -> impl Iterator<Item = (&str, &Process)> {
+        let execs = self
+            .execs
+            .iter()
+            .map(|(id, process)| (id.as_str(), process));
+        std::iter::once(("", &self.init)).chain(execs)
+    }
+}
+
+struct State {
+    life: lifecycle::Sandbox,
+    containers: HashMap<String, Container>,
+}
+
+/// What the shim is about.
+pub struct Identity {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Id of the sandbox: the container that it was started for, or its pod.
+    pub sandbox: String,
+    /// The pid that containerd and its plug-ins are told: ours, since its network namespace is the container's.
+    pub pid: u32,
+}
+
+/// The sandbox as its boot left it: none yet, there, or why not.
+type Boot = Option<Result<Sandbox, String>>;
+
+/// Everything that the calls share. Owned by the daemon; it is done with when [`Shim::ending`] says so.
+pub struct Shim {
+    identity: Identity,
+    config: Config,
+    record: Arc<Record>,
+    limits: Limits,
+    state: Mutex<State>,
+    boot: watch::Sender<Boot>,
+    control: Mutex<Option<control::Served>>,
+    publisher: Publisher,
+    called: AtomicBool,
+    end: watch::Sender<bool>,
+    cleanup: Cleanup,
+}
+
+impl Shim {
+    /// A shim without a sandbox yet.
+    pub fn new(
+        identity: Identity,
+        config: Config,
+        record: Record,
+        limits: Limits,
+        publisher: Publisher,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            identity,
+            config,
+            record: Arc::new(record),
+            limits,
+            state: Mutex::new(State {
+                life: lifecycle::Sandbox::Booting,
+                containers: HashMap::new(),
+            }),
+            boot: watch::channel(None).0,
+            control: Mutex::default(),
+            publisher,
+            called: AtomicBool::new(false),
+            end: watch::channel(false).0,
+            cleanup: Cleanup::default(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether any call has come in.
+    pub fn called(&self) -> bool {
+        self.called.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of a call.
+    fn touch(&self) {
+        self.called.store(true, Ordering::Relaxed);
+    }
+
+    /// Told to end, by whomever: nothing new begins from here on. Idempotent.
+    pub fn shut_down(&self) {
+        let mut state = self.lock();
+        // Allowed in every state.
+        state.life = state
+            .life
+            .after(SandboxEvent::Shutdown)
+            .unwrap_or(state.life);
+        for container in state.containers.values_mut() {
+            container.life = container
+                .life
+                .after(lifecycle::ContainerEvent::Shutdown)
+                .unwrap_or(container.life);
+        }
+        drop(state);
+        self.end.send_replace(true);
+    }
+
+    /// Completes when the shim was told to end.
+    pub async fn ending(&self) {
+        // The sender is in self, so it cannot be gone.
+        let _ = self.end.subscribe().wait_for(|end| *end).await;
+    }
+
+    /// Keeps the control socket served until the end.
+    pub(super) fn keep_control(&self, served: control::Served) {
+        *self.control.lock().unwrap_or_else(PoisonError::into_inner) = Some(served);
+    }
+
+    /// Runs the clean-up phases, once.
+    pub async fn clean_up(self: &Arc<Self>) -> String {
+        self.cleanup
+            .run(Arc::new(Ending::of(self.clone())))
+            .await
+            .to_string()
+    }
+
+    /// The sandbox, when its VM is made; its guest may still boot.
+    async fn sandbox(&self) -> Result<Sandbox, Error> {
+        let mut boot = self.boot.subscribe();
+        let made = boot.wait_for(Option::is_some).await;
+        match made.as_deref() {
+            Ok(Some(Ok(sandbox))) => Ok(sandbox.clone()),
+            Ok(Some(Err(cause))) => Err(Error::Failed(cause.clone())),
+            // Unreachable: the sender is in self, and None was waited away.
+            Ok(None) | Err(_) => Err(Error::Failed("The sandbox was never made".to_owned())),
+        }
+    }
+
+    /// The sandbox, if its VM was made.
+    fn sandbox_now(&self) -> Option<Sandbox> {
+        self.boot
+            .borrow()
+            .as_ref()
+            .and_then(|made| made.as_ref().ok().cloned())
+    }
+}
+
+fn no_container(id: &str) -> Error {
+    Error::NotFound(format!("There is no container {id:?} here"))
+}
+
+fn no_process(id: &str, exec_id: &str) -> Error {
+    Error::NotFound(format!("There is no exec {exec_id:?} in container {id:?}"))
+}
+
+fn no_container_or_process(state: &State, id: &str, exec_id: &str) -> Error {
+    if state.containers.contains_key(id) {
+        no_process(id, exec_id)
+    } else {
+        no_container(id)
+    }
+}
