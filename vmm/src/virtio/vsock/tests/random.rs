@@ -142,10 +142,10 @@ proptest! {
                     });
                 }
                 Action::Read(index, limit) => {
-                    if let Some(stream) = streams.get_mut(index) {
-                        if let Some(Ok(data)) = try_read(stream, limit, waker) {
-                            prop_assert!(data.iter().all(|byte| *byte == 7));
-                        }
+                    if let Some(stream) = streams.get_mut(index)
+                        && let Some(Ok(data)) = try_read(stream, limit, waker)
+                    {
+                        prop_assert!(data.iter().all(|byte| *byte == 7));
                     }
                 }
                 Action::Write(index, len) => {
