@@ -8,10 +8,11 @@
 use std::collections::HashMap;
 use std::collections::hash_map;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use nacre_protocol::agent::{CreateContainerRequest, GuestMount};
+use tokio::task::AbortHandle;
 use tracing::{info, warn};
 
 use crate::bundle::{Bundle, check_id};
@@ -27,6 +28,9 @@ use crate::stdio::{Connections, ProcessEnds, Pumps, Terminal};
 
 /// How long killed processes may take to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(4);
+
+/// How long an init that could not run its program may take to end by itself.
+const OWN_END_LIMIT: Duration = Duration::from_millis(1500);
 
 /// All containers. Clones share them.
 #[derive(Clone)]
@@ -55,6 +59,16 @@ struct Container {
     ground: Ground,
     processes: Mutex<HashMap<String, Slot>>,
     memory_kills: Mutex<u64>,
+    memory_watch: OnceLock<AbortHandle>,
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        // The kernel does not say that the watched file is gone.
+        if let Some(watch) = self.memory_watch.get() {
+            watch.abort();
+        }
+    }
 }
 
 /// What a container stands on, whatever its processes do.
@@ -213,6 +227,7 @@ impl Containers {
             ground,
             processes: Mutex::new(HashMap::from([(String::new(), slot)])),
             memory_kills: Mutex::new(0),
+            memory_watch: OnceLock::new(),
         });
         let of_exit = (self.clone(), container.clone());
         tokio::spawn(async move {
@@ -234,11 +249,10 @@ impl Containers {
         let Some(mut kills) = container.ground.cgroup.memory_events() else {
             return;
         };
-        let (containers, container) = (self.clone(), Arc::downgrade(container));
-        tokio::spawn(async move {
-            // The file answers with nothing once the cgroup is removed.
+        let (containers, weak) = (self.clone(), Arc::downgrade(container));
+        let watch = tokio::spawn(async move {
             while kills.value("oom_kill").is_some() {
-                match container.upgrade() {
+                match weak.upgrade() {
                     Some(container) => containers.report_memory(&container),
                     None => return,
                 }
@@ -247,6 +261,7 @@ impl Containers {
                 }
             }
         });
+        let _ = container.memory_watch.set(watch.abort_handle());
     }
 
     fn report_memory(&self, container: &Container) {
@@ -288,11 +303,10 @@ impl Containers {
         };
         let opened = opened
             .map_err(|error| Error::Internal(format!("starting {}: {error}", name(id, exec_id))));
-        if opened.is_err() {
+        if opened.is_err() && !ended(&process, OWN_END_LIMIT).await {
+            warn!("{} is killed: it did not end", name(id, exec_id));
+            let _ = cgroup::send(process.pid, libc::SIGKILL);
             // Gone before the answer, so that Delete works right after it.
-            if process.state().lives() {
-                let _ = cgroup::send(process.pid, libc::SIGKILL);
-            }
             ended(&process, KILL_LIMIT).await;
         }
         if let Ok(Some(exit)) = process.apply(Input::Answered) {
@@ -478,7 +492,10 @@ impl Container {
                 .collect()
         };
         for process in all {
-            ended(&process, KILL_LIMIT).await;
+            if !ended(&process, KILL_LIMIT).await {
+                let limit = KILL_LIMIT.as_millis();
+                warn!("process {} did not end in {limit} ms", process.pid);
+            }
         }
         self.ground.clear().await
     }
@@ -509,17 +526,11 @@ impl Ground {
     }
 }
 
-/// Waits until a process has ended, for as long as `limit`.
-async fn ended(process: &Process, limit: Duration) {
+/// Waits until a process has ended, for as long as `limit`; false if it has not.
+async fn ended(process: &Process, limit: Duration) -> bool {
     let mut watch = process.watch();
     let wait = watch.wait_for(|state| !state.lives());
-    if tokio::time::timeout(limit, wait).await.is_err() {
-        warn!(
-            "process {} did not end in {} ms",
-            process.pid,
-            limit.as_millis()
-        );
-    }
+    tokio::time::timeout(limit, wait).await.is_ok()
 }
 
 async fn blocking<T: Send + 'static>(

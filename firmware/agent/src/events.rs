@@ -13,8 +13,8 @@ use crate::reaper;
 
 /// How long one delivery may take before it is tried again.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// How often one event is tried before the host counts as gone.
-const TRIES: u32 = 30;
+/// The pause before an event is tried again: the first, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// The queue's near end. There is one event for each process and each kill for memory, so that the
 /// queue is bounded by what runs.
@@ -51,7 +51,8 @@ impl Events {
     }
 }
 
-/// Delivers for ever. Returns only when the host cannot be reached any more.
+/// Delivers until the queue's near ends are gone. A host that is gone shows on the connection; here every
+/// refusal is a reason to try again.
 pub async fn deliver(host: HostClient, mut queue: mpsc::UnboundedReceiver<Event>) {
     let mut sequence = 0;
     while let Some(event) = queue.recv().await {
@@ -61,19 +62,14 @@ pub async fn deliver(host: HostClient, mut queue: mpsc::UnboundedReceiver<Event>
             event: Some(event),
             ..Default::default()
         };
-        let mut tries = 0;
+        let (mut pause, longest) = PAUSES;
         while let Err(error) = host
             .event(ttrpc::context::with_duration(DEADLINE), &request)
             .await
         {
-            tries += 1;
-            warn!("event {sequence} was not acknowledged (try {tries}): {error}");
-            if tries == TRIES
-                || matches!(error, ttrpc::Error::Socket(_) | ttrpc::Error::RemoteClosed)
-            {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            warn!("event {sequence} was not acknowledged, and is tried again: {error}");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(longest);
         }
     }
 }

@@ -140,7 +140,10 @@ fn component(target: &str) -> &str {
     if target.starts_with("libcontainer") || target.starts_with("libcgroups") {
         return "runtime-library";
     }
-    target.rsplit("::").next().unwrap_or(target)
+    match target.rsplit_once("::") {
+        Some((_, module)) => module,
+        None => "main",
+    }
 }
 
 #[derive(Default)]
@@ -183,6 +186,7 @@ mod tests {
     #[test]
     fn the_component_is_the_module() {
         assert_eq!(component("nacre_agent::container"), "container");
+        assert_eq!(component("nacre_agent"), "main");
         assert_eq!(component("libcontainer::process::init"), "runtime-library");
     }
 }

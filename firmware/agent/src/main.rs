@@ -24,13 +24,12 @@ mod spec;
 mod stdio;
 mod vsock;
 
-use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
 use nacre_protocol::agent::ReadyRequest;
 use nacre_protocol::agent_ttrpc::{HostClient, create_agent};
-use nacre_protocol::{PHASE_INIT, PORT_CALLS, PORT_EVENTS, PORT_LOG, PROTOCOL_VERSION};
+use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG, PROTOCOL_VERSION};
 use tokio::sync::{oneshot, watch};
 use tracing::{Level, debug, error, info, warn};
 use ttrpc::asynchronous::transport::{Listener, Socket};
@@ -59,13 +58,13 @@ extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> lib
         .next()
         .is_some_and(|first| first == runtime::HELPER)
     {
-        return runtime::helper(&arguments.collect::<Vec<OsString>>());
+        return runtime::helper(&arguments.collect::<Vec<_>>());
     }
     if std::process::id() != 1 {
         eprintln!("nacre-agent is the first process of a guest; it does nothing here");
         return 2;
     }
-    init::mark_phase(PHASE_INIT);
+    init::mark_phase(nacre_protocol::PHASE_INIT);
     first_process()
 }
 

@@ -40,8 +40,10 @@ use crate::stdio::ProcessEnds;
 pub const HELPER: &str = "make-container";
 /// How long the making of one container may take.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long after the end of a helper its last report may take to be read.
+const LAST_REPORT_LIMIT: Duration = Duration::from_secs(2);
 /// The longest line that a helper may report.
-const LINE_BYTES: u64 = 64 * 1024;
+const LINE_BYTES: usize = 64 * 1024;
 /// Directory of the library's own state in a bundle.
 const STATE: &str = "state";
 
@@ -101,18 +103,27 @@ pub async fn create(
         .doing(|| "preparing the pipe for reports".into())?;
     let helper = spawn(bundle, id, ends, sender, console.as_ref())?;
     let mut ended = expectation.claim(helper);
-    let mut reports = Reports(BufReader::new(receiver));
+    let mut reports = Reports::new(receiver);
     let mut last_error = None;
     let made = tokio::time::timeout(LIMIT, async {
+        let mut gone = None;
         loop {
-            let report = tokio::select! {
-                biased;
-                report = reports.next() => report?,
-                // What it reported before it ended is in the pipe, and comes first.
-                exit = &mut ended => return Err(Error::Internal(format!(
-                    "the helper that makes container {id} ended with status {}",
-                    exit.map_or(255, |exit| exit.status),
-                ))),
+            let report = match gone {
+                None => tokio::select! {
+                    report = reports.next() => report?,
+                    exit = &mut ended => {
+                        gone = Some(exit.map_or(255, |exit| exit.status));
+                        continue;
+                    }
+                },
+                // What it reported before it ended is in the pipe; the init may keep that open for long.
+                Some(status) => tokio::time::timeout(LAST_REPORT_LIMIT, reports.next())
+                    .await
+                    .unwrap_or_else(|_| {
+                        Err(Error::Internal(format!(
+                            "the helper that makes container {id} ended with status {status}"
+                        )))
+                    })?,
             };
             match report {
                 Some(Report::Created { pid }) => return Ok(pid),
@@ -215,19 +226,31 @@ impl Gate {
     }
 }
 
-struct Reports(BufReader<pipe::Receiver>);
+struct Reports {
+    pipe: BufReader<pipe::Receiver>,
+    /// The begun line: kept here, so that a call to `next` may be given up.
+    line: Vec<u8>,
+}
 
 impl Reports {
+    fn new(pipe: pipe::Receiver) -> Reports {
+        Reports {
+            pipe: BufReader::new(pipe),
+            line: Vec::new(),
+        }
+    }
+
     async fn next(&mut self) -> Result<Option<Report>, Error> {
-        let mut line = Vec::new();
-        let mut bounded = (&mut self.0).take(LINE_BYTES);
-        let count = bounded
-            .read_until(b'\n', &mut line)
+        let room = LINE_BYTES.saturating_sub(self.line.len()) as u64;
+        (&mut self.pipe)
+            .take(room)
+            .read_until(b'\n', &mut self.line)
             .await
             .doing(|| "reading a report".into())?;
-        if count == 0 {
+        if self.line.is_empty() {
             return Ok(None);
         }
+        let line = std::mem::take(&mut self.line);
         serde_json::from_slice(&line).map(Some).map_err(|error| {
             Error::Internal(format!(
                 "a report that cannot be read ({error}): {}",

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nacre_protocol::agent::Stdio;
 use nix::unistd::{Gid, Uid};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::unix::pipe;
 use tracing::{debug, warn};
 
@@ -248,12 +248,16 @@ fn own(end: &OwnedFd, (user, group): (u32, u32)) {
     }
 }
 
-/// From the host to the process. The host's end-of-file closes the pipe; a process that closes its end
-/// closes the connection, so that the host does not write into nothing.
+/// From the host to the process. The host's end-of-file closes the pipe. When nobody can read from the
+/// pipe any more, the connection is closed, so that the host does not write into nothing.
 async fn pump_in(of: String, mut stream: Stream, mut end: pipe::Sender) {
     let mut buffer = vec![0; BUFFER];
     loop {
-        match stream.read(&mut buffer).await {
+        let received = tokio::select! {
+            received = stream.read(&mut buffer) => received,
+            _ = end.ready(Interest::ERROR) => return debug!("stdin of {of}: nobody reads"),
+        };
+        match received {
             Ok(0) => return,
             Ok(count) => {
                 if let Err(error) = end.write_all(&buffer[..count]).await {
