@@ -12,8 +12,8 @@ use crate::memory::layout::{CMDLINE_SIZE, MAX_WINDOWS};
 /// Smallest guest memory that a stock kernel and the agent's initrd boot in, in MiB.
 pub const MINIMUM_MEMORY_MIB: u64 = 96;
 
-/// Largest guest memory, in MiB: 1 TiB, what every host's physical address width reaches.
-pub const MAXIMUM_MEMORY_MIB: u64 = 1 << 20;
+/// Largest guest memory, in MiB: with the hole below 4 GiB it ends at 1 TiB, which every host can address.
+pub const MAXIMUM_MEMORY_MIB: u64 = (1 << 20) - (1 << 10);
 
 /// Most vCPUs of one VM, as the in-kernel interrupt controllers address them.
 pub const MAXIMUM_VCPUS: u8 = 254;
@@ -276,7 +276,7 @@ mod tests {
     fn a_refusal_names_the_value_and_the_bound() {
         let cases: [(String, &[&str]); 9] = [
             (refused(|c| c.memory_mib = 16), &["16 MiB", "96 MiB"]),
-            (refused(|c| c.memory_mib = u64::MAX), &["1048576 MiB"]),
+            (refused(|c| c.memory_mib = u64::MAX), &["1047552 MiB"]),
             (refused(|c| c.vcpus = 0), &["0 vCPUs", "1 to 254"]),
             (refused(|c| c.vcpus = 255), &["255 vCPUs", "254"]),
             (refused(|c| c.windows = 0), &["0 virtio-mmio", "1 to 18"]),
