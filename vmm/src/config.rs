@@ -55,7 +55,7 @@ impl std::fmt::Debug for Console {
 /// One VM.
 #[derive(Debug)]
 pub struct VmConfig {
-    /// Names the VM in logs and thread names.
+    /// Names the VM in logs and thread names; any text without a zero byte.
     pub name: String,
     /// ELF `vmlinux` with a PVH note, or a bzImage.
     pub kernel: PathBuf,
@@ -147,6 +147,12 @@ pub enum ConfigError {
         /// Its length in bytes.
         length: usize,
     },
+    /// The name has a zero byte in it.
+    #[error("VM name {name:?} with a zero byte")]
+    Name {
+        /// The name.
+        name: String,
+    },
     /// The command line has a zero byte in it.
     #[error("kernel command line with a zero byte at offset {at}")]
     CmdlineZero {
@@ -162,6 +168,11 @@ impl VmConfig {
     ///
     /// The first value that cannot be.
     pub fn check(&self) -> Result<(), ConfigError> {
+        if self.name.contains('\0') {
+            return Err(ConfigError::Name {
+                name: self.name.clone(),
+            });
+        }
         let asked = self.memory_mib;
         if !(MINIMUM_MEMORY_MIB..=MAXIMUM_MEMORY_MIB).contains(&asked) {
             return Err(ConfigError::Memory { asked });
@@ -296,6 +307,7 @@ mod tests {
                 assert!(message.contains(part), "{message:?} lacks {part:?}");
             }
         }
+        assert!(refused(|c| c.name = "a\0".to_owned()).contains("zero byte"));
         assert!(refused(|c| c.cmdline = "x".repeat(2048)).contains("2047"));
         assert!(refused(|c| c.cmdline = "a\0b".to_owned()).contains("offset 1"));
     }

@@ -14,16 +14,12 @@ fn memory_that_the_host_cannot_map_is_told_with_its_size() {
         rlim_max: 0,
     };
     // SAFETY: `limit` is a valid place to write to.
-    assert_eq!(
-        unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) },
-        0
-    );
+    let read = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) };
+    assert_eq!(read, 0);
     limit.rlim_cur = 4 << 30;
     // SAFETY: `limit` is a valid limit; it only makes mappings fail.
-    assert_eq!(
-        unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) },
-        0
-    );
+    let written = unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) };
+    assert_eq!(written, 0);
     let mut config = config(&kernel, &Output::default());
     config.memory_mib = 8192;
     let error = Vm::start(config).expect_err("does not fit");

@@ -505,7 +505,7 @@ mod tests {
             let error = unpack_bzimage(&bzimage(&packed)).expect_err("a wrong size");
             match compression {
                 Compression::Gzip => {
-                    assert!(matches!(error, PayloadError::Broken { .. }), "{error:?}")
+                    assert!(matches!(error, PayloadError::Broken { .. }), "{error:?}");
                 }
                 _ => assert!(matches!(error, PayloadError::WrongSize { .. }), "{error:?}"),
             }

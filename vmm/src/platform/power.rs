@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::bus::BusDevice;
 use crate::exit::{Ending, ExitReason};
-use crate::memory::layout::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
+use crate::memory::layout::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT};
 
 /// SLP_TYP of S5, as the DSDT's `_S5` names it.
 pub const S5_SLEEP_TYPE: u8 = 5;
@@ -56,12 +56,7 @@ impl BusDevice for PowerRegisters {
             RESET_PORT if *value == RESET_VALUE => {
                 self.ending.report(ExitReason::Reboot);
             }
-            SLEEP_STATUS_PORT => {}
-            port => tracing::debug!(
-                port,
-                value,
-                "a power register was given what it does not know"
-            ),
+            _ => {}
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The state that a vCPU begins with: CPUID, MSRs, local APIC and registers.
 //!
-//! The guest sees one package with one thread a core; a vCPU's APIC id is its index. Everything
-//! else in CPUID is what KVM supports on this host.
+//! The guest sees one package with one thread a core; a vCPU's APIC id is its index. Virtualization
+//! and performance monitoring are hidden from it. Everything else in CPUID is what KVM supports on
+//! this host.
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_regs,
@@ -207,6 +208,7 @@ fn cpuid(supported: &[kvm_cpuid_entry2], index: u8, cores: u8) -> Vec<kvm_cpuid_
                     let addressable = (1 << shift).min(255);
                     leaf.ebx = leaf.ebx & 0xffff | addressable << 16 | id << 24;
                     leaf.ecx |= FEATURE_HYPERVISOR | FEATURE_TSC_DEADLINE;
+                    leaf.ecx &= !FEATURE_VMX;
                     if cores > 1 {
                         leaf.edx |= FEATURE_HTT;
                     } else {
@@ -220,6 +222,8 @@ fn cpuid(supported: &[kvm_cpuid_entry2], index: u8, cores: u8) -> Vec<kvm_cpuid_
                 }
                 // Performance monitoring is not virtualized.
                 0xa => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
+                0x8000_0001 => leaf.ecx &= !FEATURE_SVM,
+                0x8000_000a => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
                 // Cores of the package (AMD).
                 0x8000_0008 if amd => leaf.ecx = shift << 12 | (cores - 1),
                 // Cache properties (AMD).
@@ -260,6 +264,8 @@ fn cpuid(supported: &[kvm_cpuid_entry2], index: u8, cores: u8) -> Vec<kvm_cpuid_
 }
 
 const FEATURE_TSC_DEADLINE: u32 = 1 << 24;
+const FEATURE_VMX: u32 = 1 << 5;
+const FEATURE_SVM: u32 = 1 << 2;
 const FEATURE_HYPERVISOR: u32 = 1 << 31;
 const FEATURE_HTT: u32 = 1 << 28;
 
@@ -288,7 +294,9 @@ mod tests {
         let amd = u32::from_le_bytes(*b"Auth");
         vec![
             leaf(0, [0xd, amd, 0, 0]),
-            leaf(1, [0x800f12, 0x0502_0800, 0, 0]),
+            leaf(1, [0x800f12, 0x0502_0800, FEATURE_VMX, 0]),
+            leaf(0x8000_0001, [0, 0, FEATURE_SVM | 1, 0]),
+            leaf(0x8000_000a, [1, 2, 3, 4]),
             leaf(4, [0x0400_0163, 0, 0, 0]),
             leaf(0xa, [1, 2, 3, 4]),
             leaf(0xb, [9, 9, 9, 9]),
@@ -327,6 +335,14 @@ mod tests {
             assert_eq!((find(&table, 0x8000_001d, 0).eax >> 14) & 0xfff, cores - 1);
             assert_eq!(find(&table, 0xa, 0).eax, 0);
         }
+    }
+
+    #[test]
+    fn virtualization_is_hidden() {
+        let table = cpuid(&host(), 0, 1);
+        assert_eq!(find(&table, 1, 0).ecx & FEATURE_VMX, 0);
+        assert_eq!(find(&table, 0x8000_0001, 0).ecx, 1);
+        assert_eq!(find(&table, 0x8000_000a, 0).eax, 0);
     }
 
     #[test]

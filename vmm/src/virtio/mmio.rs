@@ -27,7 +27,7 @@ use virtio_bindings::virtio_mmio::{
 };
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice};
 use super::queue::F_EVENT_IDX;
@@ -162,7 +162,7 @@ impl Window {
     ///
     /// [`Error::EventFd`].
     pub fn new(ram: GuestRam) -> Result<Self, Error> {
-        let irqfd = EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?;
+        let irqfd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?;
         Ok(Self {
             ram,
             interrupt: Interrupt::new(irqfd),
@@ -189,7 +189,7 @@ impl Window {
         }
         let kicks = sizes
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new))
             .collect::<Result<_, _>>()
             .map_err(Error::EventFd)?;
         self.interrupt.reset();

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::Disk;
 use super::request::Target;
@@ -92,7 +92,7 @@ impl Block {
             .map_err(|queues| io::Error::other(format!("{} queues, not 1", queues.len())))?;
         let stop = Arc::new(Stop {
             flag: AtomicBool::new(false),
-            event: EventFd::new(EFD_NONBLOCK)?,
+            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         });
         let epoll = Epoll::new()?;
         for event in [&*kick, &stop.event] {
