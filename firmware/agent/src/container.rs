@@ -327,13 +327,10 @@ impl Containers {
     /// # Errors
     /// `InvalidArgument` for a number that is no signal; `NotFound` if the process is not there any more.
     pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
-        let number = match i32::try_from(signal) {
-            Ok(number @ 1..=64) => number,
-            _ => {
-                return Err(Error::InvalidArgument(format!(
-                    "{signal} is no signal: 1 to 64 are"
-                )));
-            }
+        let Ok(number @ 1..=64) = i32::try_from(signal) else {
+            return Err(Error::InvalidArgument(format!(
+                "{signal} is no signal: 1 to 64 are"
+            )));
         };
         let container = self.find(id)?;
         let process = container.process(exec_id)?;

@@ -134,12 +134,13 @@ async fn serve(init_us: u64, modules_us: u64) -> Result<(), Error> {
         }
     });
 
+    say_ready(&host, init_us, modules_us).await?;
+    // After Ready, so that readiness does not wait for them; calls that need them do.
     tokio::task::spawn_blocking(move || {
         modules::load(Path::new(modules::DIRECTORY), Group::Late);
         debug!("the late modules are loaded");
         loaded.send_replace(true);
     });
-    say_ready(&host, init_us, modules_us).await?;
     let delivery = tokio::spawn(events::deliver(host, queue));
 
     let lost =

@@ -11,9 +11,11 @@
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr, OsString};
+use std::fs::Permissions;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -24,6 +26,7 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use pathrs::Root;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::unix::pipe;
@@ -423,6 +426,7 @@ fn prepare_helper(descriptor: RawFd) {
 }
 
 fn make(bundle: &Path, id: &str, console: Option<PathBuf>) -> Result<i32, String> {
+    make_working_directory(bundle);
     let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(bundle.join(STATE))
         .map_err(|error| chain(&error))?
@@ -437,6 +441,23 @@ fn make(bundle: &Path, id: &str, console: Option<PathBuf>) -> Result<i32, String
     match container.pid() {
         Some(pid) => Ok(pid.as_raw()),
         None => Err("the library made it without a pid".into()),
+    }
+}
+
+/// Makes the process's working directory where the root has none, as other runtimes do. What goes wrong
+/// shows when the process enters it.
+fn make_working_directory(bundle: &Path) {
+    let Ok(spec) = Spec::load(bundle.join("config.json")) else {
+        return;
+    };
+    let Some(process) = spec.process() else {
+        return;
+    };
+    // Symbolic links in the root are followed within the root.
+    let made = Root::open(bundle.join(crate::spec::ROOT))
+        .and_then(|root| root.mkdir_all(process.cwd(), &Permissions::from_mode(0o755)));
+    if let Err(error) = made {
+        tracing::debug!("making {}: {error}", process.cwd().display());
     }
 }
 
