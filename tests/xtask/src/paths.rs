@@ -33,3 +33,13 @@ pub fn cache(below: &str) -> PathBuf {
 pub fn image(file: &str) -> PathBuf {
     cache("image/current").join(file)
 }
+
+/// A path below the testbed's folder: its images, logs and lock. `NACRE_TESTBED_NAME` names another testbed, so that more
+/// than one can run at a time.
+pub fn testbed(below: &str) -> PathBuf {
+    let folder = match std::env::var("NACRE_TESTBED_NAME") {
+        Ok(name) if !name.is_empty() => format!("testbed-{}", name.replace('/', "-")),
+        _ => "testbed".to_owned(),
+    };
+    cache(&folder).join(below)
+}

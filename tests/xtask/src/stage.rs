@@ -103,7 +103,7 @@ impl Stage {
 
     /// The image of this tree, made unless one of the same content is cached.
     pub fn ext4(&self, label: &str) -> Result<PathBuf> {
-        let folder = paths::cache("testbed/images");
+        let folder = paths::testbed("images");
         fs::create_dir_all(&folder)?;
         let (digest, size) = self.digest()?;
         let image = folder.join(format!("{label}-{}.img", &digest[..16]));

@@ -38,7 +38,7 @@ pub(super) fn boot(
     request: &Request,
     sink: &mut dyn Sink,
 ) -> Result<i32, Failure> {
-    let logs = paths::cache("testbed");
+    let logs = paths::testbed("");
     let (ours, theirs) = UnixStream::pair()?;
     let theirs = OwnedFd::from(theirs);
     let console = logs.join("console.log");

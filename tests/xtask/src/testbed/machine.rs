@@ -134,7 +134,7 @@ fn initramfs(modules: &Path) -> Result<PathBuf> {
         .file_name()
         .context("no kernel release")?
         .to_string_lossy();
-    let file = paths::cache("testbed").join(format!("initramfs-{release}"));
+    let file = paths::testbed("").join(format!("initramfs-{release}"));
     let newest = [
         modified(&init),
         modified(&std::env::current_exe()?),

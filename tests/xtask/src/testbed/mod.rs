@@ -44,7 +44,7 @@ pub struct Request {
 impl Request {
     /// A command with the usual size and surroundings.
     pub fn new(argv: Vec<String>) -> Request {
-        let out = paths::cache("testbed/out");
+        let out = paths::testbed("out");
         Request {
             argv,
             env: Vec::new(),
@@ -128,7 +128,10 @@ pub fn attempt(request: &Request, sink: &mut dyn Sink) -> Result<i32, Failure> {
             "in the nested testbed"
         }
     ));
-    let _lock = Lock::take(&paths::cache("testbed/lock"), "the testbed")?;
+    let _lock = Lock::take(
+        &paths::testbed("lock"),
+        "the testbed (NACRE_TESTBED_NAME=NAME makes another beside it)",
+    )?;
     if !request.keep_out && request.out.exists() {
         fs::remove_dir_all(&request.out).context("emptying the output folder")?;
     }
