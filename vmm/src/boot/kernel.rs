@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use linux_loader::loader::{Elf, KernelLoader, KernelLoaderResult, PvhBootCapability};
+use linux_loader::loader::{self, Elf, KernelLoader, KernelLoaderResult, PvhBootCapability, elf};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Error;
@@ -74,7 +74,14 @@ pub fn load_kernel(
         kernel_end,
         pvh_boot_cap,
         ..
-    } = loaded.map_err(|error| failed(error.to_string()))?;
+    } = loaded.map_err(|error| {
+        failed(match error {
+            loader::Error::Elf(elf::Error::ReadKernelImage) => {
+                "it is cut short, or larger than the guest's memory".to_owned()
+            }
+            other => other.to_string(),
+        })
+    })?;
     let PvhBootCapability::PvhEntryPresent(entry) = pvh_boot_cap else {
         return Err(Error::NoPvhEntry(path.to_owned()));
     };
