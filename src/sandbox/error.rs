@@ -47,8 +47,8 @@ pub enum Error {
         /// The last 64 KiB of the console, printable.
         console: String,
     },
-    /// The agent answered with an error.
-    #[error("{call} failed in the guest: {message}")]
+    /// The agent answered with an error; its words say what it was doing to which thing.
+    #[error("The guest failed: {message}")]
     Refused {
         /// The call, with the container it was for.
         call: String,
