@@ -95,6 +95,7 @@ fn main() -> ExitCode {
 }
 
 fn run_testbed(args: TestbedArgs) -> Result<i32> {
+    paths::use_free_testbed()?;
     let mut request = testbed::Request::new(args.command);
     request.memory = args.memory;
     request.cpus = args.cpus;

@@ -1,6 +1,11 @@
 //! Where things are: the workspace, its build output, and the folders under `target/nacre` that xtask keeps.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use anyhow::Result;
+
+use crate::run::{Lock, step};
 
 /// The folder of the workspace's `Cargo.toml`.
 pub fn workspace() -> PathBuf {
@@ -34,12 +39,41 @@ pub fn image(file: &str) -> PathBuf {
     cache("image/current").join(file)
 }
 
+static TESTBED: OnceLock<String> = OnceLock::new();
+
+/// Names of the testbeds that `use_free_testbed` chooses from; the first has no name.
+const TESTBEDS: [&str; 3] = ["", "2", "3"];
+
 /// A path below the testbed's folder: its images, logs and lock. `NACRE_TESTBED_NAME` names another testbed, so that more
 /// than one can run at a time.
 pub fn testbed(below: &str) -> PathBuf {
-    let folder = match std::env::var("NACRE_TESTBED_NAME") {
-        Ok(name) if !name.is_empty() => format!("testbed-{}", name.replace('/', "-")),
-        _ => "testbed".to_owned(),
-    };
-    cache(&folder).join(below)
+    let name = TESTBED.get_or_init(|| std::env::var("NACRE_TESTBED_NAME").unwrap_or_default());
+    testbed_named(name).join(below)
+}
+
+/// Takes the first testbed that nobody is using, if none is named; the first one if all are in use.
+pub fn use_free_testbed() -> Result<()> {
+    if std::env::var_os("NACRE_TESTBED_NAME").is_some() {
+        return Ok(());
+    }
+    for name in TESTBEDS {
+        if Lock::try_take(&testbed_named(name).join("lock"))?.is_some() {
+            if !name.is_empty() {
+                step(format!(
+                    "the testbed is in use; taking another, {}",
+                    testbed_named(name).display()
+                ));
+            }
+            let _ = TESTBED.set(name.to_owned());
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn testbed_named(name: &str) -> PathBuf {
+    match name {
+        "" => cache("testbed"),
+        name => cache(&format!("testbed-{}", name.replace('/', "-"))),
+    }
 }

@@ -75,23 +75,36 @@ pub struct Lock(#[expect(dead_code, reason = "held for its drop")] File);
 impl Lock {
     /// Waits for the lock, and says so if that takes time.
     pub fn take(path: &Path, what: &str) -> Result<Lock> {
+        if let Some(lock) = Lock::try_take(path)? {
+            return Ok(lock);
+        }
+        step(format!("waiting for another run that holds {what}"));
+        let file = Lock::open(path)?;
+        // SAFETY: the descriptor is open; flock takes no pointer.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
+            return Err(std::io::Error::last_os_error())
+                .with_context(|| format!("locking {}", path.display()));
+        }
+        Ok(Lock(file))
+    }
+
+    /// The lock, unless another holds it.
+    pub fn try_take(path: &Path) -> Result<Option<Lock>> {
+        let file = Lock::open(path)?;
+        // SAFETY: the descriptor is open; flock takes no pointer.
+        let held = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0;
+        Ok((!held).then_some(Lock(file)))
+    }
+
+    fn open(path: &Path) -> Result<File> {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder)?;
         }
-        let file = File::options()
+        File::options()
             .create(true)
             .truncate(false)
             .write(true)
-            .open(path)?;
-        // SAFETY: the descriptor is open; flock takes no pointer.
-        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            step(format!("waiting for another run that holds {what}"));
-            // SAFETY: as above.
-            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
-                return Err(std::io::Error::last_os_error())
-                    .with_context(|| format!("locking {}", path.display()));
-            }
-        }
-        Ok(Lock(file))
+            .open(path)
+            .with_context(|| format!("opening {}", path.display()))
     }
 }
