@@ -137,7 +137,7 @@ pub fn attempt(request: &Request, sink: &mut dyn Sink) -> Result<i32, Failure> {
     }
     fs::create_dir_all(&request.out).context("making the output folder")?;
     match place {
-        Place::Host => Ok(on_host(request, sink)?),
+        Place::Host => Ok(on_host(request, &daemons::environment_on_host()?, sink)?),
         Place::Testbed => boot::boot(&machine::prepare(request)?, request, sink),
     }
 }
@@ -157,7 +157,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
-fn on_host(request: &Request, sink: &mut dyn Sink) -> Result<i32> {
+fn on_host(request: &Request, daemons: &[(String, String)], sink: &mut dyn Sink) -> Result<i32> {
     let path = std::env::var("PATH").unwrap_or_default();
     let debug = paths::target().join("debug");
     let mut command = Command::new(&request.argv[0]);
@@ -170,9 +170,7 @@ fn on_host(request: &Request, sink: &mut dyn Sink) -> Result<i32> {
     command
         .env("NACRE_KERNEL", paths::image("vmlinux"))
         .env("NACRE_INITRD", paths::image("initrd"));
-    for (name, value) in daemons::environment_on_host()? {
-        command.env(name, value);
-    }
+    command.envs(daemons.iter().cloned());
     let mut child = command
         .envs(request.env.iter().cloned())
         .stdin(Stdio::null())
@@ -225,4 +223,50 @@ fn on_host(request: &Request, sink: &mut dyn Sink) -> Result<i32> {
     Ok(status
         .code()
         .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Collected(Vec<u8>, Vec<u8>);
+
+    impl Sink for Collected {
+        fn stdout(&mut self, data: &[u8]) {
+            self.0.extend(data);
+        }
+
+        fn stderr(&mut self, data: &[u8]) {
+            self.1.extend(data);
+        }
+    }
+
+    fn shell(script: &str) -> Request {
+        Request::new(["sh", "-c", script].map(str::to_owned).to_vec())
+    }
+
+    #[test]
+    fn a_command_on_the_host_gives_output_environment_and_code() {
+        let mut sink = Collected::default();
+        let daemons = [("NACRE_RUNC".to_owned(), "/x/runc".to_owned())];
+        let script = "echo $NACRE_RUNC $NACRE_KERNEL; echo no >&2; exit 42";
+        assert_eq!(on_host(&shell(script), &daemons, &mut sink).unwrap(), 42);
+        let expected = format!("/x/runc {}\n", paths::image("vmlinux").display());
+        assert_eq!(
+            (String::from_utf8(sink.0).unwrap(), sink.1),
+            (expected, b"no\n".to_vec())
+        );
+        assert_eq!(
+            on_host(&shell("kill -9 $$"), &[], &mut Collected::default()).unwrap(),
+            137
+        );
+    }
+
+    #[test]
+    fn a_command_on_the_host_has_a_time_limit() {
+        let mut request = shell("exec sleep 30");
+        request.time_limit = Some(Duration::from_millis(100));
+        assert!(on_host(&request, &[], &mut Collected::default()).is_err());
+    }
 }
