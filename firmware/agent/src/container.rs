@@ -27,7 +27,7 @@ use crate::spec;
 use crate::stdio::{Connections, ProcessEnds, Pumps, Terminal};
 
 /// How long killed processes may take to be gone.
-const KILL_LIMIT: Duration = Duration::from_secs(4);
+const KILL_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long an init that could not run its program may take to end by itself.
 const OWN_END_LIMIT: Duration = Duration::from_millis(1500);

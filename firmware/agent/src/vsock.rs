@@ -20,6 +20,13 @@ pub use tokio_vsock::VsockStream as Stream;
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// How long the host may take to accept. The kernel's own limit is 2 s, which a busy machine can miss.
+#[cfg(not(feature = "unix-transport"))]
+const CONNECT_LIMIT: Duration = Duration::from_secs(20);
+/// Of level `AF_VSOCK`, from linux/vm_sockets.h.
+#[cfg(not(feature = "unix-transport"))]
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+
 /// Dials a port of the host. A transport that is not there yet is waited for, 2 s at most; a host that
 /// refuses is not.
 ///
@@ -42,11 +49,42 @@ pub async fn dial(port: u32) -> Result<Stream, Error> {
 
 #[cfg(not(feature = "unix-transport"))]
 async fn connect(port: u32) -> io::Result<Stream> {
-    Stream::connect(tokio_vsock::VsockAddr::new(
-        tokio_vsock::VMADDR_CID_HOST,
-        port,
-    ))
-    .await
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, getsockopt, sockopt};
+    use std::os::fd::AsRawFd;
+
+    let socket = nix::sys::socket::socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
+    let patience = libc::timeval {
+        tv_sec: CONNECT_LIMIT.as_secs() as libc::time_t,
+        tv_usec: 0,
+    };
+    // SAFETY: the option is read from one timeval, of the length that is given.
+    unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const patience).cast(),
+            size_of_val(&patience) as libc::socklen_t,
+        );
+    }
+    let host = VsockAddr::new(tokio_vsock::VMADDR_CID_HOST, port);
+    match nix::sys::socket::connect(socket.as_raw_fd(), &host) {
+        Ok(()) | Err(nix::Error::EINPROGRESS) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // SAFETY: the socket stays open for as long as the registration, which gives it back below.
+    let connecting = unsafe { tokio::io::unix::AsyncFd::register(socket) }?;
+    connecting.writable().await?.clear_ready();
+    let socket = connecting.into_inner();
+    match getsockopt(&socket, sockopt::SocketError)? {
+        0 => Ok(Stream::from(socket)),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
 }
 
 #[cfg(feature = "unix-transport")]
