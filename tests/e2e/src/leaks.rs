@@ -23,8 +23,9 @@ const FOLDERS: [&str; 5] = [
 ];
 
 /// Folders that are made once and stay.
-const KEPT: [&str; 6] = [
+const KEPT: [&str; 7] = [
     "/run/nacre",
+    "/run/nacre/s",
     "/run/nacre/vms",
     "/run/containerd/s",
     "/run/containerd/fifo",
