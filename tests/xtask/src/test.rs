@@ -79,7 +79,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
     let suite = Suite {
         full: false,
         only: args.only.clone(),
-        time_limit: Duration::from_secs(25 * 60),
+        time_limit: Duration::from_secs(60 * 60),
         out: fresh_folder(&paths::cache("test/logs"))?,
     };
     match suite::build().and_then(|()| suite.run(Default::default(), |_, _| Ok(()))) {
