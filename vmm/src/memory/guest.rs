@@ -11,10 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use thiserror::Error;
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    GuestRegionMmap, MmapRegion,
 };
 
 use super::slots::{Exhausted, SlotAllocator, SlotId};
@@ -221,11 +221,7 @@ impl Table {
 fn map(base: u64, size: u64) -> Result<Arc<GuestRegionMmap>, Error> {
     let failed = |why: String| Error::Map { base, size, why };
     let length = usize::try_from(size).map_err(|error| failed(error.to_string()))?;
-    let mapping = MmapRegionBuilder::new(length)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-        .build()
-        .map_err(|error| failed(error.to_string()))?;
+    let mapping = map_aligned(length).map_err(|error| failed(error.to_string()))?;
     // A core dump of the VMM is no place for the guest's memory. It is a wish: nothing depends on it.
     // SAFETY: the range is the mapping just made; MADV_DONTDUMP does not change its contents.
     unsafe { libc::madvise(mapping.as_ptr().cast(), length, libc::MADV_DONTDUMP) };
@@ -236,6 +232,31 @@ fn map(base: u64, size: u64) -> Result<Arc<GuestRegionMmap>, Error> {
             size,
             why: "it wraps around the end of the address space".to_owned(),
         })
+}
+
+/// A huge page. KVM maps one into the guest where host and guest addresses agree below it.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// A mapping at a multiple of [`HUGE_PAGE`] if the kernel can be brought to give one; kernels
+/// before 6.7 do not by themselves.
+fn map_aligned(length: usize) -> Result<MmapRegion, MmapRegionError> {
+    let first = map_anywhere(length, libc::PROT_READ | libc::PROT_WRITE)?;
+    let excess = first.as_ptr() as usize % HUGE_PAGE;
+    if length < HUGE_PAGE || excess == 0 {
+        return Ok(first);
+    }
+    drop(first);
+    // Mappings go downwards from the last, so one of the excess's size puts the next in its place.
+    // If another thread maps something in between, the guest runs with small pages.
+    let _spacer = map_anywhere(excess, libc::PROT_NONE)?;
+    map_anywhere(length, libc::PROT_READ | libc::PROT_WRITE)
+}
+
+fn map_anywhere(length: usize, protection: libc::c_int) -> Result<MmapRegion, MmapRegionError> {
+    MmapRegionBuilder::new(length)
+        .with_mmap_prot(protection)
+        .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+        .build()
 }
 
 /// Tells KVM of a slot; size 0 takes it away.
@@ -256,4 +277,21 @@ fn set_slot(
     // SAFETY: the address is of a mapping of at least that size which the table (or, when the slot
     // is taken away, the caller) keeps until the slot is gone or the VM's last vCPU has ended.
     unsafe { vm.set_user_memory_region(region) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_are_where_huge_pages_fit() {
+        // Other threads of the test program map things too, so not every attempt must succeed.
+        let aligned = (0..16).any(|_| {
+            let mapping = map_aligned(2 * HUGE_PAGE).expect("maps");
+            assert_eq!(mapping.size(), 2 * HUGE_PAGE);
+            (mapping.as_ptr() as usize).is_multiple_of(HUGE_PAGE)
+        });
+        assert!(aligned);
+        assert_eq!(map_aligned(4096).expect("maps").size(), 4096);
+    }
 }
