@@ -12,6 +12,8 @@
 //! agent_timeout = "10s"                 # each call to the agent
 //! create_timeout = "30s"                # Create, which mounts the root
 //! stdio_timeout = "10s"                 # until the guest has dialled a stdio stream
+//! idle_timeout = "30s"                  # a shim that nobody has called ends itself
+//! reader_timeout = "30s"                # a reader of output that takes nothing after the exit is given up
 //!
 //! [size]
 //! default_vcpus = 1                     # without a cpu limit
@@ -82,6 +84,12 @@ pub struct Config {
     /// Until the guest has dialled a stdio stream.
     #[serde(deserialize_with = "duration")]
     pub stdio_timeout: Duration,
+    /// A shim that nobody has called ends itself.
+    #[serde(deserialize_with = "duration")]
+    pub idle_timeout: Duration,
+    /// A reader of output that takes nothing after the process's exit is given up.
+    #[serde(deserialize_with = "duration")]
+    pub reader_timeout: Duration,
     /// Sizes of VMs.
     pub size: Size,
     /// Roots made of directories.
@@ -122,6 +130,8 @@ impl Default for Config {
             agent_timeout: Duration::from_secs(10),
             create_timeout: Duration::from_secs(30),
             stdio_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(30),
+            reader_timeout: Duration::from_secs(30),
             size: Size::default(),
             rootfs: Rootfs::default(),
         }

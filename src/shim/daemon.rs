@@ -24,8 +24,6 @@ use crate::sandbox::{
     ConsoleSink, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
 };
 
-/// A daemon that nobody has called for so long ends itself.
-const NOBODY_CALLS: Duration = Duration::from_secs(30);
 /// How long a predecessor with the same id may take to be gone.
 const PREDECESSOR_ENDS: Duration = Duration::from_secs(8);
 /// After so long an end that hangs is an end by force.
@@ -187,7 +185,11 @@ async fn serve(place: Place, mut up: std::fs::File) {
     let pid = identity.pid;
     let control_socket = record.directory().join(control::SOCKET);
     let recorded = record.add(Resource::Socket(control_socket.clone()));
-    let limits = stdio::Limits::default();
+    let limits = stdio::Limits {
+        stuck_reader: config.reader_timeout,
+        ..stdio::Limits::default()
+    };
+    let idle = config.idle_timeout;
     let shim = Shim::new(identity, config, record, limits, publisher);
 
     // The boot begins before anything else.
@@ -215,7 +217,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
     tracing::info!(pid, version = crate::BUILD_ID, "the shim serves");
 
     tokio::spawn(heed_signals(shim.clone()));
-    tokio::spawn(heed_silence(shim.clone()));
+    tokio::spawn(heed_silence(shim.clone(), idle));
     shim.ending().await;
 
     std::thread::spawn(|| {
@@ -250,10 +252,10 @@ async fn heed_signals(shim: Arc<Shim>) {
     shim.shut_down();
 }
 
-async fn heed_silence(shim: Arc<Shim>) {
-    tokio::time::sleep(NOBODY_CALLS).await;
+async fn heed_silence(shim: Arc<Shim>, limit: Duration) {
+    tokio::time::sleep(limit).await;
     if !shim.called() {
-        tracing::warn!(after = ?NOBODY_CALLS, "nobody called; the shim ends");
+        tracing::warn!(after = ?limit, "nobody called; the shim ends");
         shim.shut_down();
     }
 }

@@ -23,7 +23,7 @@ const QUEUE_LIMIT: usize = 4096;
 const DELIVERY: Duration = Duration::from_secs(5);
 /// Pauses between deliveries that failed: the first, doubled up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LAST_PAUSE: Duration = Duration::from_secs(5);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
 /// How often an event is tried that containerd answers with an error.
 const REJECTIONS: u32 = 5;
 /// ttrpc metadata key that names the namespace.

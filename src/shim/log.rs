@@ -100,7 +100,11 @@ impl<S: Subscriber> Layer<S> for Logrus {
             line.fields
                 .push(("component", component(event.metadata().target()).to_owned()));
         }
-        line.fields.extend(self.fields.iter().cloned());
+        for field in &self.fields {
+            if !line.fields.iter().any(|(name, _)| *name == field.0) {
+                line.fields.push(field.clone());
+            }
+        }
         let text = render(SystemTime::now(), level, &line.message, &line.fields);
         self.sink
             .lock()

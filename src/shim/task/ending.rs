@@ -14,6 +14,9 @@ use crate::shim::lifecycle;
 /// Output of a process that still runs is waited for as long as it keeps coming: it may be about to exit.
 const OUTPUT_PAUSE: Duration = Duration::from_millis(400);
 
+/// For the exits that are left to be queued, before the queue is waited for.
+const LAST_EXITS: Duration = Duration::from_millis(100);
+
 /// Does the phases for one shim.
 pub struct Ending {
     shim: Arc<Shim>,
@@ -112,6 +115,8 @@ impl Steps for Ending {
             }
             Phase::Events => {
                 self.leave_no_exit_out();
+                // Without streams to drain they come at once; a queue that waits for containerd is another matter.
+                let _ = tokio::time::timeout(LAST_EXITS, shim.all_exits()).await;
                 shim.publisher.flushed().await;
                 Ok(())
             }
