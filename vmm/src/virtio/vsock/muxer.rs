@@ -92,6 +92,22 @@ pub struct Counters {
     pub bad_chains: u64,
 }
 
+/// Violations that are logged as warnings; a guest does not fill the host's log.
+const LOUD_VIOLATIONS: u64 = 4;
+
+fn log_violation(ports: Ports, count: u64) {
+    let Ports { host, guest } = ports;
+    if count <= LOUD_VIOLATIONS {
+        tracing::warn!(
+            host,
+            guest,
+            "the guest broke the vsock protocol; its connection is reset"
+        );
+    } else {
+        tracing::debug!(host, guest, count, "the guest broke the vsock protocol");
+    }
+}
+
 /// The muxer.
 #[derive(Debug)]
 pub struct Muxer {
@@ -312,12 +328,13 @@ impl Muxer {
         if std::mem::take(&mut entrant.queued) {
             self.ready.retain(|ready| *ready != id);
         }
-        if phase == Phase::Closed(Cause::Violation) {
-            self.counters.violations += 1;
-        }
         let was_live = self.live.get(&ports) == Some(&id);
         if was_live {
             self.live.remove(&ports);
+            if phase == Phase::Closed(Cause::Violation) {
+                self.counters.violations += 1;
+                log_violation(ports, self.counters.violations);
+            }
         }
         if was_live && verdict == Verdict::Reset {
             self.push_reply(Header {

@@ -96,7 +96,7 @@ fn action() -> impl Strategy<Value = Action> {
 type Connect = Pin<Box<dyn Future<Output = Result<VsockStream, Error>>>>;
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
 
     #[test]
     fn random_guests_break_nothing(actions in prop::collection::vec(action(), 1..250)) {
