@@ -91,7 +91,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// [`Error`] says what cannot be; nothing is left of the VM then.
+    /// [`enum@Error`] says what cannot be; nothing is left of the VM then.
     pub fn start(config: VmConfig) -> Result<Self, Error> {
         Self::start_with(config, |_| {})
     }

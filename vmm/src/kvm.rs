@@ -82,7 +82,7 @@ pub enum Error {
 ///
 /// # Errors
 ///
-/// See [`Error`]; each says what is missing.
+/// See [`enum@Error`]; each says what is missing.
 pub fn open() -> Result<Kvm, Error> {
     open_at(Path::new(KVM_DEVICE))
 }
@@ -91,7 +91,7 @@ pub fn open() -> Result<Kvm, Error> {
 ///
 /// # Errors
 ///
-/// See [`Error`].
+/// See [`enum@Error`].
 pub fn open_at(path: &Path) -> Result<Kvm, Error> {
     let shown = path.to_owned();
     // The path comes from us and has no zero byte in it.

@@ -2,8 +2,8 @@
 //! PVH boot, ACPI and virtio devices, as a library that runs inside the
 //! process that wants a VM. It knows nothing of containers.
 //!
-//! [`Vm::start`](handle::Vm::start) takes a [`VmConfig`](config::VmConfig) and
-//! gives a [`Vm`](handle::Vm); everything else is reached from there.
+//! [`Vm::start`](handle::Vm::start) takes a [`VmConfig`] and
+//! gives a [`Vm`]; everything else is reached from there.
 
 pub mod boot;
 pub mod bus;

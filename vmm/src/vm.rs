@@ -207,7 +207,7 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// See [`Error`].
+    /// See [`enum@Error`].
     pub fn start(
         config: VmConfig,
         progress: &Progress,
