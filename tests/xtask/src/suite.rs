@@ -98,10 +98,13 @@ impl Suite {
                 Ok(code) => format!("the suite's program ended with code {code}"),
                 Err(Failure::Froze(why)) => {
                     step(format!("{why}; going on in another boot"));
-                    report.retries.push(format!(
-                        "{blamed}: {}",
-                        why.lines().next().unwrap_or_default()
-                    ));
+                    let during = if blamed.is_empty() {
+                        "between cases"
+                    } else {
+                        &blamed
+                    };
+                    let cause = why.lines().next().unwrap_or_default();
+                    report.retries.push(format!("{during}: {cause}"));
                     why
                 }
                 Err(Failure::Fatal(error)) if running.is_none() => return Err(error),
@@ -246,6 +249,14 @@ fn parse(line: &str) -> Line<'_> {
     Line::Other
 }
 
+/// `N passed, N failed`.
+fn is_count(line: &str) -> bool {
+    let number = |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
+    line.split_once(" passed, ").is_some_and(|(passed, rest)| {
+        number(passed) && rest.strip_suffix(" failed").is_some_and(number)
+    })
+}
+
 fn say(name: &str, verdict: &Verdict) {
     let outcome = if verdict.passed { "ok" } else { "FAILED" };
     println!(
@@ -287,6 +298,8 @@ impl<'a, F: FnMut(&str, &Verdict) -> Result<()>> Follower<'a, F> {
                 self.cases.insert(name.to_owned(), verdict);
                 self.running = None;
             }
+            // The program's own count is of this boot only.
+            Line::Other if is_count(line) => {}
             Line::Other => println!("    {line}"),
         }
     }
