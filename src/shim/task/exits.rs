@@ -9,7 +9,7 @@ use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use tokio::sync::watch;
 
 use super::{Exit, Shim};
-use crate::sandbox::{AgentEvent, Sandbox};
+use crate::sandbox::{AgentEvent, ExitReason, Sandbox};
 use crate::shim::events::{TaskEvent, timestamp};
 use crate::shim::lifecycle::{self, ProcessEvent, SandboxEvent};
 
@@ -44,7 +44,8 @@ impl Shim {
                         phases = ?booting.phases().reached(), "the guest is ready"
                     );
                 }
-                Err(error) => tracing::error!(%error, "the guest does not become ready"),
+                // Create says it too, unless the VM was stopped before.
+                Err(error) => tracing::warn!(%error, "the guest does not become ready"),
             }
         });
         self.follow(sandbox).await;
@@ -82,7 +83,12 @@ impl Shim {
             tracing::info!(%reason, "the VM has ended");
             return;
         }
-        tracing::error!(%reason, console = sandbox.console_tail(), "the VM has ended by itself");
+        if reason == ExitReason::Stopped {
+            // Who stopped it has said why.
+            tracing::warn!(%reason, "the VM has ended");
+        } else {
+            tracing::error!(%reason, console = sandbox.console_tail(), "the VM has ended by itself");
+        }
         self.all_exits().await;
         self.publisher.flushed().await;
         tokio::time::sleep(if any { LINGER } else { LINGER_BEFORE_CREATE }).await;
