@@ -371,16 +371,21 @@ mod tests {
 
     #[test]
     fn every_documented_key_is_read_and_the_shown_values_are_the_defaults() {
-        let source = include_str!("config.rs");
-        let toml: String = source
-            .lines()
-            .skip_while(|line| *line != "//! ```toml")
-            .skip(1)
-            .take_while(|line| *line != "//! ```")
-            .map(|line| line.trim_start_matches("//!").trim_start().to_owned() + "\n")
-            .collect();
-        assert!(toml.contains("state_dir"), "{toml}");
-        assert_eq!(parse(&toml).unwrap(), Config::default());
+        for (text, prefix) in [
+            (include_str!("config.rs"), "//!"),
+            (include_str!("../docs/configuration.md"), ""),
+        ] {
+            let toml: String = text
+                .lines()
+                .map(|line| line.strip_prefix(prefix).unwrap_or(line).trim_start())
+                .skip_while(|line| *line != "```toml")
+                .skip(1)
+                .take_while(|line| *line != "```")
+                .map(|line| line.to_owned() + "\n")
+                .collect();
+            assert!(toml.contains("state_dir"), "{toml}");
+            assert_eq!(parse(&toml).unwrap(), Config::default());
+        }
     }
 
     #[test]
