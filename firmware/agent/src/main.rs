@@ -13,6 +13,7 @@ mod container;
 mod devices;
 mod error;
 mod events;
+mod helper;
 mod init;
 mod log;
 mod modules;
@@ -56,9 +57,9 @@ extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> lib
     let mut arguments = std::env::args_os().skip(1);
     if arguments
         .next()
-        .is_some_and(|first| first == runtime::HELPER)
+        .is_some_and(|first| first == helper::ARGUMENT)
     {
-        return runtime::helper(&arguments.collect::<Vec<_>>());
+        return helper::run(&arguments.collect::<Vec<_>>());
     }
     if std::process::id() != 1 {
         eprintln!("nacre-agent is the first process of a guest; it does nothing here");
