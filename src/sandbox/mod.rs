@@ -19,7 +19,7 @@ pub mod spec;
 mod stdio;
 pub mod storage;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod vm;
 
 use std::collections::HashSet;

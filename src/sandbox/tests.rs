@@ -28,7 +28,7 @@ use super::phases::MachinePhases;
 use super::*;
 
 /// A machine whose guest is the test.
-struct Fake {
+pub(crate) struct Fake {
     end: watch::Sender<Option<ExitReason>>,
     ports: Arc<Mutex<HashMap<u32, mpsc::Sender<GuestStream>>>>,
     unplugged: Mutex<Vec<u8>>,
@@ -44,7 +44,7 @@ impl Fake {
         })
     }
 
-    fn end(&self, reason: ExitReason) {
+    pub(crate) fn end(&self, reason: ExitReason) {
         self.end.send_if_modified(|end| {
             let first = end.is_none();
             end.get_or_insert(reason);
@@ -53,7 +53,7 @@ impl Fake {
     }
 
     /// The guest dials a port; refused if nobody listens.
-    fn dial(&self, port: u32) -> io::Result<DuplexStream> {
+    pub(crate) fn dial(&self, port: u32) -> io::Result<DuplexStream> {
         let (guest, host) = tokio::io::duplex(1 << 16);
         let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
         let listener = self
@@ -136,7 +136,8 @@ const TIMEOUTS: Timeouts = Timeouts {
     stdio: Duration::from_secs(5),
 };
 
-fn boot() -> (Sandbox, Arc<Fake>, Tail) {
+/// A sandbox over a machine whose guest is the caller.
+pub(crate) fn boot() -> (Sandbox, Arc<Fake>, Tail) {
     let fake = Fake::new();
     let tail = Tail::default();
     let parts = Parts {
@@ -168,18 +169,19 @@ fn hello() -> ReadyRequest {
     hello
 }
 
-fn context() -> ttrpc::context::Context {
+pub(crate) fn context() -> ttrpc::context::Context {
     ttrpc::context::with_duration(Duration::from_secs(100))
 }
 
 /// The guest's side of the two connections.
-struct Guest {
-    host: HostClient,
+pub(crate) struct Guest {
+    /// Calls of the guest to its host.
+    pub(crate) host: HostClient,
     _server: Server,
 }
 
 /// Dials, serves the agent, and says hello.
-async fn agent(fake: &Fake, service: impl AgentService + Send + 'static) -> Guest {
+pub(crate) async fn agent(fake: &Fake, service: impl AgentService + Send + 'static) -> Guest {
     let calls = fake.dial(PORT_CALLS).unwrap();
     let one = futures::stream::once(async move { Ok::<_, io::Error>(calls) });
     let mut server = Server::new()

@@ -159,14 +159,15 @@ impl Shim {
 
         let disk = DiskConfig {
             path: image_path,
-            read_only: guest.read_only_root,
+            // A read-only root is made so by the guest's runtime at the end, as its mount points may be missing.
+            read_only: false,
             id: "root".to_owned(),
         };
         let disk = sandbox
             .attach_disk(disk)
             .await
             .map_err(|error| Error::Failed(error.to_string()))?;
-        let mounts = vec![storage::rootfs_mount(&disk.device, guest.read_only_root)];
+        let mounts = vec![storage::rootfs_mount(&disk.device)];
         let ports = prepared.ports();
         let io = prepared.run(self.limits);
         let created = sandbox

@@ -9,6 +9,8 @@ mod error;
 mod exits;
 mod process;
 mod service;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};

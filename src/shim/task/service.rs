@@ -222,7 +222,7 @@ impl Task for Tasks {
 
 impl Shim {
     /// Whether there are containers besides `id`. Without an id the whole shim is meant.
-    fn serves_others(&self, id: &str) -> bool {
+    pub(super) fn serves_others(&self, id: &str) -> bool {
         !id.is_empty() && self.lock().containers.keys().any(|other| other != id)
     }
 }
