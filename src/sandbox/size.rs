@@ -98,9 +98,34 @@ pub fn host_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// A value of `/proc/meminfo` in MiB, by its name.
+pub fn meminfo_mib(meminfo: &str, name: &str) -> Option<u64> {
+    let rest = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let kib: u64 = rest.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib / 1024)
+}
+
+/// What the host has of memory and swap together, in MiB: the most that a guest could ever fill.
+/// None if the kernel does not say.
+pub fn host_memory_mib() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    Some(meminfo_mib(&meminfo, "MemTotal")? + meminfo_mib(&meminfo, "SwapTotal").unwrap_or(0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn meminfo_is_read_by_whole_names() {
+        let meminfo = "MemTotal:       2097152 kB\nMemFree:   1024 kB\nSwapTotal:  0 kB\n";
+        assert_eq!(meminfo_mib(meminfo, "MemTotal"), Some(2048));
+        assert_eq!(meminfo_mib(meminfo, "Mem"), None);
+        assert_eq!(meminfo_mib(meminfo, "SwapTotal"), Some(0));
+        assert_eq!(meminfo_mib("MemTotal: lots", "MemTotal"), None);
+    }
 
     #[test]
     fn sizes_by_limits() {

@@ -62,8 +62,6 @@ pub enum Error {
 pub struct GuestSpec {
     /// `config.json` for the agent.
     pub json: Vec<u8>,
-    /// Whether the container's root is to be read-only.
-    pub read_only_root: bool,
     /// Whether the init has a terminal.
     pub terminal: bool,
     /// What was left out and why, for the log.
@@ -139,14 +137,8 @@ pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
     let mut linux = spec.linux().clone().unwrap_or_default();
     adapt_linux(&mut linux, id, &mut warnings)?;
     spec.set_linux(Some(linux));
-    let read_only_root = spec
-        .root()
-        .as_ref()
-        .and_then(|root| root.readonly())
-        .unwrap_or(false);
     Ok(GuestSpec {
         json: serde_json::to_vec(&spec)?,
-        read_only_root,
         terminal,
         warnings,
     })

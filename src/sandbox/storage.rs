@@ -269,15 +269,16 @@ pub fn mount_point(path: &Path) -> Result<(), Error> {
         .map_err(io_error("make the mount point", path))
 }
 
-/// The mount in the guest of a root image that was attached as `device`. `noinit_itable`: the image's
-/// inode tables are zero because it is sparse, and writing the zeros would fill it.
-pub fn rootfs_mount(device: &str, read_only: bool) -> GuestMount {
+/// The mount in the guest of a root image that was attached as `device`. It is writable even for a
+/// read-only root: the guest's runtime makes mount points in it first, and then makes it read-only.
+/// `noinit_itable`: the image's inode tables are zero because it is sparse, and writing the zeros would
+/// fill it.
+pub fn rootfs_mount(device: &str) -> GuestMount {
     let mut mount = GuestMount::new();
     mount.fstype = "ext4".to_owned();
     mount.source = device.to_owned();
     mount.target = "rootfs".to_owned();
-    let access = if read_only { "ro" } else { "rw" };
-    mount.options = [access, "noinit_itable"].map(str::to_owned).to_vec();
+    mount.options = ["rw", "noinit_itable"].map(str::to_owned).to_vec();
     mount
 }
 

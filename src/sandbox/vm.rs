@@ -15,6 +15,7 @@ use super::console::{ConsoleWriter, Tail};
 use super::error::Error;
 use super::machine::{GuestStream, Machine, PortListener};
 use super::phases::MachinePhases;
+use super::size::host_memory_mib;
 
 /// Starts the VM. With an agent, the well-known ports listen before the guest's first instruction.
 pub(crate) fn start(
@@ -22,6 +23,9 @@ pub(crate) fn start(
     tail: Tail,
 ) -> Result<(Arc<dyn Machine>, Option<Ports>), Error> {
     let doing = format!("start the VM {}", config.id);
+    if let Some(cause) = too_big(config.memory_mib, host_memory_mib()) {
+        return Err(Error::Machine { doing, cause });
+    }
     let windows = windows(config.agent, config.disks.len());
     let output = ConsoleWriter::new(config.console.raw, tail, config.console.lines);
     let vm_config = VmConfig {
@@ -55,6 +59,15 @@ fn listen_on_all(host: &VsockHost) -> Result<Ports, nacre_vmm::virtio::vsock::Er
         events: Box::new(host.listen(PORT_EVENTS)?),
         log: Box::new(host.listen(PORT_LOG)?),
     })
+}
+
+/// Guest memory is mapped without a reservation, so a host takes any size and kills later; what it can
+/// never hold is refused here.
+fn too_big(memory_mib: u64, host_mib: Option<u64>) -> Option<String> {
+    let host_mib = host_mib.filter(|host_mib| memory_mib > *host_mib)?;
+    Some(format!(
+        "memory of {memory_mib} MiB: this host cannot map it, it has {host_mib} MiB of memory and swap together"
+    ))
 }
 
 /// As many windows as the disks of the start need beside the usual spares.
@@ -139,6 +152,17 @@ impl PortListener for VsockListener {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_beyond_the_hosts_is_refused_with_both_figures() {
+        assert_eq!(too_big(512, Some(512)), None);
+        assert_eq!(too_big(512, None), None);
+        let cause = too_big(4096, Some(2048)).unwrap();
+        assert!(
+            cause.contains("4096 MiB") && cause.contains("2048 MiB"),
+            "{cause}"
+        );
+    }
 
     #[test]
     fn windows_grow_with_the_disks_up_to_the_machines_limit() {

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::probe;
 use crate::config::Config;
 use crate::sandbox::chain;
+use crate::sandbox::size::meminfo_mib;
 use crate::sandbox::storage::find_tool;
 
 const HELP: &str = "\
@@ -337,17 +338,7 @@ fn cgroup_check(root: &Path) -> Check {
 }
 
 fn memory_check(meminfo: &str, wanted_mib: u64) -> Check {
-    let available = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .and_then(|rest| {
-            rest.trim()
-                .trim_end_matches("kB")
-                .trim()
-                .parse::<u64>()
-                .ok()
-        })
-        .map(|kib| kib / 1024);
+    let available = meminfo_mib(meminfo, "MemAvailable");
     match available {
         None => Check::warning(
             "memory",

@@ -33,7 +33,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 const INSISTENT: u32 = 3;
 
 const HELP: &str = "\
-Exit code: the command's own; 128+N if signal N ended it; 125 if the container could not be run, 126 if its \
+Exit code: the command's own; 128+N if signal N ended it; 125 if the container could not be run or its output was lost, 126 if its \
 command cannot be executed, 127 if there is none. SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed \
 to the command; the third SIGINT or SIGTERM ends the VM.";
 
@@ -229,9 +229,11 @@ impl Container {
             made = making => made.context("Making the root image failed")??,
             error = failure(&self.sandbox) => return Err(error.into()),
         }
+        // A root that is to be read-only is made so at the end, by the guest's runtime: mount points
+        // may be missing in it.
         let disk = DiskConfig {
             path: image,
-            read_only: args.read_only,
+            read_only: false,
             id: "root".to_owned(),
         };
         let disk = self.sandbox.attach_disk(disk).await?;
@@ -251,7 +253,7 @@ impl Container {
             stdio.columns = u32::from(columns);
             stdio.rows = u32::from(rows);
         }
-        let root = rootfs_mount(&disk.device, args.read_only);
+        let root = rootfs_mount(&disk.device);
         self.sandbox
             .create_container(&self.id, spec_json, vec![root], stdio)
             .await?;
@@ -301,19 +303,27 @@ impl Container {
         };
         stdin.abort();
         let drained = async {
-            // A failed write to our own output has been told by its copy.
-            let _ = output.await;
+            let mut copied = vec![("output", output.await)];
             if let Some(errors) = errors {
-                let _ = errors.await;
+                copied.push(("error", errors.await));
             }
+            copied
         };
-        if tokio::time::timeout(DRAIN, drained).await.is_err() {
-            eprintln!("vmctl: the container's output did not end within {DRAIN:?}\r");
+        let mut lost = false;
+        match tokio::time::timeout(DRAIN, drained).await {
+            Ok(copied) => {
+                for (name, copied) in copied {
+                    lost |= was_lost(name, copied);
+                }
+            }
+            Err(_) => {
+                eprintln!("vmctl: the container's output did not end within {DRAIN:?}\r");
+            }
         }
         if let Err(error) = self.sandbox.delete_container(&self.id).await {
             tracing::warn!(%error, "the container was not deleted in the guest");
         }
-        Ok(status)
+        Ok(if lost { RUN_FAILED } else { status })
     }
 
     async fn signal(&self, signal: i32, insisted: &AtomicU32) -> anyhow::Result<()> {
@@ -365,6 +375,18 @@ fn not_started(error: Error) -> anyhow::Result<u8> {
     eprintln!("vmctl: {error}");
     debug_assert_ne!(code, RUN_FAILED);
     Ok(code)
+}
+
+/// Tells of output that could not be written. That nobody reads it any more is no failure.
+fn was_lost(name: &str, copied: Result<std::io::Result<()>, tokio::task::JoinError>) -> bool {
+    let error = match copied {
+        Ok(Ok(())) => return false,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => return false,
+        Ok(Err(error)) => error,
+        Err(error) => error.into(),
+    };
+    eprintln!("vmctl: cannot copy the container's standard {name}: {error}");
+    true
 }
 
 /// The process's streams.
