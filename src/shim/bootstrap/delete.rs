@@ -14,15 +14,18 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::flags::{DAEMON_ACTION, Flags};
 use super::{ADDRESS_FILE, PID_FILE, address};
 use crate::config::Config;
+use crate::control;
 use crate::record::{self, Holder};
 use crate::shim::events::timestamp;
 
 /// Exit status of a task whose shim is gone: 128 + SIGKILL.
 const KILLED: u32 = 137;
 /// How long a daemon that ends by itself is waited for. containerd gives `delete` five seconds in all.
-const ENDS_BY_ITSELF: Duration = Duration::from_millis(3000);
+const ENDS_BY_ITSELF: Duration = Duration::from_millis(2800);
+/// How long it may take to say what it serves.
+const SAYS: Duration = Duration::from_millis(500);
 /// How long a killed one is waited for.
-const ENDS_KILLED: Duration = Duration::from_millis(1500);
+const ENDS_KILLED: Duration = Duration::from_millis(1000);
 
 /// Why not everything is free.
 #[derive(Debug, thiserror::Error)]
@@ -49,20 +52,21 @@ pub fn delete(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
     let directory = config.vm_dir(&flags.namespace, &sandbox);
     let ours = sandbox == flags.id;
     let pid = bundle_pid(bundle);
-    let daemon = pid.and_then(|pid| Daemon::find(pid, &flags.namespace, &sandbox));
+    let daemon = pid.and_then(|pid| Daemon::find(pid, &flags.namespace));
 
-    let freed = free(
-        &directory,
-        daemon.as_ref(),
-        ours,
-        &flags.namespace,
-        &sandbox,
-    );
+    if serves_others(&directory, &flags.id) {
+        // A container of a pod has gone; the rest of it lives on.
+        return Ok(answer(pid));
+    }
+    let freed = free(&directory, daemon.as_ref(), ours, &flags.namespace);
     if let Some(path) = socket(bundle) {
         address::release(&path, None);
     }
-    let pid = freed?.or(pid);
+    Ok(answer(freed?.or(pid)))
+}
 
+/// The answer for a container whose daemon had `pid`.
+fn answer(pid: Option<i32>) -> Vec<u8> {
     let mut response = DeleteResponse::new();
     response.pid = pid
         .and_then(|pid| u32::try_from(pid).ok())
@@ -70,7 +74,23 @@ pub fn delete(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
     response.exit_status = KILLED;
     response.exited_at = timestamp(SystemTime::now());
     // Writing to a Vec fails only for messages over 2 GiB.
-    Ok(response.write_to_bytes().unwrap_or_default())
+    response.write_to_bytes().unwrap_or_default()
+}
+
+/// Whether a living daemon says that its VM holds containers besides `id`.
+fn serves_others(directory: &Path, id: &str) -> bool {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    else {
+        return false;
+    };
+    let ask = async {
+        let client = control::Client::connect(directory).await.ok()?;
+        client.inspect().await.ok()
+    };
+    let said = runtime.block_on(async { tokio::time::timeout(SAYS, ask).await });
+    matches!(said, Ok(Some(seen)) if seen.containers.iter().any(|other| other != id))
 }
 
 /// Frees the sandbox's record when nobody holds it. Answers with the last holder's pid.
@@ -79,17 +99,16 @@ fn free(
     daemon: Option<&Daemon>,
     ours: bool,
     namespace: &str,
-    sandbox: &str,
 ) -> Result<Option<i32>, Error> {
     let failed = |error: record::Error| Error::Record(crate::sandbox::chain(&error));
     let mut last = record::wait_unlocked(directory, ENDS_BY_ITSELF);
     if matches!(last, Err(record::Error::Held { .. })) {
         if !ours {
-            // It serves the rest of its pod.
+            // The sandbox is another container's, and so is its end.
             return Ok(None);
         }
         if let Holder::Living(pid) = record::holder(directory).map_err(failed)?
-            && let Some(found) = Daemon::find(pid, namespace, sandbox)
+            && let Some(found) = Daemon::find(pid, namespace)
             // Still the holder, now that the descriptor is open: the pid means it and nobody else.
             && matches!(record::holder(directory), Ok(Holder::Living(now)) if now == pid)
         {
@@ -123,12 +142,12 @@ fn socket(bundle: &Path) -> Option<PathBuf> {
 struct Daemon(OwnedFd);
 
 impl Daemon {
-    /// Opens `pid` if it is a daemon of this sandbox.
-    fn find(pid: i32, namespace: &str, sandbox: &str) -> Option<Self> {
+    /// Opens `pid` if it is a daemon of ours in this namespace.
+    fn find(pid: i32, namespace: &str) -> Option<Self> {
         let descriptor = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
         // Read after the descriptor was opened: if it is the daemon, so is the descriptor.
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-        is_daemon(&line, namespace, sandbox).then_some(Self(descriptor))
+        is_daemon(&line, namespace).then_some(Self(descriptor))
     }
 
     fn kill(&self) {
@@ -147,9 +166,9 @@ impl Daemon {
     }
 }
 
-/// Whether a command line is that of the daemon which serves a sandbox. A pod's daemon carries the id of the container
-/// that it was started for, so that only the namespace and the action are sure for others.
-fn is_daemon(line: &[u8], namespace: &str, _sandbox: &str) -> bool {
+/// Whether a command line is that of a daemon. A pod's carries the id of the container that it was
+/// started for, so that the id says nothing here.
+fn is_daemon(line: &[u8], namespace: &str) -> bool {
     let words: Vec<&[u8]> = line
         .split(|byte| *byte == 0)
         .filter(|word| !word.is_empty())
@@ -169,10 +188,10 @@ mod tests {
     #[test]
     fn only_a_daemons_command_line_is_one() {
         let line = b"containerd-shim-nacre-v1\0-namespace\0ns\0-id\0c1\0-address\0/a\0daemon\0";
-        assert!(is_daemon(line, "ns", "c1"));
-        assert!(!is_daemon(line, "other", "c1"));
-        assert!(!is_daemon(b"vi\0-namespace\0ns\0notes\0", "ns", "c1"));
-        assert!(!is_daemon(b"", "ns", "c1"));
+        assert!(is_daemon(line, "ns"));
+        assert!(!is_daemon(line, "other"));
+        assert!(!is_daemon(b"vi\0-namespace\0ns\0notes\0", "ns"));
+        assert!(!is_daemon(b"", "ns"));
     }
 
     #[test]
@@ -191,6 +210,6 @@ mod tests {
     #[test]
     fn our_own_test_process_is_not_taken_for_a_daemon() {
         let pid = i32::try_from(std::process::id()).unwrap();
-        assert!(Daemon::find(pid, "ns", "c1").is_none());
+        assert!(Daemon::find(pid, "ns").is_none());
     }
 }

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{self, PipeReader, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,6 +16,7 @@ use super::address::{self, Claim};
 use super::flags::{DAEMON_ACTION, Flags};
 use super::{ADDRESS_FILE, DAEMON_UP, PID_FILE, dialect};
 use crate::config::Config;
+use crate::record::{self, Holder};
 use crate::shim::namespaces;
 
 /// How long the daemon may take to come up.
@@ -54,26 +56,34 @@ pub enum Error {
 /// A socket that goes again unless the daemon has it.
 struct Socket {
     path: Option<PathBuf>,
+    inode: Option<u64>,
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
         if let Some(path) = &self.path {
-            // The directory is locked by our caller, so this is the one that was bound.
-            let _ = fs::remove_file(path);
+            address::release(path, self.inode);
         }
     }
 }
 
-/// A daemon that is killed unless it came up.
-struct Daemon(Option<Child>);
+/// A daemon that is killed, and what it left freed, unless it came up.
+struct Daemon {
+    child: Option<Child>,
+    state: PathBuf,
+}
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
+        if let Some(child) = &mut self.child {
             // It is our child and not reaped, so its pid is still its own.
             let _ = child.kill();
             let _ = child.wait();
+            // A holder is another daemon, with which this one was at odds.
+            if matches!(record::holder(&self.state), Ok(Holder::Gone(_))) {
+                // The error that is on its way is the better one.
+                let _ = record::cleanup(&self.state);
+            }
         }
     }
 }
@@ -102,23 +112,32 @@ pub fn start(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
     let path = address::socket_path(&directory, &flags.namespace, &flags.address, &sandbox)?;
     let url = format!("unix://{}", path.display());
 
+    // Held for the claim alone: the shims of others have their sockets here too.
     let lock = address::lock_directory(&directory)?;
-    if let Claim::Ours(listener) = address::claim(&path)? {
-        let mut socket = Socket { path: Some(path) };
+    let claim = address::claim(&path)?;
+    drop(lock);
+    if let Claim::Ours(listener) = claim {
+        let inode = fs::symlink_metadata(&path).ok().map(|found| found.ino());
+        let mut socket = Socket {
+            path: Some(path),
+            inode,
+        };
         let (child, mut up) =
             spawn(flags, &request, bundle, OwnedFd::from(listener)).map_err(Error::Spawn)?;
         let pid = child.id();
-        let mut daemon = Daemon(Some(child));
+        let mut daemon = Daemon {
+            child: Some(child),
+            state: config.vm_dir(&flags.namespace, &sandbox),
+        };
         namespaces::adjust_oom_score(pid);
         await_up(&mut up).map_err(Error::Daemon)?;
         write(&bundle.join(PID_FILE), &pid.to_string())?;
         write(&bundle.join(ADDRESS_FILE), &url)?;
-        daemon.0 = None;
+        daemon.child = None;
         socket.path = None;
     } else {
         write(&bundle.join(ADDRESS_FILE), &url)?;
     }
-    drop(lock);
     Ok(dialect::reply(request.dialect, &url))
 }
 

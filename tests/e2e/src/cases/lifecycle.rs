@@ -1,6 +1,8 @@
 //! The life of a task and its end, however it comes: events, signals, the death
 //! of the guest or of the shim, and that nothing stays.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 
@@ -149,7 +151,6 @@ fn kill_and_delete(context: &Context) -> Result<()> {
 fn term_is_handled(context: &Context) -> Result<()> {
     let ctr = Ctr::new(context)?;
     let id = context.id("term");
-    // The file says that the handler is in place; nothing else can.
     ctr.detached(
         &id,
         &[],
@@ -159,10 +160,12 @@ fn term_is_handled(context: &Context) -> Result<()> {
             "trap 'exit 7' TERM; while :; do sleep 0.2; done",
         ],
     )?;
-    std::thread::sleep(context.seconds(2));
-    ctr.call(&["tasks", "kill", "-s", "SIGTERM", &id])?
-        .expect_code(0)?;
-    ctr.wait_for_status(&id, "STOPPED", context.seconds(20))?;
+    // Until the handler is in place the signal does nothing, for the shell is its namespace's init.
+    poll::until("the shell's end by SIGTERM", context.seconds(30), || {
+        ctr.call(&["tasks", "kill", "-s", "SIGTERM", &id])?;
+        std::thread::sleep(Duration::from_secs(1));
+        Ok(ctr.task(&id)?.filter(|(_, status)| status == "STOPPED"))
+    })?;
     let (code, _) = ctr.delete_task(&id)?;
     ensure!(code == 7, "the task's exit code is {code} instead of 7");
     ctr.remove(&id)

@@ -167,6 +167,9 @@ fn bind_mount(context: &Context) -> Result<()> {
     );
     let output = ctr.run(&id, &["--mount", &mount], &["ls", "/from-host"])?;
     ensure!(output.code != 0, "the container ran");
-    expect_words(&output.err(), &["/from-host", "bind"])?;
+    expect_words(
+        &output.err(),
+        &["/from-host", &folder.to_string_lossy(), "mount"],
+    )?;
     expect_nothing(context, &ctr, &id)
 }
