@@ -204,7 +204,7 @@ impl Sandbox {
     }
 }
 
-fn process_name(id: &str, exec_id: &str) -> String {
+pub(super) fn process_name(id: &str, exec_id: &str) -> String {
     if exec_id.is_empty() {
         format!("container {id}")
     } else {

@@ -49,32 +49,38 @@ impl Limits {
                 .and_then(|memory| memory.limit()),
         }
     }
+
+    /// Whole CPUs that they allow: the quota over the period, rounded up, else the cpuset's count. None: no limit.
+    pub fn cpus(&self) -> Option<u64> {
+        let period = self.period.filter(|period| *period > 0).unwrap_or(100_000);
+        let by_quota = self
+            .quota
+            .and_then(|quota| u64::try_from(quota).ok())
+            .filter(|quota| *quota > 0)
+            .map(|quota| quota.div_ceil(period));
+        by_quota.or_else(|| self.cpuset.as_deref().and_then(cpus_in_list))
+    }
+
+    /// The memory limit in bytes. None: no limit.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        self.memory
+            .and_then(|bytes| u64::try_from(bytes).ok())
+            .filter(|bytes| (1..UNLIMITED).contains(bytes))
+    }
 }
 
 /// The size that limits ask for on a host of `host_cpus`: vCPUs are the quota over the period, rounded
 /// up, else the cpuset's count, else the default, and never more than the host has; memory is the
 /// limit plus what the guest needs and at least the minimum, else the default.
 pub fn boot_size(limits: &Limits, config: &Size, host_cpus: usize) -> BootSize {
-    let period = limits
-        .period
-        .filter(|period| *period > 0)
-        .unwrap_or(100_000);
-    let by_quota = limits
-        .quota
-        .and_then(|quota| u64::try_from(quota).ok())
-        .filter(|quota| *quota > 0)
-        .map(|quota| quota.div_ceil(period));
-    let by_cpuset = || limits.cpuset.as_deref().and_then(cpus_in_list);
-    let wanted = by_quota
-        .or_else(by_cpuset)
-        .unwrap_or(u64::from(config.default_vcpus));
+    let wanted = limits.cpus().unwrap_or(u64::from(config.default_vcpus));
     let most = u64::try_from(host_cpus).unwrap_or(u64::MAX).clamp(1, 254);
     let vcpus = u8::try_from(wanted.clamp(1, most)).unwrap_or(254);
-    let memory_mib = match limits.memory.and_then(|bytes| u64::try_from(bytes).ok()) {
-        Some(bytes) if bytes > 0 && bytes < UNLIMITED => {
+    let memory_mib = match limits.memory_bytes() {
+        Some(bytes) => {
             (bytes.div_ceil(1 << 20) + config.guest_memory.mib()).max(config.minimum_memory.mib())
         }
-        _ => config.default_memory.mib(),
+        None => config.default_memory.mib(),
     };
     BootSize { vcpus, memory_mib }
 }

@@ -3,7 +3,7 @@
 //! name: host bind mounts, host devices, foreign namespaces, hooks.
 
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Spec,
+    Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
 
 /// The spec asks for what a guest cannot have (yet).
@@ -64,6 +64,15 @@ pub struct GuestSpec {
     pub json: Vec<u8>,
     /// Whether the init has a terminal.
     pub terminal: bool,
+    /// What was left out and why, for the log.
+    pub warnings: Vec<String>,
+}
+
+/// Limits for the guest.
+#[derive(Debug, Clone)]
+pub struct GuestResources {
+    /// OCI's `LinuxResources` for the agent.
+    pub json: Vec<u8>,
     /// What was left out and why, for the log.
     pub warnings: Vec<String>,
 }
@@ -140,6 +149,37 @@ pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
     Ok(GuestSpec {
         json: serde_json::to_vec(&spec)?,
         terminal,
+        warnings,
+    })
+}
+
+/// Adapts the process of an exec, OCI's `Process` as JSON, as [`for_guest`] does an init's: labels of the host's
+/// security modules are taken out. Answers with the JSON for the agent, and with the columns and rows of its terminal if they are given.
+pub fn process_for_guest(json: &[u8]) -> Result<(Vec<u8>, Option<(u32, u32)>), serde_json::Error> {
+    let mut process: Process = serde_json::from_slice(json)?;
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+    process.set_exec_cpu_affinity(None);
+    let size = console_size(&process);
+    Ok((serde_json::to_vec(&process)?, size))
+}
+
+/// Columns and rows that a process's terminal has at its start.
+pub fn console_size(process: &Process) -> Option<(u32, u32)> {
+    let size = process.console_size()?;
+    let number = |value| u32::try_from(value).ok();
+    Some((number(size.width())?, number(size.height())?)).filter(|size| *size != (0, 0))
+}
+
+/// Adapts new limits as [`for_guest`] does those of a spec. `cpus` and `mems` name the host's and are taken out.
+pub fn resources_for_guest(
+    resources: &LinuxResources,
+) -> Result<GuestResources, serde_json::Error> {
+    let mut resources = resources.clone();
+    let mut warnings = Vec::new();
+    adapt_resources(&mut resources, &mut warnings);
+    Ok(GuestResources {
+        json: serde_json::to_vec(&resources)?,
         warnings,
     })
 }
@@ -382,6 +422,35 @@ mod tests {
                 json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}]);
         });
         assert_eq!(value["linux"]["devices"][0]["path"], "/dev/null");
+    }
+
+    #[test]
+    fn an_execs_process_keeps_what_means_something_in_the_guest() {
+        let process = json!({
+            "terminal": true, "consoleSize": {"height": 24, "width": 80}, "user": {"uid": 5, "gid": 6},
+            "args": ["ls"], "cwd": "/", "apparmorProfile": "x", "selinuxLabel": "y",
+        });
+        let (json, size) = process_for_guest(process.to_string().as_bytes()).unwrap();
+        let value: Value = serde_json::from_slice(&json).unwrap();
+        assert_eq!(size, Some((80, 24)));
+        assert_eq!(value["user"]["uid"], 5);
+        assert_eq!(value.get("apparmorProfile"), None);
+        assert_eq!(value.get("selinuxLabel"), None);
+        let plain = json!({"user": {"uid": 0, "gid": 0}, "args": ["ls"], "cwd": "/"}).to_string();
+        assert_eq!(process_for_guest(plain.as_bytes()).unwrap().1, None);
+        assert!(process_for_guest(b"nonsense").is_err());
+    }
+
+    #[test]
+    fn new_limits_lose_the_hosts_cpu_numbers() {
+        let resources: LinuxResources = serde_json::from_value(
+            json!({"cpu": {"cpus": "4-5", "quota": 1000}, "pids": {"limit": 7}}),
+        )
+        .unwrap();
+        let guest = resources_for_guest(&resources).unwrap();
+        let value: Value = serde_json::from_slice(&guest.json).unwrap();
+        assert_eq!(value["cpu"], json!({"quota": 1000}));
+        assert_eq!(value["pids"]["limit"], 7);
     }
 
     #[test]

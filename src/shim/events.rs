@@ -7,7 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskOOM, TaskStart};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
+};
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::EventsClient;
 use containerd_shim_protos::{api::ForwardRequest, topics};
@@ -42,6 +45,14 @@ pub enum TaskEvent {
     Delete(TaskDelete),
     /// A container ran out of memory.
     Oom(TaskOOM),
+    /// An exec was added to a container.
+    ExecAdded(TaskExecAdded),
+    /// An exec was started.
+    ExecStarted(TaskExecStarted),
+    /// A container was frozen.
+    Paused(TaskPaused),
+    /// A container was thawed.
+    Resumed(TaskResumed),
 }
 
 impl TaskEvent {
@@ -52,6 +63,10 @@ impl TaskEvent {
             Self::Exit(_) => topics::TASK_EXIT_EVENT_TOPIC,
             Self::Delete(_) => topics::TASK_DELETE_EVENT_TOPIC,
             Self::Oom(_) => topics::TASK_OOM_EVENT_TOPIC,
+            Self::ExecAdded(_) => topics::TASK_EXEC_ADDED_EVENT_TOPIC,
+            Self::ExecStarted(_) => topics::TASK_EXEC_STARTED_EVENT_TOPIC,
+            Self::Paused(_) => topics::TASK_PAUSED_EVENT_TOPIC,
+            Self::Resumed(_) => topics::TASK_RESUMED_EVENT_TOPIC,
         }
     }
 
@@ -69,6 +84,10 @@ impl TaskEvent {
             Self::Exit(event) => pack(event),
             Self::Delete(event) => pack(event),
             Self::Oom(event) => pack(event),
+            Self::ExecAdded(event) => pack(event),
+            Self::ExecStarted(event) => pack(event),
+            Self::Paused(event) => pack(event),
+            Self::Resumed(event) => pack(event),
         }
     }
 }

@@ -99,6 +99,8 @@ pub enum Container {
     Creating,
     /// It is there; whether a program runs in it is the init process's state.
     Running,
+    /// Its processes are frozen.
+    Paused,
     /// It is being freed.
     Deleting,
     /// Nothing of it is left.
@@ -114,6 +116,10 @@ pub enum ContainerEvent {
     Create,
     /// All of it is made.
     Created,
+    /// Its processes are frozen.
+    Pause,
+    /// Its processes are thawed.
+    Resume,
     /// Making it failed; what was made is freed.
     Fail,
     /// Delete was called.
@@ -127,11 +133,12 @@ pub enum ContainerEvent {
 }
 
 named!(Container {
-    Idle => "idle", Creating => "being created", Running => "running", Deleting => "being deleted",
-    Gone => "gone", ShuttingDown => "shutting down",
+    Idle => "idle", Creating => "being created", Running => "running", Paused => "paused",
+    Deleting => "being deleted", Gone => "gone", ShuttingDown => "shutting down",
 });
 named!(ContainerEvent {
-    Create => "create", Created => "finish creating", Fail => "fail creating", Delete => "delete",
+    Create => "create", Created => "finish creating", Pause => "pause", Resume => "resume",
+    Fail => "fail creating", Delete => "delete",
     Deleted => "finish deleting", Keep => "fail deleting", Shutdown => "shut down",
 });
 
@@ -144,16 +151,21 @@ impl Container {
         use ContainerEvent as E;
         match (self, event) {
             (Self::Idle, E::Create) => Ok(Self::Creating),
-            (Self::Creating, E::Created) | (Self::Deleting, E::Keep) => Ok(Self::Running),
+            (Self::Creating, E::Created)
+            | (Self::Deleting, E::Keep)
+            | (Self::Paused, E::Resume) => Ok(Self::Running),
+            (Self::Running, E::Pause) => Ok(Self::Paused),
             (Self::Creating, E::Fail) => Ok(Self::Idle),
-            (Self::Running, E::Delete) => Ok(Self::Deleting),
+            // A frozen container can be killed, and then deleted.
+            (Self::Running | Self::Paused, E::Delete) => Ok(Self::Deleting),
             (Self::Deleting, E::Deleted) => Ok(Self::Gone),
             (Self::Gone, E::Shutdown) => Ok(Self::Gone),
             (_, E::Shutdown) => Ok(Self::ShuttingDown),
             // What was under way when the shim was told to end comes to its end, and changes nothing more.
-            (Self::ShuttingDown, E::Created | E::Fail | E::Deleted | E::Keep) => {
-                Ok(Self::ShuttingDown)
-            }
+            (
+                Self::ShuttingDown,
+                E::Created | E::Fail | E::Pause | E::Resume | E::Deleted | E::Keep,
+            ) => Ok(Self::ShuttingDown),
             _ => Err(Refused {
                 what: "The container",
                 state: self.name(),
@@ -166,6 +178,8 @@ impl Container {
 /// The life of a process: a container's init, or an exec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Process {
+    /// The agent was asked to add it to its container: an exec only.
+    Adding,
     /// Made, its program does not run yet.
     Created,
     /// The agent was asked to run its program.
@@ -181,6 +195,8 @@ pub enum Process {
 /// What happens to a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProcessEvent {
+    /// The agent has added it.
+    Added,
     /// Start was called.
     Start,
     /// The agent runs its program.
@@ -194,11 +210,11 @@ pub enum ProcessEvent {
 }
 
 named!(Process {
-    Created => "created", Starting => "starting", Running => "running", Draining => "stopping",
+    Adding => "being added", Created => "created", Starting => "starting", Running => "running", Draining => "stopping",
     Stopped => "stopped",
 });
 named!(ProcessEvent {
-    Start => "start", Started => "finish starting", Fail => "fail starting", Exit => "exit",
+    Added => "finish adding", Start => "start", Started => "finish starting", Fail => "fail starting", Exit => "exit",
     Drained => "finish draining",
 });
 
@@ -211,6 +227,7 @@ impl Process {
     pub fn after(self, event: ProcessEvent) -> Result<Self, Refused> {
         use ProcessEvent as E;
         match (self, event) {
+            (Self::Adding, E::Added) => Ok(Self::Created),
             (Self::Created, E::Start) => Ok(Self::Starting),
             (Self::Starting, E::Started) => Ok(Self::Running),
             (Self::Starting, E::Fail) | (Self::Created | Self::Running, E::Exit) => {
@@ -228,6 +245,11 @@ impl Process {
     /// Whether it may still be signalled.
     pub fn is_live(self) -> bool {
         matches!(self, Self::Created | Self::Starting | Self::Running)
+    }
+
+    /// Whether it was asked to run, so that there is an exit of it to tell.
+    pub fn is_begun(self) -> bool {
+        !matches!(self, Self::Adding | Self::Created)
     }
 }
 
@@ -297,14 +319,20 @@ mod tests {
                 (Creating, Created, Running),
                 (Creating, Fail, Idle),
                 (Creating, Shutdown, ShuttingDown),
+                (Running, Pause, Paused),
                 (Running, Delete, Deleting),
                 (Running, Shutdown, ShuttingDown),
+                (Paused, Resume, Running),
+                (Paused, Delete, Deleting),
+                (Paused, Shutdown, ShuttingDown),
                 (Deleting, Deleted, Gone),
                 (Deleting, Keep, Running),
                 (Deleting, Shutdown, ShuttingDown),
                 (Gone, Shutdown, Gone),
                 (ShuttingDown, Created, ShuttingDown),
                 (ShuttingDown, Fail, ShuttingDown),
+                (ShuttingDown, Pause, ShuttingDown),
+                (ShuttingDown, Resume, ShuttingDown),
                 (ShuttingDown, Deleted, ShuttingDown),
                 (ShuttingDown, Keep, ShuttingDown),
                 (ShuttingDown, Shutdown, ShuttingDown),
@@ -321,6 +349,7 @@ mod tests {
             ProcessEvent::ALL,
             Process::after,
             &[
+                (Adding, Added, Created),
                 (Created, Start, Starting),
                 (Created, Exit, Draining),
                 (Starting, Started, Running),
@@ -334,6 +363,11 @@ mod tests {
             .filter(|state| state.is_live())
             .collect();
         assert_eq!(live, [&Created, &Starting, &Running]);
+        let begun: Vec<_> = Process::ALL
+            .iter()
+            .filter(|state| state.is_begun())
+            .collect();
+        assert_eq!(begun, [&Starting, &Running, &Draining, &Stopped]);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -56,6 +57,14 @@ impl Network {
     }
 }
 
+/// The network that this process came from.
+static HOST_NETWORK: OnceLock<File> = OnceLock::new();
+
+/// The network namespace of the host, if this process has left it. Programs that log run there.
+pub fn host_network() -> Option<&'static File> {
+    HOST_NETWORK.get()
+}
+
 /// Makes this process a session of its own with a private mount namespace and
 /// the network. Must be called while it has one thread: namespaces belong to threads.
 ///
@@ -75,6 +84,11 @@ pub fn enter(network: &Network) -> Result<(), Error> {
         None::<&str>,
     )
     .map_err(failed("detach the mount namespace from the host's"))?;
+    if *network != Network::Host {
+        let host = File::open("/proc/self/ns/net").map_err(failed("open the network namespace"))?;
+        // Set once: a process enters once.
+        let _ = HOST_NETWORK.set(host);
+    }
     match network {
         Network::Host => Ok(()),
         Network::Fresh => {

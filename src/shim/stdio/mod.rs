@@ -3,6 +3,7 @@
 //! they are all delivered is.
 
 mod input;
+mod logger;
 mod opener;
 mod output;
 mod ring;
@@ -18,8 +19,12 @@ use tokio::sync::watch;
 use crate::sandbox::{GuestStream, Sandbox, Stdio, StdioListener};
 
 pub use input::Input;
+pub use logger::Logger;
 pub use output::Output;
 pub use target::{Error, Target};
+
+/// How long an exit waits for the end of a logging program that has been given everything.
+const LOGGER_ENDS: Duration = Duration::from_secs(1);
 
 /// When a reader, or a stream of the guest, is given up.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +64,7 @@ pub struct Paths {
 pub struct ProcessIo {
     stdin: Option<Input>,
     outputs: Vec<Output>,
+    logger: Option<Logger>,
     moved: Arc<AtomicU64>,
     exited: watch::Sender<bool>,
 }
@@ -67,6 +73,7 @@ pub struct ProcessIo {
 pub struct Prepared {
     stdin: Option<(input::Source, StdioListener)>,
     outputs: Vec<(&'static str, Target, StdioListener)>,
+    logger: Option<(Logger, logger::Pipes)>,
     terminal: bool,
 }
 
@@ -95,12 +102,28 @@ impl Prepared {
         Ok(Self {
             stdin,
             outputs,
+            logger: None,
             terminal: paths.terminal,
         })
     }
 
-    /// The ports, as the guest is told them.
-    pub fn ports(&self) -> Stdio {
+    /// Starts the logging program if the paths name one, and waits until it is ready. It gets both stdout and stderr.
+    ///
+    /// # Errors
+    /// It cannot be started, ends at once, or is not ready in time.
+    pub async fn start_logger(mut self, namespace: &str, id: &str) -> Result<Self, Error> {
+        let named = self.outputs.iter().find_map(|(_, target, _)| match target {
+            Target::Binary { program, arguments } => Some((program.clone(), arguments.clone())),
+            Target::Fifo(_) | Target::File(_) => None,
+        });
+        if let Some((program, arguments)) = named {
+            self.logger = Some(Logger::start(&program, &arguments, namespace, id).await?);
+        }
+        Ok(self)
+    }
+
+    /// The ports, as the guest is told them, and the columns and rows of its terminal if they are known.
+    pub fn ports(&self, size: Option<(u32, u32)>) -> Stdio {
         let port = |wanted: &str| {
             self.outputs
                 .iter()
@@ -115,6 +138,9 @@ impl Prepared {
         stdio.stdout_port = port("stdout");
         stdio.stderr_port = port("stderr");
         stdio.terminal = self.terminal;
+        if self.terminal {
+            (stdio.columns, stdio.rows) = size.unwrap_or_default();
+        }
         stdio
     }
 
@@ -125,17 +151,30 @@ impl Prepared {
         let stdin = self
             .stdin
             .map(|(source, listener)| Input::start(source, accept("stdin", listener)));
+        let (logger, mut pipes) = match self.logger {
+            Some((logger, pipes)) => (Some(logger), pipes),
+            None => (None, logger::Pipes::default()),
+        };
         let outputs = self
             .outputs
             .into_iter()
             .map(|(name, target, listener)| {
                 let stream = accept(name, listener);
-                Output::start(name, target, stream, exit.clone(), moved.clone(), limits)
+                let pipe = match &target {
+                    Target::Binary { .. } => pipes.take(name),
+                    Target::Fifo(_) | Target::File(_) => None,
+                };
+                let (exit, moved) = (exit.clone(), moved.clone());
+                match pipe {
+                    Some(pipe) => Output::start_piped(name, pipe, stream, exit, moved, limits),
+                    None => Output::start(name, target, stream, exit, moved, limits),
+                }
             })
             .collect();
         ProcessIo {
             stdin,
             outputs,
+            logger,
             moved,
             exited,
         }
@@ -172,9 +211,14 @@ impl ProcessIo {
         self.stdin = None;
         self.exited.send_replace(true);
         let drained: Vec<_> = self.outputs.iter().map(Output::drained).collect();
+        let logged = self.logger.as_ref().map(Logger::ended);
         async move {
             for one in drained {
                 one.await;
+            }
+            if let Some(logged) = logged {
+                // It has all of it; what it makes of that should be on the disk when the exit is known.
+                let _ = tokio::time::timeout(LOGGER_ENDS, logged).await;
             }
         }
     }

@@ -73,6 +73,10 @@ impl Output {
                         (Ok(_), None) => Ok(()),
                     }
                 }
+                // It has a process of its own, and its pipes come by `start_piped`.
+                Target::Binary { .. } => {
+                    Err(io::Error::other("the logging program was not started"))
+                }
                 Target::File(path) => match stream.await {
                     Some(source) => append(&path, source, &moved).await,
                     None => Ok(()),
@@ -80,6 +84,38 @@ impl Output {
             };
             if let Err(error) = result {
                 tracing::warn!(stream = name, path = %path.display(), %error, "an output stream ended early");
+            }
+        });
+        Self { drained, task }
+    }
+
+    /// The same into a pipe whose reader is there already; one that leaves is not waited for.
+    pub fn start_piped<S: AsyncRead + Unpin + Send + 'static>(
+        name: &'static str,
+        pipe: pipe::Sender,
+        stream: impl Future<Output = Option<S>> + Send + 'static,
+        exited: watch::Receiver<bool>,
+        moved: Arc<AtomicU64>,
+        limits: Limits,
+    ) -> Self {
+        let (done, drained) = watch::channel(false);
+        let task = tokio::spawn(async move {
+            let Some(source) = stream.await else { return };
+            let pump = Pump {
+                name,
+                source,
+                sink: Sink::Reader(pipe),
+                exited,
+                moved,
+                limits,
+                done,
+                ring: Ring::default(),
+                open: true,
+                progress: Instant::now(),
+            };
+            // No path, so that nobody can come to read it after this reader.
+            if let Err(error) = pump.run(Path::new("")).await {
+                tracing::warn!(stream = name, %error, "an output stream ended early");
             }
         });
         Self { drained, task }
@@ -100,6 +136,9 @@ async fn append(
     mut source: impl AsyncRead + Unpin,
     moved: &AtomicU64,
 ) -> io::Result<()> {
+    if let Some(folder) = path.parent() {
+        tokio::fs::create_dir_all(folder).await?;
+    }
     let mut file = tokio::fs::OpenOptions::new()
         .append(true)
         .create(true)

@@ -114,6 +114,7 @@ impl Shim {
             execs: HashMap::new(),
             window: None,
             image: None,
+            oom: None,
         };
         state.containers.insert(id.to_owned(), container);
         Ok(())
@@ -128,8 +129,11 @@ impl Shim {
             tracing::warn!(container = id, "{warning}");
         }
         let sandbox = self.sandbox().await?;
-        let prepared =
-            Prepared::new(&sandbox, paths).map_err(|error| Error::Invalid(error.to_string()))?;
+        let prepared = Prepared::new(&sandbox, paths)
+            .map_err(|error| Error::Invalid(error.to_string()))?
+            .start_logger(&self.identity.namespace, id)
+            .await
+            .map_err(|error| Error::Failed(error.to_string()))?;
 
         let root = spec
             .root()
@@ -168,7 +172,7 @@ impl Shim {
             .await
             .map_err(|error| Error::Failed(error.to_string()))?;
         let mounts = vec![storage::rootfs_mount(&disk.device)];
-        let ports = prepared.ports();
+        let ports = prepared.ports(spec.process().as_ref().and_then(spec::console_size));
         let io = prepared.run(self.limits);
         let created = sandbox
             .create_container(id, guest.json, mounts, ports)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::events::task::TaskDelete;
 
-use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container, no_process};
+use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container};
 use crate::record::Resource;
 use crate::sandbox::chain;
 use crate::shim::events::{TaskEvent, timestamp};
@@ -21,7 +21,7 @@ impl Shim {
         exec_id: &str,
     ) -> Result<DeleteResponse, Error> {
         if !exec_id.is_empty() {
-            return self.delete_exec(id, exec_id);
+            return self.delete_exec(id, exec_id).await;
         }
         let exit = self.ended_or_never_started(id).await?;
         let (window, image) = {
@@ -33,6 +33,8 @@ impl Shim {
             container.life = container.life.after(ContainerEvent::Delete)?;
             // Late readers of its output have had their time.
             container.init.io = None;
+            // And what is left of its execs goes with it.
+            container.execs.clear();
             (container.window.take(), container.image.take())
         };
         self.free(id, window, image).await;
@@ -53,27 +55,7 @@ impl Shim {
         Ok(self.answer(exit))
     }
 
-    fn delete_exec(&self, id: &str, exec_id: &str) -> Result<DeleteResponse, Error> {
-        let mut state = self.lock();
-        let container = state
-            .containers
-            .get_mut(id)
-            .ok_or_else(|| no_container(id))?;
-        let exec = container
-            .execs
-            .get(exec_id)
-            .ok_or_else(|| no_process(id, exec_id))?;
-        let Some(exit) = *exec.exit.borrow() else {
-            return Err(Error::Precondition(format!(
-                "The exec {exec_id:?} of container {id:?} is {}",
-                exec.life
-            )));
-        };
-        container.execs.remove(exec_id);
-        Ok(self.answer(exit))
-    }
-
-    fn answer(&self, exit: Exit) -> DeleteResponse {
+    pub(super) fn answer(&self, exit: Exit) -> DeleteResponse {
         let mut response = DeleteResponse::new();
         response.pid = self.identity.pid;
         response.exit_status = exit.status;
@@ -86,9 +68,12 @@ impl Shim {
         let (life, mut exit) = {
             let state = self.lock();
             let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
-            if container.life != lifecycle::Container::Running
-                && container.life != lifecycle::Container::ShuttingDown
-            {
+            if !matches!(
+                container.life,
+                lifecycle::Container::Running
+                    | lifecycle::Container::Paused
+                    | lifecycle::Container::ShuttingDown
+            ) {
                 return Err(Error::Precondition(format!(
                     "Container {id:?} is {}",
                     container.life
@@ -97,7 +82,7 @@ impl Shim {
             (container.init.life, container.init.exit.subscribe())
         };
         match life {
-            Process::Starting | Process::Running => {
+            Process::Adding | Process::Starting | Process::Running => {
                 return Err(Error::Precondition(format!(
                     "Container {id:?} is {life}: kill it before it is deleted"
                 )));

@@ -132,7 +132,7 @@ impl Ending {
             let mut left = Vec::new();
             for (id, container) in &mut state.containers {
                 let unknown: Vec<String> = container
-                    .processes()
+                    .ending_processes()
                     .filter(|(_, process)| process.exit.borrow().is_none())
                     .map(|(exec_id, _)| exec_id.to_owned())
                     .collect();

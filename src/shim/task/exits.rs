@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::{Exit, Shim};
 use crate::sandbox::{AgentEvent, ExitReason, Sandbox};
@@ -15,6 +16,8 @@ use crate::shim::lifecycle::{self, ProcessEvent, SandboxEvent};
 
 /// How long init's exit waits for those of its execs, which die with it.
 const EXECS_FOLLOW: Duration = Duration::from_secs(5);
+/// Between two events of a container that runs out of memory.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
 /// How long a shim without a VM waits to be told to end, after its events are out.
 const LINGER: Duration = Duration::from_secs(5);
 /// The same, when there was no container yet: Create still has to hear why.
@@ -69,11 +72,7 @@ impl Shim {
                         };
                         self.process_ended(&container_id, &exec_id, exit);
                     }
-                    AgentEvent::Oom { container_id } => {
-                        let mut event = TaskOOM::new();
-                        event.container_id = container_id;
-                        self.publisher.publish(&TaskEvent::Oom(event));
-                    }
+                    AgentEvent::Oom { container_id } => self.out_of_memory(&container_id),
                 }
             }
         }
@@ -95,6 +94,23 @@ impl Shim {
         self.shut_down();
     }
 
+    /// Tells that a container ran out of memory, not more often than [`OOM_PAUSE`]: the guest may say it without end.
+    fn out_of_memory(&self, id: &str) {
+        let mut state = self.lock();
+        let Some(container) = state.containers.get_mut(id) else {
+            return;
+        };
+        if container.oom.is_some_and(|last| last.elapsed() < OOM_PAUSE) {
+            return;
+        }
+        container.oom = Some(Instant::now());
+        let mut event = TaskOOM::new();
+        event.container_id = id.to_owned();
+        self.publisher.publish(&TaskEvent::Oom(event));
+        drop(state);
+        tracing::warn!(container = id, "out of memory");
+    }
+
     /// Every process that was alive has died with the VM. Says whether the end was asked for, and whether there were containers.
     fn vm_ended(self: &Arc<Self>) -> (bool, bool) {
         let (planned, live, any) = {
@@ -107,7 +123,7 @@ impl Shim {
                 .iter()
                 .flat_map(|(id, container)| {
                     container
-                        .processes()
+                        .ending_processes()
                         .filter(|(_, process)| process.life.is_live())
                         .map(|(exec_id, _)| (id.clone(), exec_id.to_owned()))
                 })
@@ -129,7 +145,7 @@ impl Shim {
                 containers.filter(|container| container.life != lifecycle::Container::Creating);
             made.flat_map(|container| {
                 container
-                    .processes()
+                    .ending_processes()
                     .map(|(_, process)| process.exit.subscribe())
             })
             .collect()
@@ -173,9 +189,9 @@ impl Shim {
             };
             let execs: Vec<_> = if exec_id.is_empty() {
                 container
-                    .execs
-                    .values()
-                    .map(|exec| exec.exit.subscribe())
+                    .ending_processes()
+                    .filter(|(exec_id, _)| !exec_id.is_empty())
+                    .map(|(exec_id, exec)| (exec_id.to_owned(), exec.exit.subscribe()))
                     .collect()
             } else {
                 Vec::new()
@@ -203,22 +219,13 @@ impl Shim {
         exec_id: String,
         exit: Exit,
         output: Option<impl Future<Output = ()>>,
-        execs: Vec<watch::Receiver<Option<Exit>>>,
+        execs: Vec<(String, watch::Receiver<Option<Exit>>)>,
     ) {
         if let Some(output) = output {
             output.await;
         }
-        let execs_exit = async {
-            for mut exec in execs {
-                // Deleted meanwhile is as good as ended.
-                let _ = exec.wait_for(Option::is_some).await;
-            }
-        };
-        if tokio::time::timeout(EXECS_FOLLOW, execs_exit)
-            .await
-            .is_err()
-        {
-            tracing::warn!(container = id, "init has ended and an exec of it has not");
+        if !execs.is_empty() {
+            self.execs_ended(&id, execs).await;
         }
         let mut state = self.lock();
         let Some(process) = state
@@ -232,6 +239,8 @@ impl Shim {
             return;
         };
         process.life = next;
+        // Of an exec whose program could not be run its Start has told, and there is no exit.
+        let told = exec_id.is_empty() || process.ran;
         let mut event = TaskExit::new();
         event.container_id.clone_from(&id);
         event.id = if exec_id.is_empty() {
@@ -242,7 +251,9 @@ impl Shim {
         event.pid = self.identity.pid;
         event.exit_status = exit.status;
         event.exited_at = timestamp(exit.at);
-        self.publisher.publish(&TaskEvent::Exit(event));
+        if told {
+            self.publisher.publish(&TaskEvent::Exit(event));
+        }
         process.exit.send_replace(Some(exit));
         drop(state);
         tracing::info!(
@@ -251,5 +262,37 @@ impl Shim {
             status = exit.status,
             "exited"
         );
+    }
+    /// Completes when the exits of these execs of a container whose init has ended are known. The guest ends them with
+    /// init; of one that it forgets the end is told without it.
+    async fn execs_ended(
+        self: &Arc<Self>,
+        id: &str,
+        mut execs: Vec<(String, watch::Receiver<Option<Exit>>)>,
+    ) {
+        let exits = async |execs: &mut Vec<(String, watch::Receiver<Option<Exit>>)>| {
+            for (_, exit) in execs {
+                // Deleted meanwhile is as good as ended.
+                let _ = exit.wait_for(Option::is_some).await;
+            }
+        };
+        if tokio::time::timeout(EXECS_FOLLOW, exits(&mut execs))
+            .await
+            .is_ok()
+        {
+            return;
+        }
+        for (exec_id, exit) in &execs {
+            if exit.borrow().is_none() {
+                tracing::warn!(
+                    container = id,
+                    exec = exec_id,
+                    "init has ended and an exec of it has not"
+                );
+                // Nothing if it has ended and its output is on its way.
+                self.process_ended(id, exec_id, Exit::killed());
+            }
+        }
+        exits(&mut execs).await;
     }
 }

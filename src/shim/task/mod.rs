@@ -6,7 +6,9 @@ mod create;
 mod delete;
 mod ending;
 mod error;
+mod exec;
 mod exits;
+mod limits;
 mod process;
 mod service;
 #[cfg(test)]
@@ -18,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::cleanup::Cleanup;
 use super::events::Publisher;
@@ -60,6 +63,8 @@ struct Process {
     io: Option<ProcessIo>,
     /// An exit that came before what it must follow.
     held: Option<Exit>,
+    /// Its program ran, or may have.
+    ran: bool,
     /// Set once, when all output is delivered and the exit event is queued.
     exit: watch::Sender<Option<Exit>>,
 }
@@ -71,6 +76,7 @@ impl Process {
             paths,
             io: None,
             held: None,
+            ran: false,
             exit: watch::channel(None).0,
         }
     }
@@ -86,6 +92,8 @@ struct Container {
     window: Option<u8>,
     /// Its root image.
     image: Option<Resource>,
+    /// When it was told last that it ran out of memory.
+    oom: Option<Instant>,
 }
 
 impl Container {
@@ -103,6 +111,12 @@ impl Container {
         } else {
             self.execs.get_mut(exec_id)
         }
+    }
+
+    /// The processes whose exit will be told: init, and the execs that were asked to run.
+    fn ending_processes(&self) -> impl Iterator<Item = (&str, &Process)> {
+        self.processes()
+            .filter(|(exec_id, process)| exec_id.is_empty() || process.life.is_begun())
     }
 
     fn processes(&self) -> impl Iterator<Item = (&str, &Process)> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{ProcessInfo, StateResponse, Status};
-use containerd_shim_protos::events::task::TaskStart;
+use containerd_shim_protos::events::task::{TaskExecStarted, TaskStart};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use ttrpc::Code;
@@ -25,6 +25,9 @@ impl Shim {
     pub(super) async fn start(self: Arc<Self>, id: &str, exec_id: &str) -> Result<u32, Error> {
         {
             let mut state = self.lock();
+            if !exec_id.is_empty() && state.containers.contains_key(id) {
+                super::exec::running(&mut state, id, "start an exec")?;
+            }
             let process = Self::made(&mut state, id, exec_id)?;
             process.life = process.life.after(ProcessEvent::Start)?;
         }
@@ -43,11 +46,22 @@ impl Shim {
             let mut state = self.lock();
             let process = Self::made(&mut state, id, exec_id)?;
             process.life = process.life.after(event)?;
-            if started.is_ok() && exec_id.is_empty() {
-                let mut start = TaskStart::new();
-                start.container_id = id.to_owned();
-                start.pid = self.identity.pid;
-                self.publisher.publish(&TaskEvent::Start(start));
+            process.ran = started.is_ok();
+            match (&started, exec_id) {
+                (Err(_), _) => {}
+                (Ok(_), "") => {
+                    let mut start = TaskStart::new();
+                    start.container_id = id.to_owned();
+                    start.pid = self.identity.pid;
+                    self.publisher.publish(&TaskEvent::Start(start));
+                }
+                (Ok(_), exec_id) => {
+                    let mut start = TaskExecStarted::new();
+                    start.container_id = id.to_owned();
+                    start.exec_id = exec_id.to_owned();
+                    start.pid = self.identity.pid;
+                    self.publisher.publish(&TaskEvent::ExecStarted(start));
+                }
             }
             process.held.take()
         };
@@ -77,7 +91,7 @@ impl Shim {
         }
     }
 
-    fn made<'a>(
+    pub(super) fn made<'a>(
         state: &'a mut super::State,
         id: &str,
         exec_id: &str,
@@ -118,6 +132,8 @@ impl Shim {
             }
             process.exit.subscribe()
         };
+        // Of an exec only itself is meant.
+        let all = all && exec_id.is_empty();
         let sandbox = self.sandbox().await?;
         let sent =
             tokio::time::timeout(AGENT_PATIENCE, sandbox.signal(id, exec_id, signal, all)).await;
@@ -189,7 +205,12 @@ impl Shim {
         response.bundle.clone_from(&container.bundle);
         response.pid = self.identity.pid;
         response.status = match process.life {
-            lifecycle::Process::Created | lifecycle::Process::Starting => Status::CREATED,
+            lifecycle::Process::Adding
+            | lifecycle::Process::Created
+            | lifecycle::Process::Starting => Status::CREATED,
+            lifecycle::Process::Running if container.life == lifecycle::Container::Paused => {
+                Status::PAUSED
+            }
             // Its exit is told when its output is out.
             lifecycle::Process::Running | lifecycle::Process::Draining => Status::RUNNING,
             lifecycle::Process::Stopped => Status::STOPPED,
@@ -247,10 +268,12 @@ impl Shim {
 
     /// Guest pids, with the exec that each belongs to.
     pub(super) async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>, Error> {
-        {
+        let execs: Vec<String> = {
             let mut state = self.lock();
             Self::made(&mut state, id, "")?;
-        }
+            let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
+            container.execs.keys().cloned().collect()
+        };
         let sandbox = self.sandbox().await?;
         let processes = sandbox
             .pids(id)
@@ -259,7 +282,8 @@ impl Shim {
         let info = |process: sandbox::Process| {
             let mut info = ProcessInfo::new();
             info.pid = process.pid;
-            if !process.exec_id.is_empty() {
+            // The guest may only name what there is.
+            if execs.contains(&process.exec_id) {
                 info.info = MessageField::some(process_details(&process.exec_id));
             }
             info

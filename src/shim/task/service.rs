@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use containerd_shim_protos::api;
 use containerd_shim_protos::api::Empty;
 use containerd_shim_protos::shim_async::{Task, create_task};
+use protobuf::MessageField;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::asynchronous::Service;
 
@@ -49,11 +50,6 @@ impl Tasks {
             Ok(answer) => Ok(answer?),
             Err(error) => Err(Error::Failed(format!("The call broke off: {error}")).into()),
         }
-    }
-
-    fn not_served<T>(&self, name: &'static str) -> ttrpc::Result<T> {
-        self.0.touch();
-        Err(Error::Unimplemented(name).into())
     }
 }
 
@@ -187,12 +183,16 @@ impl Task for Tasks {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: api::PauseRequest) -> ttrpc::Result<Empty> {
-        self.not_served("Pause")
+    async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> ttrpc::Result<Empty> {
+        self.detached(|shim| async move { shim.pause(&request.id).await })
+            .await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: api::ResumeRequest) -> ttrpc::Result<Empty> {
-        self.not_served("Resume")
+    async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> ttrpc::Result<Empty> {
+        self.detached(|shim| async move { shim.resume(&request.id).await })
+            .await?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(
@@ -200,23 +200,39 @@ impl Task for Tasks {
         _: &TtrpcContext,
         _: api::CheckpointTaskRequest,
     ) -> ttrpc::Result<Empty> {
-        self.not_served("Checkpoint")
+        self.0.touch();
+        Err(Error::Unimplemented("Checkpoint").into())
     }
 
-    async fn exec(&self, _: &TtrpcContext, _: api::ExecProcessRequest) -> ttrpc::Result<Empty> {
-        self.not_served("Exec")
+    async fn exec(
+        &self,
+        _: &TtrpcContext,
+        request: api::ExecProcessRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.detached(|shim| shim.exec(request)).await?;
+        Ok(Empty::new())
     }
 
-    async fn update(&self, _: &TtrpcContext, _: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        self.not_served("Update")
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.detached(|shim| shim.update(request)).await?;
+        Ok(Empty::new())
     }
 
     async fn stats(
         &self,
         _: &TtrpcContext,
-        _: api::StatsRequest,
+        request: api::StatsRequest,
     ) -> ttrpc::Result<api::StatsResponse> {
-        self.not_served("Stats")
+        let mut response = api::StatsResponse::new();
+        let stats = self
+            .detached(|shim| async move { shim.stats(&request.id).await })
+            .await?;
+        response.stats = MessageField::some(stats);
+        Ok(response)
     }
 }
 

@@ -1,6 +1,8 @@
 //! The task service over a machine in memory, whose guest is as slow, mute or
 //! mortal as each case wants it. Time is paused: a limit that passes costs nothing.
 
+mod running;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -48,6 +50,10 @@ struct Manners {
     refuses_start: bool,
     /// Signals and deletes are never answered.
     mute: bool,
+    /// Execs are refused for want of a running container.
+    refuses_exec: bool,
+    /// Asked for its pids, it names execs that are not there.
+    lies: bool,
 }
 
 /// The agent in the guest.
@@ -58,20 +64,35 @@ struct Acting {
     host: Arc<Mutex<Option<HostClient>>>,
     sequence: Arc<Mutex<u64>>,
     stdout: Arc<Mutex<Option<DuplexStream>>>,
+    /// What it was asked for, beyond what every container needs.
+    asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Acting {
     async fn exit(&self, id: &str, status: u32) {
+        self.exit_of(id, "", status).await;
+    }
+
+    async fn exit_of(&self, id: &str, exec_id: &str, status: u32) {
         let mut exit = wire::Exit::new();
         exit.container_id = id.to_owned();
+        exit.exec_id = exec_id.to_owned();
         exit.status = status;
+        self.tell(wire::event_request::Event::Exit(exit)).await;
+    }
+
+    fn ask(&self, what: String) {
+        self.asked.lock().unwrap().push(what);
+    }
+
+    async fn tell(&self, event: wire::event_request::Event) {
         let mut request = wire::EventRequest::new();
         request.sequence = {
             let mut sequence = self.sequence.lock().unwrap();
             *sequence += 1;
             *sequence
         };
-        request.event = Some(wire::event_request::Event::Exit(exit));
+        request.event = Some(event);
         let host = self.host.lock().unwrap().clone().unwrap();
         host.event(context(), &request).await.unwrap();
     }
@@ -132,7 +153,8 @@ impl Agent for Acting {
             return refused("no such file");
         }
         if self.manners.exits_at_once {
-            self.exit(&request.container_id, 3).await;
+            self.exit_of(&request.container_id, &request.exec_id, 3)
+                .await;
         }
         Ok(wire::StartResponse::new())
     }
@@ -144,9 +166,89 @@ impl Agent for Acting {
     ) -> ttrpc::Result<wire::Empty> {
         self.mute().await;
         if request.signal == KILL {
-            self.exit(&request.container_id, 137).await;
+            self.exit_of(&request.container_id, &request.exec_id, 137)
+                .await;
         }
         Ok(wire::Empty::new())
+    }
+
+    async fn exec(
+        &self,
+        _: &TtrpcContext,
+        request: wire::ExecRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        if self.manners.refuses_exec {
+            let status = ttrpc::get_status(ttrpc::Code::FAILED_PRECONDITION, "it has ended");
+            return Err(ttrpc::Error::RpcStatus(status));
+        }
+        let port = request.stdio.stdout_port;
+        if port != 0 {
+            *self.stdout.lock().unwrap() = Some(self.fake.dial(port).unwrap());
+        }
+        let stdio = &request.stdio;
+        self.ask(format!(
+            "exec {} {}x{} {}",
+            request.exec_id, stdio.columns, stdio.rows, stdio.terminal
+        ));
+        Ok(wire::Empty::new())
+    }
+
+    async fn delete_exec(
+        &self,
+        _: &TtrpcContext,
+        request: wire::DeleteExecRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        self.ask(format!("delete {}", request.exec_id));
+        self.mute().await;
+        Ok(wire::Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: wire::PauseRequest) -> ttrpc::Result<wire::Empty> {
+        self.ask("pause".into());
+        Ok(wire::Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: wire::ResumeRequest) -> ttrpc::Result<wire::Empty> {
+        self.ask("resume".into());
+        Ok(wire::Empty::new())
+    }
+
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateRequest,
+    ) -> ttrpc::Result<wire::Empty> {
+        self.ask(String::from_utf8(request.resources_json).unwrap());
+        Ok(wire::Empty::new())
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        _: wire::StatsRequest,
+    ) -> ttrpc::Result<wire::StatsResponse> {
+        let mut answer = wire::StatsResponse::new();
+        answer.memory_current = 4096;
+        Ok(answer)
+    }
+
+    async fn pids(
+        &self,
+        _: &TtrpcContext,
+        _: wire::PidsRequest,
+    ) -> ttrpc::Result<wire::PidsResponse> {
+        let process = |pid, exec_id: &str| {
+            let mut process = wire::Process::new();
+            process.pid = pid;
+            process.exec_id = exec_id.to_owned();
+            process
+        };
+        let mut answer = wire::PidsResponse::new();
+        answer.processes = vec![process(7, ""), process(8, "e1")];
+        if self.manners.lies {
+            answer.processes.push(process(9, "none"));
+        }
+        Ok(answer)
     }
 
     async fn delete_container(
@@ -217,6 +319,7 @@ impl Stage {
             host: Arc::default(),
             sequence: Arc::default(),
             stdout: Arc::default(),
+            asked: Arc::default(),
         };
         let guest = agent(&fake, acting.clone()).await;
         *acting.host.lock().unwrap() = Some(guest.host.clone());
