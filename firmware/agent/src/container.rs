@@ -7,11 +7,11 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map;
-use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use nacre_protocol::agent::{CreateContainerRequest, GuestMount};
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tracing::{info, warn};
 
@@ -19,26 +19,30 @@ use crate::bundle::{Bundle, check_id};
 use crate::cgroup::{self, Cgroup};
 use crate::error::{Doing, Error};
 use crate::events::Events;
+use crate::exec::Added;
 use crate::init;
 use crate::process::{Input, Process, State};
-use crate::reaper::Reaper;
+use crate::reaper::{Exit, Reaper};
 use crate::runtime::{self, Gate};
 use crate::spec;
-use crate::stdio::{Connections, ProcessEnds, Pumps, Terminal};
+use crate::stdio::{Connections, Terminal};
 
 /// How long killed processes may take to be gone.
-const KILL_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long an init that could not run its program may take to end by itself.
+/// Status of an exec that could not be made.
+const NEVER_MADE: u32 = 255;
+
+/// How long a process that could not run its program may take to end by itself.
 const OWN_END_LIMIT: Duration = Duration::from_millis(1500);
 
 /// All containers. Clones share them.
 #[derive(Clone)]
-pub struct Containers(Arc<Shared>);
+pub struct Containers(pub(crate) Arc<Shared>);
 
-struct Shared {
+pub(crate) struct Shared {
     table: Mutex<Table>,
-    reaper: Reaper,
+    pub(crate) reaper: Reaper,
     events: Events,
 }
 
@@ -54,10 +58,13 @@ enum Entry {
     Deleting,
 }
 
-struct Container {
-    id: String,
-    ground: Ground,
-    processes: Mutex<HashMap<String, Slot>>,
+/// One container.
+pub(crate) struct Container {
+    pub(crate) id: String,
+    pub(crate) ground: Ground,
+    /// Whether it has a user namespace, which the library cannot join.
+    pub(crate) own_users: bool,
+    pub(crate) processes: Mutex<HashMap<String, Slot>>,
     memory_kills: Mutex<u64>,
     memory_watch: OnceLock<AbortHandle>,
 }
@@ -72,15 +79,23 @@ impl Drop for Container {
 }
 
 /// What a container stands on, whatever its processes do.
-struct Ground {
-    bundle: Arc<Bundle>,
-    cgroup: Cgroup,
+pub(crate) struct Ground {
+    pub(crate) bundle: Arc<Bundle>,
+    pub(crate) cgroup: Cgroup,
 }
 
-/// A process, and what it waits behind until it is started.
-struct Slot {
-    process: Arc<Process>,
-    gate: Option<Gate>,
+/// A process, and what is kept for its start.
+pub(crate) struct Slot {
+    pub(crate) process: Arc<Process>,
+    pub(crate) pending: Option<Pending>,
+}
+
+/// What a start uses up.
+pub(crate) enum Pending {
+    /// An init waits behind it.
+    Gate(Gate),
+    /// An exec is made of it.
+    Exec(Box<Added>),
 }
 
 impl Containers {
@@ -144,7 +159,10 @@ impl Containers {
             }
         };
         match self.furnish(&request, &ground).await {
-            Ok(furnished) => Ok(self.settle(id, ground, furnished)),
+            Ok(furnished) => {
+                let pid = furnished.pid.unsigned_abs();
+                Ok((self.settle(id, ground, furnished), pid))
+            }
             Err(error) => {
                 if let Err(left) = ground.clear().await {
                     warn!("after the failure to make container {id}: {left}");
@@ -166,19 +184,13 @@ impl Containers {
             &request.spec_json,
             &ground.cgroup.spec_path(),
             stdio.terminal,
-            Path::new("/sys/kernel/security/apparmor/profiles").exists(),
+            spec::kernel_has_apparmor(),
         )?;
         ground.mount(request.rootfs.clone()).await?;
         ground.bundle.fill(&adapted.spec)?;
 
         let connections = Connections::dial(&stdio).await?;
-        let (ends, mut pumps, connections) = match stdio.terminal {
-            true => (ProcessEnds::nothing()?, Pumps::default(), Some(connections)),
-            false => {
-                let (ends, pumps) = connections.pipes(adapted.owner)?;
-                (ends, pumps, None)
-            }
-        };
+        let (ends, rest) = connections.ends(stdio.terminal, adapted.owner)?;
         let expectation = self.0.reaper.expect();
         let created =
             runtime::create(&expectation, ground.bundle.path(), id, ends, stdio.terminal).await?;
@@ -194,9 +206,7 @@ impl Containers {
             )?),
             None => None,
         };
-        if let (Some(connections), Some(terminal)) = (connections, &terminal) {
-            pumps = connections.terminal(terminal)?;
-        }
+        let pumps = rest.pumps(terminal.as_ref())?;
         if adapted.own_network
             && let Err(error) = init::loopback_up_in(created.pid)
         {
@@ -204,44 +214,64 @@ impl Containers {
         }
         pumps.start(id);
         Ok(Furnished {
+            pid: created.pid,
             process: Process::new(created.pid, terminal),
+            own_users: adapted.own_users,
             gate: created.gate,
             ended,
         })
     }
 
-    fn settle(&self, id: &str, ground: Ground, furnished: Furnished) -> (Arc<Container>, u32) {
+    fn settle(&self, id: &str, ground: Ground, furnished: Furnished) -> Arc<Container> {
         let Furnished {
             process,
+            own_users,
             gate,
             ended,
+            ..
         } = furnished;
         let process = Arc::new(process);
-        let pid = process.pid;
         let slot = Slot {
             process: process.clone(),
-            gate: Some(gate),
+            pending: Some(Pending::Gate(gate)),
         };
         let container = Arc::new(Container {
             id: id.to_owned(),
             ground,
+            own_users,
             processes: Mutex::new(HashMap::from([(String::new(), slot)])),
             memory_kills: Mutex::new(0),
             memory_watch: OnceLock::new(),
         });
-        let of_exit = (self.clone(), container.clone());
+        self.tell_end(container.clone(), String::new(), process, ended);
+        self.watch_memory(&container);
+        container
+    }
+
+    /// Makes the transition and tells the host when the kernel has reaped a process.
+    pub(crate) fn tell_end(
+        &self,
+        container: Arc<Container>,
+        exec_id: String,
+        process: Arc<Process>,
+        ended: oneshot::Receiver<Exit>,
+    ) {
+        let containers = self.clone();
         tokio::spawn(async move {
-            if let Ok(exit) = ended.await {
-                let (containers, container) = of_exit;
-                match process.apply(Input::Ended(exit)) {
-                    Ok(Some(exit)) => containers.report(&container, "", process.pid, exit),
-                    Ok(None) => {}
-                    Err(refused) => warn!("the end of container {}: {refused}", container.id),
+            let Ok(exit) = ended.await else {
+                return;
+            };
+            match process.apply(Input::Ended(exit)) {
+                Ok(Some(exit)) => {
+                    let pid = process.pid().unwrap_or(0);
+                    containers.report(&container, &exec_id, pid, exit).await;
+                }
+                Ok(None) => {}
+                Err(refused) => {
+                    warn!("the end of {}: {refused}", name(&container.id, &exec_id));
                 }
             }
         });
-        self.watch_memory(&container);
-        (container, pid.unsigned_abs())
     }
 
     /// Tells of kills for want of memory as they happen, until the container is gone.
@@ -274,7 +304,10 @@ impl Containers {
         }
     }
 
-    fn report(&self, container: &Container, exec_id: &str, pid: i32, exit: crate::reaper::Exit) {
+    async fn report(&self, container: &Container, exec_id: &str, pid: i32, exit: Exit) {
+        if exec_id.is_empty() {
+            container.end_execs().await;
+        }
         // A kill for want of memory is told before the exit that it caused.
         self.report_memory(container);
         self.0.events.exit(&container.id, exec_id, pid, exit);
@@ -287,39 +320,46 @@ impl Containers {
     /// run: the process is gone then, and its exit is told as any other.
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
         let container = self.find(id)?;
-        let (process, gate) = {
+        if !exec_id.is_empty() {
+            container.may_run_execs(&format!("starting {}", name(id, exec_id)))?;
+        }
+        let (process, pending) = {
             let mut processes = container.processes.lock().expect("processes");
             let slot = processes
                 .get_mut(exec_id)
                 .ok_or_else(|| no_process(id, exec_id))?;
+            if slot.process.state() == State::Added && slot.pending.is_none() {
+                return Err(Error::FailedPrecondition(format!(
+                    "{} is being added",
+                    name(id, exec_id)
+                )));
+            }
             slot.process.apply(Input::Start).map_err(|refused| {
                 Error::FailedPrecondition(format!("starting {}: {refused}", name(id, exec_id)))
             })?;
-            (slot.process.clone(), slot.gate.take())
+            (slot.process.clone(), slot.pending.take())
         };
-        let opened = match gate {
-            Some(gate) => gate.open().await,
+        let opened = match pending {
+            Some(Pending::Gate(gate)) => gate.open().await,
+            Some(Pending::Exec(added)) => self.run_exec(&container, exec_id, *added).await,
             None => Err(Error::Internal("there is nothing to start".into())),
         };
         let opened = opened
             .map_err(|error| Error::Internal(format!("starting {}: {error}", name(id, exec_id))));
-        if opened.is_err() && !ended(&process, OWN_END_LIMIT).await {
-            warn!("{} is killed: it did not end", name(id, exec_id));
-            let _ = cgroup::send(process.pid, libc::SIGKILL);
-            // Gone before the answer, so that Delete works right after it.
-            ended(&process, KILL_LIMIT).await;
+        if opened.is_err() {
+            see_end(&process, &name(id, exec_id)).await;
         }
+        let pid = process.pid().unwrap_or(0);
         if let Ok(Some(exit)) = process.apply(Input::Answered) {
             let (containers, exec_id) = (self.clone(), exec_id.to_owned());
-            let pid = process.pid;
             tokio::spawn(async move {
                 // Behind the answer in the runtime's queue.
                 tokio::task::yield_now().await;
                 tokio::task::yield_now().await;
-                containers.report(&container, &exec_id, pid, exit);
+                containers.report(&container, &exec_id, pid, exit).await;
             });
         }
-        opened.map(|()| process.pid.unsigned_abs())
+        opened.map(|()| pid.unsigned_abs())
     }
 
     /// Sends a signal to one process, or to all of the container.
@@ -341,10 +381,18 @@ impl Containers {
                 false => Err(gone()),
             };
         }
-        if !process.state().lives() {
-            return Err(gone());
-        }
-        match cgroup::send(process.pid, number) {
+        let pid = match (process.state(), process.pid()) {
+            (State::Added, _) | (State::Starting, None) => {
+                return Err(Error::FailedPrecondition(format!(
+                    "signal {number} to {}: it is {}",
+                    name(id, exec_id),
+                    process.state()
+                )));
+            }
+            (state, Some(pid)) if state.lives() => pid,
+            _ => return Err(gone()),
+        };
+        match cgroup::send(pid, number) {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(gone()),
             sent => sent.doing(|| format!("signal {number} to {}", name(id, exec_id))),
         }
@@ -360,7 +408,7 @@ impl Containers {
         let exec_of = |pid: i32| {
             processes
                 .iter()
-                .find(|(_, slot)| slot.process.pid == pid && slot.process.state().lives())
+                .find(|(_, slot)| slot.process.pid() == Some(pid) && slot.process.state().lives())
                 .map(|(exec_id, _)| exec_id.clone())
                 .unwrap_or_default()
         };
@@ -376,8 +424,12 @@ impl Containers {
     /// # Errors
     /// `NotFound`; `FailedPrecondition` if it has no terminal; `InvalidArgument` for a size beyond 65535.
     pub fn resize(&self, id: &str, exec_id: &str, columns: u32, rows: u32) -> Result<(), Error> {
-        let process = self.find(id)?.process(exec_id)?;
-        match &process.terminal {
+        let container = self.find(id)?;
+        if container.size_added(exec_id, columns, rows) {
+            return Ok(());
+        }
+        let process = container.process(exec_id)?;
+        match process.terminal() {
             Some(terminal) => terminal.resize(columns, rows),
             None => Err(Error::FailedPrecondition(format!(
                 "{} has no terminal",
@@ -452,7 +504,7 @@ impl Containers {
         }
     }
 
-    fn find(&self, id: &str) -> Result<Arc<Container>, Error> {
+    pub(crate) fn find(&self, id: &str) -> Result<Arc<Container>, Error> {
         check_id(id)?;
         match self.0.table.lock().expect("containers").entries.get(id) {
             Some(Entry::Ready(container)) => Ok(container.clone()),
@@ -464,13 +516,15 @@ impl Containers {
 
 /// What [`Containers::furnish`] has made.
 struct Furnished {
+    pid: i32,
     process: Process,
+    own_users: bool,
     gate: Gate,
-    ended: tokio::sync::oneshot::Receiver<crate::reaper::Exit>,
+    ended: oneshot::Receiver<Exit>,
 }
 
 impl Container {
-    fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
         let processes = self.processes.lock().expect("processes");
         processes
             .get(exec_id)
@@ -491,7 +545,7 @@ impl Container {
         for process in all {
             if !ended(&process, KILL_LIMIT).await {
                 let limit = KILL_LIMIT.as_millis();
-                warn!("process {} did not end in {limit} ms", process.pid);
+                warn!("process {:?} did not end in {limit} ms", process.pid());
             }
         }
         self.ground.clear().await
@@ -523,6 +577,25 @@ impl Ground {
     }
 }
 
+/// Sees to it that a process that could not be started is gone before the answer, so that Delete works right
+/// after it.
+async fn see_end(process: &Process, name: &str) {
+    let Some(pid) = process.pid() else {
+        // It was never made; its end is told all the same.
+        let exit = Exit {
+            status: NEVER_MADE,
+            at_ns: init::realtime_ns(),
+        };
+        let _ = process.apply(Input::Ended(exit));
+        return;
+    };
+    if !ended(process, OWN_END_LIMIT).await {
+        warn!("{name} is killed: it did not end");
+        let _ = cgroup::send(pid, libc::SIGKILL);
+        ended(process, KILL_LIMIT).await;
+    }
+}
+
 /// Waits until a process has ended, for as long as `limit`; false if it has not.
 async fn ended(process: &Process, limit: Duration) -> bool {
     let mut watch = process.watch();
@@ -530,7 +603,7 @@ async fn ended(process: &Process, limit: Duration) -> bool {
     tokio::time::timeout(limit, wait).await.is_ok()
 }
 
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     tokio::task::spawn_blocking(work)
@@ -542,11 +615,11 @@ fn busy(id: &str) -> Error {
     Error::FailedPrecondition(format!("container {id} is being made or deleted"))
 }
 
-fn no_process(id: &str, exec_id: &str) -> Error {
+pub(crate) fn no_process(id: &str, exec_id: &str) -> Error {
     Error::NotFound(format!("there is no {}", name(id, exec_id)))
 }
 
-fn name(id: &str, exec_id: &str) -> String {
+pub(crate) fn name(id: &str, exec_id: &str) -> String {
     match exec_id {
         "" => format!("container {id}"),
         exec_id => format!("exec {exec_id} of container {id}"),

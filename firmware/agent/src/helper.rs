@@ -1,7 +1,7 @@
 //! The agent as its own helper: a process with one thread, as libcontainer
 //! needs one (it clones without exec and allocates in the child). It makes one
-//! container, says so, and ends; the container's init keeps this code until it
-//! runs the user's program.
+//! container, or one more process in a container, says so, and ends; what it
+//! made keeps this code until it runs the user's program.
 //!
 //! What libcontainer does not do in this build: seccomp profiles (its library
 //! is not linked) and the device cgroup (needs libbpf); the specification's
@@ -17,6 +17,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 
+use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
@@ -27,8 +28,14 @@ use tracing::Level;
 
 use crate::log;
 
-/// First argument of the agent when it is to be the helper.
-pub const ARGUMENT: &str = "make-container";
+/// First argument of the agent when it is to make a container.
+pub const MAKE: &str = "make-container";
+/// First argument of the agent when it is to make a process in a container.
+pub const JOIN: &str = "join-container";
+/// In the directory of an exec: the OCI process.
+pub const PROCESS: &str = "process.json";
+/// In the directory of an exec: the pid of what was made, in decimal.
+pub const PID: &str = "pid";
 /// Directory of the library's own state in a bundle.
 pub const STATE: &str = "state";
 /// Characters of one report's text. A report is thereby one write that the kernel does not split, though
@@ -52,7 +59,9 @@ pub enum Report {
         /// Of the init, in the guest's first pid namespace.
         pid: i32,
     },
-    /// The container was not made.
+    /// The process of an exec is in the container, and waits for a byte before it runs the user's program.
+    Waiting,
+    /// The container or process was not made.
     Failed {
         /// What was said.
         message: String,
@@ -67,21 +76,36 @@ pub enum Report {
 /// Descriptor of the pipe for reports, in the helper and the processes that it makes.
 static REPORTS: AtomicI32 = AtomicI32::new(-1);
 
-/// The helper's whole life. `arguments` are those after [`ARGUMENT`]: descriptor, bundle, id, and the
-/// console's socket for a terminal. Answers with its exit code.
-pub fn run(arguments: &[OsString]) -> i32 {
-    let [descriptor, bundle, id, console @ ..] = arguments else {
-        return 2;
+/// The helper's whole life, if the arguments after the program's name are a helper's; its exit code then.
+/// They are [`MAKE`], descriptor for reports, bundle, id, and the console's socket for a terminal; or [`JOIN`],
+/// descriptor for reports, descriptor to wait at, bundle, id, the exec's directory, and the console's socket.
+pub fn run(arguments: &[OsString]) -> Option<i32> {
+    let number = |text: &OsString| text.to_str().and_then(|text| text.parse::<RawFd>().ok());
+    let (kind, arguments) = arguments.split_first()?;
+    let made = match (kind.to_str()?, arguments) {
+        (MAKE, [reports, bundle, id, console @ ..]) => {
+            let Some(id) = prepared(number(reports), id) else {
+                return Some(2);
+            };
+            make(Path::new(bundle), id, console.first().map(PathBuf::from))
+        }
+        (JOIN, [reports, wait, bundle, id, directory, console @ ..]) => {
+            let (Some(wait), Some(id)) = (number(wait), prepared(number(reports), id)) else {
+                return Some(2);
+            };
+            let (bundle, directory) = (Path::new(bundle), Path::new(directory));
+            join(
+                bundle,
+                id,
+                directory,
+                wait,
+                console.first().map(PathBuf::from),
+            )
+        }
+        (MAKE | JOIN, _) => return Some(2),
+        _ => return None,
     };
-    let Some(descriptor) = descriptor.to_str().and_then(|text| text.parse().ok()) else {
-        return 2;
-    };
-    let (Some(id), console) = (id.to_str(), console.first()) else {
-        return 2;
-    };
-    REPORTS.store(descriptor, Ordering::Relaxed);
-    prepare(descriptor);
-    match make(Path::new(bundle), id, console.map(PathBuf::from)) {
+    Some(match made {
         Ok(pid) => {
             report(&Report::Created { pid });
             0
@@ -92,7 +116,14 @@ pub fn run(arguments: &[OsString]) -> i32 {
             });
             1
         }
-    }
+    })
+}
+
+fn prepared(reports: Option<RawFd>, id: &OsString) -> Option<&str> {
+    let reports = reports?;
+    REPORTS.store(reports, Ordering::Relaxed);
+    prepare(reports);
+    id.to_str()
 }
 
 fn prepare(descriptor: RawFd) {
@@ -126,10 +157,10 @@ fn prepare(descriptor: RawFd) {
 
 fn make(bundle: &Path, id: &str, console: Option<PathBuf>) -> Result<i32, String> {
     make_working_directory(bundle);
-    let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+    let mut container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(bundle.join(STATE))
         .map_err(|error| chain(&error))?
-        .with_executor(Program)
+        .with_executor(Program { wait: None })
         .with_console_socket(console)
         .as_init(bundle)
         .with_systemd(false)
@@ -137,10 +168,43 @@ fn make(bundle: &Path, id: &str, console: Option<PathBuf>) -> Result<i32, String
         .as_sibling(true)
         .build()
         .map_err(|error| chain(&error))?;
+    // The agent keeps the states; for the library, whatever has an init may be joined.
+    container
+        .set_status(ContainerStatus::Running)
+        .save()
+        .map_err(|error| chain(&error))?;
     match container.pid() {
         Some(pid) => Ok(pid.as_raw()),
         None => Err("the library made it without a pid".into()),
     }
+}
+
+/// Makes a process in a container. The library leaves sockets and links in the container's state, and names
+/// them by chance; each exec therefore works on a copy of the state, in the directory that is its own.
+fn join(
+    bundle: &Path,
+    id: &str,
+    directory: &Path,
+    wait: RawFd,
+    console: Option<PathBuf>,
+) -> Result<i32, String> {
+    let (state, copy) = (bundle.join(STATE).join(id), directory.join(id));
+    std::fs::create_dir(&copy)
+        .and_then(|()| std::fs::copy(state.join("state.json"), copy.join("state.json")))
+        .map_err(|error| format!("copying the container's state: {error}"))?;
+    ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_root_path(directory)
+        .and_then(|builder| builder.with_pid_file(Some(directory.join(PID))))
+        .map_err(|error| chain(&error))?
+        .with_executor(Program { wait: Some(wait) })
+        .with_console_socket(console)
+        .as_tenant()
+        .with_process(Some(directory.join(PROCESS)))
+        .with_detach(true)
+        .as_sibling(true)
+        .build()
+        .map(|pid| pid.as_raw())
+        .map_err(|error| chain(&error))
 }
 
 /// Makes the process's working directory where the root has none, as other runtimes do. What goes wrong
@@ -195,10 +259,19 @@ fn report(report: &Report) {
 /// Runs the user's program, and says so if the kernel would not. Whether there is such a program is
 /// found out by running it, so that it is Start that fails.
 #[derive(Clone)]
-struct Program;
+struct Program {
+    /// Descriptor to read a byte from before the program is run.
+    wait: Option<RawFd>,
+}
 
 impl Executor for Program {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        if let Some(wait) = self.wait {
+            report(&Report::Waiting);
+            if !may_begin(wait) {
+                std::process::exit(GIVEN_UP);
+            }
+        }
         let arguments = spec
             .process()
             .as_ref()
@@ -214,6 +287,23 @@ impl Executor for Program {
 
     fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
         Ok(())
+    }
+}
+
+/// Exit code of a process that was never told to begin.
+const GIVEN_UP: i32 = 255;
+
+/// Waits for the agent's byte; false if there will be none.
+fn may_begin(wait: RawFd) -> bool {
+    let mut byte = 0_u8;
+    loop {
+        // SAFETY: the descriptor was handed to this process for this; one byte is written at most.
+        match unsafe { libc::read(wait, (&raw mut byte).cast(), 1) } {
+            1 => return true,
+            0 => return false,
+            _ if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
+            _ => return false,
+        }
     }
 }
 

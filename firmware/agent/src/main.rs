@@ -13,6 +13,7 @@ mod container;
 mod devices;
 mod error;
 mod events;
+mod exec;
 mod helper;
 mod init;
 mod log;
@@ -54,12 +55,9 @@ const LAST_ANSWER_LIMIT: Duration = Duration::from_millis(300);
 #[cfg(not(test))]
 #[unsafe(no_mangle)]
 extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> libc::c_int {
-    let mut arguments = std::env::args_os().skip(1);
-    if arguments
-        .next()
-        .is_some_and(|first| first == helper::ARGUMENT)
-    {
-        return helper::run(&arguments.collect::<Vec<_>>());
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(code) = helper::run(&arguments) {
+        return code;
     }
     if std::process::id() != 1 {
         eprintln!("nacre-agent is the first process of a guest; it does nothing here");

@@ -3,6 +3,7 @@
 //! before Start has its answer.
 
 use std::fmt;
+use std::sync::OnceLock;
 
 use tokio::sync::watch;
 
@@ -12,6 +13,8 @@ use crate::stdio::Terminal;
 /// Where a process is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
+    /// Known by its id only: an exec that was added. The kernel has nothing of it.
+    Added,
     /// Made, but the user's program has not begun.
     Created,
     /// Start is being done.
@@ -52,7 +55,7 @@ impl State {
     /// With both, if the one does not fit the other.
     pub fn after(self, input: Input) -> Result<(State, Option<Exit>), Refused> {
         match (self, input) {
-            (State::Created, Input::Start) => Ok((State::Starting, None)),
+            (State::Added | State::Created, Input::Start) => Ok((State::Starting, None)),
             (State::Starting, Input::Answered) => Ok((State::Running, None)),
             (State::Starting, Input::Ended(exit)) => Ok((State::EndedEarly(exit), None)),
             (State::EndedEarly(exit), Input::Answered) => Ok((State::Exited(exit), Some(exit))),
@@ -63,7 +66,7 @@ impl State {
         }
     }
 
-    /// Whether the kernel still has the process.
+    /// Whether the kernel has the process, or is about to.
     pub fn lives(self) -> bool {
         matches!(self, State::Created | State::Starting | State::Running)
     }
@@ -72,6 +75,7 @@ impl State {
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            State::Added => f.write_str("added, but not started"),
             State::Created => f.write_str("created"),
             State::Starting | State::EndedEarly(_) => f.write_str("starting"),
             State::Running => f.write_str("running"),
@@ -82,21 +86,46 @@ impl fmt::Display for State {
 
 /// A process and its state; the container owns it.
 pub struct Process {
-    /// Its pid in the guest's first pid namespace. Valid for signals while the state says that it lives.
-    pub pid: i32,
-    /// Its terminal, if it has one.
-    pub terminal: Option<Terminal>,
+    made: OnceLock<Made>,
     state: watch::Sender<State>,
+}
+
+struct Made {
+    pid: i32,
+    terminal: Option<Terminal>,
 }
 
 impl Process {
     /// A process that has just been made.
     pub fn new(pid: i32, terminal: Option<Terminal>) -> Process {
         Process {
-            pid,
-            terminal,
+            made: OnceLock::from(Made { pid, terminal }),
             state: watch::Sender::new(State::Created),
         }
+    }
+
+    /// An exec that is to be made when it is started.
+    pub fn added() -> Process {
+        Process {
+            made: OnceLock::new(),
+            state: watch::Sender::new(State::Added),
+        }
+    }
+
+    /// Gives an added one what was made for it, once.
+    pub fn is_made(&self, pid: i32, terminal: Option<Terminal>) {
+        let _ = self.made.set(Made { pid, terminal });
+    }
+
+    /// Its pid in the guest's first pid namespace, once it is made. Valid for signals while the state says
+    /// that it lives.
+    pub fn pid(&self) -> Option<i32> {
+        self.made.get().map(|made| made.pid)
+    }
+
+    /// Its terminal, once it is made, if it has one.
+    pub fn terminal(&self) -> Option<&Terminal> {
+        self.made.get().and_then(|made| made.terminal.as_ref())
     }
 
     /// Where it is now.
@@ -143,9 +172,12 @@ mod tests {
     #[test]
     fn every_pair_of_state_and_input() {
         use Input::{Answered, Ended, Start};
-        use State::{Created, EndedEarly, Exited, Running, Starting};
+        use State::{Added, Created, EndedEarly, Exited, Running, Starting};
         let early = EndedEarly(EXIT);
         let table = [
+            (Added, Start, Some((Starting, None))),
+            (Added, Answered, None),
+            (Added, Ended(EXIT), None),
             (Created, Start, Some((Starting, None))),
             (Created, Answered, None),
             (Created, Ended(EXIT), Some((Exited(EXIT), Some(EXIT)))),
@@ -169,6 +201,16 @@ mod tests {
                 (got, expected) => panic!("{state:?} {input:?}: {got:?}, not {expected:?}"),
             }
         }
+    }
+
+    #[test]
+    fn an_added_exec_has_no_pid_until_it_is_made() {
+        let process = Process::added();
+        assert!(process.pid().is_none() && !process.state().lives());
+        process.apply(Input::Start).unwrap();
+        process.is_made(7, None);
+        assert_eq!(process.pid(), Some(7));
+        assert!(process.state().lives() && process.terminal().is_none());
     }
 
     #[test]

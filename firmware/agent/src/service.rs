@@ -8,8 +8,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nacre_protocol::agent::{
     BindDiskRequest, BindDiskResponse, CreateContainerRequest, CreateContainerResponse,
-    DeleteContainerRequest, Empty, PidsRequest, PidsResponse, Process, ResizePtyRequest,
-    ShutdownRequest, SignalRequest, StartRequest, StartResponse, UnbindDiskRequest,
+    DeleteContainerRequest, DeleteExecRequest, Empty, ExecRequest, PidsRequest, PidsResponse,
+    Process, ResizePtyRequest, ShutdownRequest, SignalRequest, StartRequest, StartResponse,
+    UnbindDiskRequest,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use tokio::sync::watch;
@@ -138,6 +139,35 @@ impl Agent for Service {
             pid,
             ..Default::default()
         })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let (id, exec_id) = (shown(&request.container_id), shown(&request.exec_id));
+        let of = format!("{exec_id} of {id}");
+        run(
+            "Exec",
+            of,
+            async move { this.containers.exec(request).await },
+        )
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn delete_exec(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteExecRequest,
+    ) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let (id, exec_id) = (shown(&request.container_id), shown(&request.exec_id));
+        let of = format!("{exec_id} of {id}");
+        run("DeleteExec", of, async move {
+            let (id, exec_id) = (&request.container_id, &request.exec_id);
+            this.containers.delete_exec(id, exec_id)
+        })
+        .await?;
+        Ok(Empty::new())
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {

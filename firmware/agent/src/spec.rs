@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, RootBuilder, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Process, RootBuilder, Spec};
 use tracing::warn;
 
 use crate::error::Error;
@@ -18,6 +18,8 @@ pub struct Adapted {
     pub spec: Spec,
     /// Numeric user and group of the process.
     pub owner: (u32, u32),
+    /// Whether the container has a user namespace.
+    pub own_users: bool,
     /// Whether the container gets a network namespace of its own, which begins with `lo` down.
     pub own_network: bool,
 }
@@ -42,21 +44,8 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
     let Some(process) = spec.process_mut() else {
         return Err(invalid("has no process".into()));
     };
-    let first = process.args().as_ref().and_then(|args| args.first());
-    if first.is_none_or(String::is_empty) {
-        return Err(invalid(
-            "has no process.args: there is nothing to run".into(),
-        ));
-    }
-    process.set_terminal(Some(terminal));
-    if !terminal {
-        process.set_console_size(None);
-    }
-    if !apparmor && process.apparmor_profile().is_some() {
-        process.set_apparmor_profile(None);
-    }
-    process.set_selinux_label(None);
-    let owner = (process.user().uid(), process.user().gid());
+    let owner = adapt_process(process, terminal, apparmor)
+        .map_err(|nothing| invalid(format!("has no process.{nothing}")))?;
 
     let Some(linux) = spec.linux_mut() else {
         return Err(invalid("has no linux section".into()));
@@ -73,6 +62,12 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
     });
 
+    let own_users = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+
     // These run on the host, where the runtime namespace is; the other two kinds run here.
     if let Some(hooks) = spec.hooks_mut() {
         #[allow(deprecated)]
@@ -87,8 +82,61 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
     Ok(Adapted {
         spec,
         owner,
+        own_users,
         own_network,
     })
+}
+
+/// Whether the kernel has AppArmor switched on.
+pub fn kernel_has_apparmor() -> bool {
+    Path::new("/sys/kernel/security/apparmor/profiles").exists()
+}
+
+/// Adapts the process of an exec; answers with it and its numeric user and group.
+///
+/// # Errors
+/// `InvalidArgument` if it does not parse, or if there is nothing to run in it.
+pub fn adapt_exec(
+    json: &[u8],
+    terminal: bool,
+    apparmor: bool,
+) -> Result<(Process, (u32, u32)), Error> {
+    let invalid = |what: String| Error::InvalidArgument(format!("the process {what}"));
+    let mut process: Process = serde_json::from_slice(json)
+        .map_err(|error| invalid(format!("does not parse: {error}")))?;
+    let owner = adapt_process(&mut process, terminal, apparmor)
+        .map_err(|nothing| invalid(format!("has no {nothing}")))?;
+    if process.cwd().as_os_str().is_empty() {
+        process.set_cwd("/".into());
+    }
+    if !process.cwd().is_absolute() {
+        let cwd = process.cwd().display();
+        return Err(invalid(format!(
+            "has the working directory {cwd}, which is not absolute"
+        )));
+    }
+    Ok((process, owner))
+}
+
+/// What holds for every process; the error says what it lacks.
+fn adapt_process(
+    process: &mut Process,
+    terminal: bool,
+    apparmor: bool,
+) -> Result<(u32, u32), &'static str> {
+    let first = process.args().as_ref().and_then(|args| args.first());
+    if first.is_none_or(String::is_empty) {
+        return Err("args: there is nothing to run");
+    }
+    process.set_terminal(Some(terminal));
+    if !terminal {
+        process.set_console_size(None);
+    }
+    if !apparmor && process.apparmor_profile().is_some() {
+        process.set_apparmor_profile(None);
+    }
+    process.set_selinux_label(None);
+    Ok((process.user().uid(), process.user().gid()))
 }
 
 #[cfg(test)]
@@ -122,6 +170,7 @@ mod tests {
             spec,
             owner,
             own_network,
+            own_users,
         } = adapted(SPEC).unwrap();
         let root = spec.root().as_ref().unwrap();
         assert_eq!(root.path(), Path::new("rootfs"));
@@ -135,7 +184,7 @@ mod tests {
         assert_eq!(process.terminal(), Some(false));
         assert!(process.apparmor_profile().is_none());
         assert_eq!(owner, (1000, 50));
-        assert!(own_network);
+        assert!(own_network && !own_users);
     }
 
     #[test]
@@ -153,6 +202,33 @@ mod tests {
             r#"{"type": "network", "path": "/proc/1/ns/net"}"#,
         );
         assert!(!adapted(&joined).unwrap().own_network);
+    }
+
+    #[test]
+    fn the_process_of_an_exec_is_adapted_alike() {
+        let json = br#"{"user":{"uid":7,"gid":8},"args":["ls"],"cwd":"","terminal":true,
+            "apparmorProfile":"x","consoleSize":{"height":1,"width":2}}"#;
+        let (process, owner) = adapt_exec(json, false, false).unwrap();
+        assert_eq!(owner, (7, 8));
+        assert_eq!(process.cwd(), Path::new("/"));
+        assert_eq!(process.terminal(), Some(false));
+        assert!(process.apparmor_profile().is_none() && process.console_size().is_none());
+        for (what, json) in [
+            ("does not parse", "[]"),
+            (
+                "nothing to run",
+                r#"{"args":[],"cwd":"/","user":{"uid":0,"gid":0}}"#,
+            ),
+            (
+                "not absolute",
+                r#"{"args":["a"],"cwd":"b","user":{"uid":0,"gid":0}}"#,
+            ),
+        ] {
+            match adapt_exec(json.as_bytes(), false, false) {
+                Err(Error::InvalidArgument(words)) => assert!(words.contains(what), "{words}"),
+                other => panic!("{json}: {other:?}"),
+            }
+        }
     }
 
     #[test]

@@ -43,7 +43,41 @@ pub struct Pumps {
     outputs: Vec<(pipe::Receiver, Stream)>,
 }
 
+/// What is left to do when the process is made.
+pub enum Rest {
+    /// The pumps only have to be started.
+    Pumps(Pumps),
+    /// They need the process's terminal.
+    Connections(Connections),
+}
+
+impl Rest {
+    /// The pumps of the process that was made.
+    ///
+    /// # Errors
+    /// As [`Connections::terminal`].
+    pub fn pumps(self, terminal: Option<&Terminal>) -> Result<Pumps, Error> {
+        match (self, terminal) {
+            (Rest::Pumps(pumps), _) => Ok(pumps),
+            (Rest::Connections(connections), Some(terminal)) => connections.terminal(terminal),
+            (Rest::Connections(_), None) => Ok(Pumps::default()),
+        }
+    }
+}
+
 impl Connections {
+    /// What a process is made with: pipes, or nothing if it makes its own terminal.
+    ///
+    /// # Errors
+    /// As [`Connections::pipes`].
+    pub fn ends(self, terminal: bool, owner: (u32, u32)) -> Result<(ProcessEnds, Rest), Error> {
+        if terminal {
+            return Ok((ProcessEnds::nothing()?, Rest::Connections(self)));
+        }
+        let (ends, pumps) = self.pipes(owner)?;
+        Ok((ends, Rest::Pumps(pumps)))
+    }
+
     /// Dials the ports of the streams that are wanted.
     ///
     /// # Errors
@@ -63,7 +97,7 @@ impl Connections {
     ///
     /// # Errors
     /// When the kernel has no pipe for us.
-    pub fn pipes(self, owner: (u32, u32)) -> Result<(ProcessEnds, Pumps), Error> {
+    fn pipes(self, owner: (u32, u32)) -> Result<(ProcessEnds, Pumps), Error> {
         let mut pumps = Pumps::default();
         let stdin = match self.stdin {
             Some(stream) => {
@@ -100,7 +134,7 @@ impl Connections {
     ///
     /// # Errors
     /// When the terminal's descriptor cannot be duplicated.
-    pub fn terminal(self, terminal: &Terminal) -> Result<Pumps, Error> {
+    fn terminal(self, terminal: &Terminal) -> Result<Pumps, Error> {
         let mut pumps = Pumps::default();
         if let Some(stream) = self.stdin {
             let end = pipe::Sender::from_owned_fd_unchecked(terminal.duplicate()?)
@@ -121,7 +155,7 @@ impl ProcessEnds {
     ///
     /// # Errors
     /// When there is no /dev/null.
-    pub fn nothing() -> Result<ProcessEnds, Error> {
+    fn nothing() -> Result<ProcessEnds, Error> {
         Ok(ProcessEnds {
             stdin: null()?,
             stdout: null()?,
