@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use nacre_protocol::agent::{
-    CreateContainerRequest, DeleteContainerRequest, Empty, EventRequest, GuestMount, PidsRequest,
-    ReadyRequest, ReadyResponse, ResizePtyRequest, ShutdownRequest, SignalRequest, StartRequest,
-    Stdio, event_request::Event,
+    CreateContainerRequest, DeleteContainerRequest, DeleteExecRequest, Empty, EventRequest,
+    ExecRequest, GuestMount, PidsRequest, ReadyRequest, ReadyResponse, ResizePtyRequest,
+    ShutdownRequest, SignalRequest, StartRequest, Stdio, event_request::Event,
 };
 use nacre_protocol::agent_ttrpc::{AgentClient, Host, create_host};
 use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG};
@@ -26,6 +26,7 @@ type Outcome = Result<(), String>;
 #[derive(Clone, Default)]
 struct Seen {
     exits: Arc<Mutex<HashMap<String, u32>>>,
+    order: Arc<Mutex<Vec<String>>>,
     oom: Arc<Mutex<Vec<String>>>,
     fresh: Arc<Notify>,
 }
@@ -46,12 +47,11 @@ impl Host for Seen {
         match request.event {
             Some(Event::Exit(exit)) => {
                 let mut exits = self.exits.lock().unwrap();
-                if exits
-                    .insert(exit.container_id.clone(), exit.status)
-                    .is_some()
-                {
-                    println!("FAIL exits: a second one of {}", exit.container_id);
+                let key = key(&exit.container_id, &exit.exec_id);
+                if exits.insert(key.clone(), exit.status).is_some() {
+                    println!("FAIL exits: a second one of {key}");
                 }
+                self.order.lock().unwrap().push(key);
             }
             Some(Event::Oom(oom)) => self.oom.lock().unwrap().push(oom.container_id),
             _ => {}
@@ -87,6 +87,14 @@ struct Harness {
 struct Streams {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
+}
+
+/// How exits are known here: the container alone for its init.
+fn key(id: &str, exec_id: &str) -> String {
+    match exec_id {
+        "" => id.into(),
+        exec_id => format!("{id}/{exec_id}"),
+    }
 }
 
 fn context() -> ttrpc::context::Context {
@@ -184,6 +192,112 @@ impl Harness {
         answer
             .map(|answer| answer.pid)
             .map_err(|error| error.to_string())
+    }
+
+    /// Adds an exec: its streams, stderr only without a terminal.
+    async fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: String,
+        terminal: bool,
+    ) -> Result<(UnixStream, UnixStream, Option<UnixStream>), String> {
+        let (stdin_port, stdin) = self.port();
+        let (stdout_port, stdout) = self.port();
+        let (stderr_port, stderr) = self.port();
+        let request = ExecRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            process_json: process.into_bytes(),
+            stdio: Some(Stdio {
+                stdin_port,
+                stdout_port,
+                stderr_port: if terminal { 0 } else { stderr_port },
+                terminal,
+                columns: 100,
+                rows: 30,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        let answer = self.agent.exec(context(), &request).await;
+        answer.map_err(|error| error.to_string())?;
+        let stdin = stdin.accept().await.unwrap().0;
+        let stdout = stdout.accept().await.unwrap().0;
+        let stderr = match terminal {
+            true => None,
+            false => Some(stderr.accept().await.unwrap().0),
+        };
+        Ok((stdin, stdout, stderr))
+    }
+
+    async fn start_exec(&self, id: &str, exec_id: &str) -> Result<u32, String> {
+        let request = StartRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let answer = self.agent.start(context(), &request).await;
+        answer
+            .map(|answer| answer.pid)
+            .map_err(|error| error.to_string())
+    }
+
+    async fn delete_exec(&self, id: &str, exec_id: &str) -> Outcome {
+        let request = DeleteExecRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let answer = self.agent.delete_exec(context(), &request).await;
+        answer.map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    /// A whole exec: stdout, stderr and the exit status.
+    async fn run_exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: String,
+        input: &[u8],
+    ) -> Result<(String, String, u32), String> {
+        let (mut stdin, mut stdout, stderr) = self.exec(id, exec_id, process, false).await?;
+        let begun = Instant::now();
+        self.start_exec(id, exec_id).await?;
+        println!("  start of {id}/{exec_id} took {:?}", begun.elapsed());
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let mut stderr = stderr.unwrap();
+        let write = async {
+            let _ = stdin.write_all(input).await;
+            let _ = stdin.shutdown().await;
+        };
+        let exited = key(id, exec_id);
+        let (_, read, read_err, status) = tokio::join!(
+            write,
+            stdout.read_to_end(&mut out),
+            stderr.read_to_end(&mut err),
+            self.seen.exit(&exited)
+        );
+        read.and(read_err)
+            .map_err(|error| format!("reading: {error}"))?;
+        self.delete_exec(id, exec_id).await?;
+        self.seen.exits.lock().unwrap().remove(&exited);
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok((text(out), text(err), status?))
+    }
+
+    /// A container whose init does nothing for long.
+    async fn sleeper(&self, id: &str, more: &str) -> Outcome {
+        let spec = spec(&["sleep", "1000"], more);
+        self.create(id, spec, false).await?;
+        self.start(id).await.map(|_| ())
+    }
+
+    async fn end(&self, id: &str) -> Outcome {
+        self.signal(id, 9, false).await?;
+        same(self.seen.exit(id).await?, 137)?;
+        self.delete(id).await
     }
 
     async fn delete(&self, id: &str) -> Outcome {
@@ -437,6 +551,208 @@ async fn many(h: &Harness) -> Outcome {
     same(left, 0)
 }
 
+/// The process of an exec.
+fn process(arguments: &[&str]) -> String {
+    let arguments = serde_json::to_string(arguments).unwrap();
+    let caps = r#"["CAP_CHOWN"]"#;
+    format!(
+        r#"{{"user":{{"uid":0,"gid":0}},"args":{arguments},"cwd":"/tmp",
+        "env":["PATH=/bin","WHO=exec"],"noNewPrivileges":true,
+        "capabilities":{{"bounding":{caps},"effective":{caps},"permitted":{caps}}},
+        "rlimits":[{{"type":"RLIMIT_NOFILE","hard":77,"soft":66}}]}}"#
+    )
+}
+
+async fn exec(h: &Harness) -> Outcome {
+    h.sleeper("ex", "").await?;
+    let script = "echo $WHO; pwd; cat /proc/1/cmdline | tr '\\0' ' '; echo; ulimit -n; \
+        grep CapEff /proc/self/status; cat /proc/self/cgroup; hostname; \
+        ls /proc/self/fd | wc -l; echo bad >&2; exit 7";
+    let (out, err, status) = h
+        .run_exec("ex", "e1", process(&["sh", "-c", script]), b"")
+        .await?;
+    println!("  {out:?}");
+    let lines: Vec<&str> = out.lines().collect();
+    same(
+        &lines[..7],
+        &[
+            "exec",
+            "/tmp",
+            "sleep 1000 ",
+            "66",
+            "CapEff:\t0000000000000001",
+            "0::/",
+            "inside",
+        ],
+    )?;
+    same((err.as_str(), status), ("bad\n", 7))?;
+    // By another user, which can open its own stdout again; the id is free again.
+    let other = process(&["sh", "-c", "id -u; id -G; echo x >/dev/stdout"]).replace(
+        r#""uid":0,"gid":0"#,
+        r#""uid":1000,"gid":50,"additionalGids":[7]"#,
+    );
+    let (out, err, status) = h.run_exec("ex", "e1", other, b"").await?;
+    same(
+        (out.as_str(), err.as_str(), status),
+        ("1000\n50 7\nx\n", "", 0),
+    )?;
+    let input: Vec<u8> = vec![b'y'; 3_000_000];
+    let (out, _, status) = h.run_exec("ex", "cat", process(&["cat"]), &input).await?;
+    same((out.len(), status), (3_000_000, 0))?;
+    let left = std::fs::read_dir("/run/nacre/containers/ex/execs")
+        .unwrap()
+        .count();
+    same(left, 0)?;
+    h.end("ex").await
+}
+
+async fn execs_at_once(h: &Harness) -> Outcome {
+    h.sleeper("five", "").await?;
+    let stuck = h.exec("five", "stuck", process(&["sleep", "999"]), false);
+    let _streams = stuck.await?;
+    h.start_exec("five", "stuck").await?;
+    let run = async |number: u32| {
+        let script = format!("sleep 1; echo {number}; exit {number}");
+        let process = process(&["sh", "-c", &script]);
+        h.run_exec("five", &format!("x{number}"), process, b"")
+            .await
+    };
+    let (a, b, c, d, e) = tokio::join!(run(1), run(2), run(3), run(4), run(255));
+    for (ran, number) in [(a, 1), (b, 2), (c, 3), (d, 4), (e, 255)] {
+        let (out, _, status) = ran?;
+        same((out, status), (format!("{number}\n"), number))?;
+    }
+    let request = PidsRequest {
+        container_id: "five".into(),
+        ..Default::default()
+    };
+    let pids = h.agent.pids(context(), &request).await.unwrap().processes;
+    let mut names: Vec<&str> = pids.iter().map(|one| one.exec_id.as_str()).collect();
+    names.sort_unstable();
+    same(&names[..], &["", "stuck"])?;
+    // The container's end is told after that of its exec, and frees it.
+    h.end("five").await?;
+    let order = h.seen.order.lock().unwrap().clone();
+    let place = |name: &str| order.iter().position(|one| one == name);
+    same(place("five/stuck") < place("five"), true)?;
+    same(h.seen.exit("five/stuck").await?, 137)
+}
+
+async fn exec_refusals(h: &Harness) -> Outcome {
+    h.sleeper("refuse", "").await?;
+    h.exec("refuse", "twice", process(&["true"]), false).await?;
+    let says = |words: Option<String>, code: &str| match words {
+        Some(words) if words.contains(code) => {
+            println!("  {words}");
+            Ok(())
+        }
+        other => Err(format!("{other:?} has no {code}")),
+    };
+    let again = h.exec("refuse", "twice", process(&["true"]), false).await;
+    says(again.err(), "ALREADY_EXISTS")?;
+    let request = SignalRequest {
+        container_id: "refuse".into(),
+        exec_id: "twice".into(),
+        signal: 9,
+        ..Default::default()
+    };
+    let early = h.agent.signal(context(), &request).await;
+    says(
+        early.err().map(|error| error.to_string()),
+        "FAILED_PRECONDITION",
+    )?;
+    h.delete_exec("refuse", "twice").await?;
+    says(h.delete_exec("refuse", "twice").await.err(), "NOT_FOUND")?;
+    for bad in ["", "../x", "a/b"] {
+        let refused = h.exec("refuse", bad, process(&["true"]), false).await;
+        says(refused.err(), "INVALID_ARGUMENT")?;
+    }
+    let refused = h.exec("refuse", "bad", "{}".into(), false).await;
+    says(refused.err(), "INVALID_ARGUMENT")?;
+    let nobody = h.exec("nobody", "x", process(&["true"]), false).await;
+    says(nobody.err(), "NOT_FOUND")?;
+    // A program that is not there, and a directory that is not there.
+    h.exec("refuse", "missing", process(&["no-such-program"]), false)
+        .await?;
+    says(
+        h.start_exec("refuse", "missing").await.err(),
+        "no-such-program",
+    )?;
+    same(h.seen.exit("refuse/missing").await?, 127)?;
+    h.delete_exec("refuse", "missing").await?;
+    let nowhere = process(&["true"]).replace("/tmp", "/no/where");
+    h.exec("refuse", "nowhere", nowhere, false).await?;
+    says(h.start_exec("refuse", "nowhere").await.err(), "chdir")?;
+    println!("  status {}", h.seen.exit("refuse/nowhere").await?);
+    h.delete_exec("refuse", "nowhere").await?;
+    // One that runs cannot be deleted or started again; one that ended cannot be signalled.
+    let _streams = h
+        .exec("refuse", "runs", process(&["sleep", "999"]), false)
+        .await?;
+    h.start_exec("refuse", "runs").await?;
+    says(
+        h.delete_exec("refuse", "runs").await.err(),
+        "FAILED_PRECONDITION",
+    )?;
+    says(
+        h.start_exec("refuse", "runs").await.err(),
+        "FAILED_PRECONDITION",
+    )?;
+    let request = SignalRequest {
+        exec_id: "runs".into(),
+        signal: 15,
+        ..request
+    };
+    h.agent.signal(context(), &request).await.unwrap();
+    same(h.seen.exit("refuse/runs").await?, 143)?;
+    let gone = h.agent.signal(context(), &request).await;
+    says(gone.err().map(|error| error.to_string()), "NOT_FOUND")?;
+    // After the init's end nothing is added or started.
+    h.exec("refuse", "late", process(&["true"]), false).await?;
+    h.signal("refuse", 9, false).await?;
+    h.seen.exit("refuse").await?;
+    let late = h.exec("refuse", "later", process(&["true"]), false).await;
+    says(late.err(), "FAILED_PRECONDITION")?;
+    says(
+        h.start_exec("refuse", "late").await.err(),
+        "FAILED_PRECONDITION",
+    )?;
+    h.delete("refuse").await
+}
+
+async fn exec_terminal(h: &Harness) -> Outcome {
+    h.sleeper("extty", "").await?;
+    let script =
+        "tty; stty size; id -u; echo x >$(tty); read line; echo got $line; stty size; exit 5";
+    let other = process(&["sh", "-c", script]).replace(r#""uid":0"#, r#""uid":1000"#);
+    let (mut stdin, mut stdout, _) = h.exec("extty", "t", other, true).await?;
+    h.start_exec("extty", "t").await?;
+    let mut seen = Vec::new();
+    while !String::from_utf8_lossy(&seen).contains("x\r\n") {
+        if stdout.read_buf(&mut seen).await.unwrap() == 0 {
+            return Err(format!("ended: {}", String::from_utf8_lossy(&seen)));
+        }
+    }
+    let request = ResizePtyRequest {
+        container_id: "extty".into(),
+        exec_id: "t".into(),
+        columns: 120,
+        rows: 40,
+        ..Default::default()
+    };
+    h.agent.resize_pty(context(), &request).await.unwrap();
+    stdin.write_all(b"word\n").await.unwrap();
+    stdout.read_to_end(&mut seen).await.unwrap();
+    let seen = String::from_utf8_lossy(&seen);
+    println!("  {seen:?}");
+    for part in ["/dev/pts/", "30 100", "1000", "got word", "40 120"] {
+        same((part, seen.contains(part)), (part, true))?;
+    }
+    same(h.seen.exit("extty/t").await?, 5)?;
+    h.delete_exec("extty", "t").await?;
+    h.end("extty").await
+}
+
 async fn three_at_once(h: &Harness) -> Outcome {
     let (a, b, c) = tokio::join!(
         h.sh("at1", "sleep 1; exit 1"),
@@ -499,6 +815,10 @@ async fn main() {
         out_of_memory,
         grandchild,
         three_at_once,
+        exec,
+        execs_at_once,
+        exec_refusals,
+        exec_terminal,
         many
     );
     let request = ShutdownRequest {

@@ -101,6 +101,8 @@ fn is_early(error: &io::Error) -> bool {
         libc::EADDRNOTAVAIL,
         #[cfg(feature = "unix-transport")]
         libc::ENOENT,
+        #[cfg(feature = "unix-transport")]
+        libc::ECONNREFUSED,
     ];
     error
         .raw_os_error()

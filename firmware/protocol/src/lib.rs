@@ -15,6 +15,11 @@
 //! A stdout or stderr connection is half-closed by the agent after the last byte; a stdin connection is
 //! half-closed by the host to say end-of-file. An agent that loses CALLS or EVENTS powers the guest off.
 //!
+//! # Ends
+//! Each init, and each exec that was started, has exactly one Exit event, also when its Start failed: that
+//! exec's pid is 0 if it could not even be made. An exec that was never started has none. When an init ends,
+//! all that is left in its container is killed, and the init's Exit comes after those of its execs.
+//!
 //! # Errors
 //! The agent answers a call that failed with one of these ttrpc codes; the message says what was being
 //! done to which container, process or device.
@@ -23,8 +28,8 @@
 //! | --- | --- |
 //! | `INVALID_ARGUMENT` | the request itself is wrong: an id that is empty, too long or has a path separator, a spec that does not parse, a signal number out of range |
 //! | `NOT_FOUND` | no such container, process, or device window; also a signal to a process that has ended |
-//! | `ALREADY_EXISTS` | a container of this id is there already |
-//! | `FAILED_PRECONDITION` | the thing is in another state than the call needs: a second Start, Delete of what runs |
+//! | `ALREADY_EXISTS` | a container, or an exec of this container, of this id is there already |
+//! | `FAILED_PRECONDITION` | the thing is in another state than the call needs: a second Start, Delete of what runs, Exec when init has ended, a signal to an exec that was not started |
 //! | `INTERNAL` | the guest could not do it; the message carries the cause, for Start also the executable's name |
 
 /// Version of the protocol; both sides must have the same.
