@@ -68,6 +68,15 @@ pub struct GuestSpec {
     pub warnings: Vec<String>,
 }
 
+/// An exec's process for the guest.
+#[derive(Debug, Clone)]
+pub struct GuestProcess {
+    /// OCI's `Process` for the agent.
+    pub json: Vec<u8>,
+    /// Columns and rows of its terminal, if they are given.
+    pub size: Option<(u32, u32)>,
+}
+
 /// Limits for the guest.
 #[derive(Debug, Clone)]
 pub struct GuestResources {
@@ -154,14 +163,16 @@ pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
 }
 
 /// Adapts the process of an exec, OCI's `Process` as JSON, as [`for_guest`] does an init's: labels of the host's
-/// security modules are taken out. Answers with the JSON for the agent, and with the columns and rows of its terminal if they are given.
-pub fn process_for_guest(json: &[u8]) -> Result<(Vec<u8>, Option<(u32, u32)>), serde_json::Error> {
+/// security modules are taken out.
+pub fn process_for_guest(json: &[u8]) -> Result<GuestProcess, serde_json::Error> {
     let mut process: Process = serde_json::from_slice(json)?;
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
     process.set_exec_cpu_affinity(None);
-    let size = console_size(&process);
-    Ok((serde_json::to_vec(&process)?, size))
+    Ok(GuestProcess {
+        json: serde_json::to_vec(&process)?,
+        size: console_size(&process),
+    })
 }
 
 /// Columns and rows that a process's terminal has at its start.
@@ -430,14 +441,14 @@ mod tests {
             "terminal": true, "consoleSize": {"height": 24, "width": 80}, "user": {"uid": 5, "gid": 6},
             "args": ["ls"], "cwd": "/", "apparmorProfile": "x", "selinuxLabel": "y",
         });
-        let (json, size) = process_for_guest(process.to_string().as_bytes()).unwrap();
-        let value: Value = serde_json::from_slice(&json).unwrap();
-        assert_eq!(size, Some((80, 24)));
+        let guest = process_for_guest(process.to_string().as_bytes()).unwrap();
+        let value: Value = serde_json::from_slice(&guest.json).unwrap();
+        assert_eq!(guest.size, Some((80, 24)));
         assert_eq!(value["user"]["uid"], 5);
         assert_eq!(value.get("apparmorProfile"), None);
         assert_eq!(value.get("selinuxLabel"), None);
         let plain = json!({"user": {"uid": 0, "gid": 0}, "args": ["ls"], "cwd": "/"}).to_string();
-        assert_eq!(process_for_guest(plain.as_bytes()).unwrap().1, None);
+        assert_eq!(process_for_guest(plain.as_bytes()).unwrap().size, None);
         assert!(process_for_guest(b"nonsense").is_err());
     }
 

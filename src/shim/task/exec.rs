@@ -10,7 +10,8 @@ use ttrpc::Code;
 use super::{
     AGENT_PATIENCE, Container, Error, Exit, Process, Shim, State, no_container, no_process,
 };
-use crate::sandbox::{Sandbox, chain, spec};
+use crate::sandbox::spec::{self, GuestProcess};
+use crate::sandbox::{Sandbox, chain};
 use crate::shim::events::TaskEvent;
 use crate::shim::lifecycle::{self, ProcessEvent};
 use crate::shim::stdio::{Paths, Prepared, ProcessIo};
@@ -23,7 +24,7 @@ impl Shim {
     pub(super) async fn exec(self: Arc<Self>, request: ExecProcessRequest) -> Result<(), Error> {
         let (id, exec_id) = (request.id.as_str(), request.exec_id.as_str());
         check(&request)?;
-        let (process, size) = spec::process_for_guest(&request.spec.value).map_err(|error| {
+        let process = spec::process_for_guest(&request.spec.value).map_err(|error| {
             Error::Invalid(format!(
                 "Cannot read the process of exec {exec_id:?}: {}",
                 chain(&error)
@@ -49,7 +50,7 @@ impl Shim {
             };
             container.execs.insert(exec_id.to_owned(), exec);
         }
-        let added = self.add(id, exec_id, process, size, &paths).await;
+        let added = self.add(id, exec_id, process, &paths).await;
         let (sandbox, refused) = match added {
             Ok((sandbox, io)) => match self.added(id, exec_id, io) {
                 Ok(()) => return Ok(()),
@@ -70,8 +71,7 @@ impl Shim {
         &self,
         id: &str,
         exec_id: &str,
-        process: Vec<u8>,
-        size: Option<(u32, u32)>,
+        process: GuestProcess,
         paths: &Paths,
     ) -> Result<(Sandbox, ProcessIo), Error> {
         let sandbox = self.sandbox().await?;
@@ -81,9 +81,9 @@ impl Shim {
             .start_logger(&self.identity.namespace, id)
             .await
             .map_err(|error| Error::Failed(error.to_string()))?;
-        let ports = prepared.ports(size);
+        let ports = prepared.ports(process.size);
         let io = prepared.run(self.limits);
-        match sandbox.exec(id, exec_id, process, ports).await {
+        match sandbox.exec(id, exec_id, process.json, ports).await {
             Ok(()) => Ok((sandbox, io)),
             Err(error) => Err(match error.code() {
                 Some(Code::ALREADY_EXISTS) => Error::AlreadyExists(error.to_string()),

@@ -211,6 +211,32 @@ impl<'a> Ctr<'a> {
         run(&mut self.run_command(id, flags, command))
     }
 
+    /// `ctr tasks exec`, not yet started.
+    pub fn exec_command(
+        &self,
+        id: &str,
+        exec_id: &str,
+        flags: &[&str],
+        command: &[&str],
+    ) -> Command {
+        let mut arguments = vec!["tasks", "exec", "--exec-id", exec_id];
+        arguments.extend(flags);
+        arguments.push(id);
+        arguments.extend(command);
+        self.command(&arguments)
+    }
+
+    /// A process in a container that runs, from beginning to end.
+    pub fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        flags: &[&str],
+        command: &[&str],
+    ) -> Result<Output> {
+        run(&mut self.exec_command(id, exec_id, flags, command))
+    }
+
     /// A container whose program is a shell script.
     pub fn script(&self, id: &str, flags: &[&str], script: &str) -> Result<Output> {
         self.run(id, flags, &["sh", "-c", script])

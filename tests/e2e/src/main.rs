@@ -18,6 +18,7 @@ mod processes;
 mod report;
 mod shim;
 mod suite;
+mod terminal;
 
 use std::process::ExitCode;
 

@@ -248,7 +248,7 @@ impl Connection {
     }
 
     /// A call by the name of its service.
-    fn call(&self, service: &str, method: &str, payload: Vec<u8>) -> Result<Vec<u8>> {
+    pub fn call(&self, service: &str, method: &str, payload: Vec<u8>) -> Result<Vec<u8>> {
         let mut request = Request::new();
         request.service = service.to_owned();
         request.method = method.to_owned();

@@ -1,9 +1,15 @@
 //! The cases, by what they are about.
 
+mod attach;
 mod bootstrap;
 mod containers;
+mod exec;
+mod group;
 mod lifecycle;
+mod pause;
 mod refusals;
+mod stats;
+mod tty;
 mod vmctl;
 
 use crate::suite::Case;
@@ -16,6 +22,12 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         containers::CASES,
         lifecycle::CASES,
         refusals::CASES,
+        exec::CASES,
+        tty::CASES,
+        attach::CASES,
+        pause::CASES,
+        stats::CASES,
+        group::CASES,
     ]
     .into_iter()
     .flatten()
