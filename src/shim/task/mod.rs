@@ -119,6 +119,28 @@ struct State {
     containers: HashMap<String, Container>,
 }
 
+impl State {
+    /// A process of a container that is made.
+    fn made(&mut self, id: &str, exec_id: &str) -> Result<&mut Process, Error> {
+        let container = self
+            .containers
+            .get_mut(id)
+            .ok_or_else(|| no_container(id))?;
+        if matches!(
+            container.life,
+            lifecycle::Container::Idle | lifecycle::Container::Creating
+        ) {
+            return Err(Error::Precondition(format!(
+                "Container {id:?} is {}",
+                container.life
+            )));
+        }
+        container
+            .process_mut(exec_id)
+            .ok_or_else(|| no_process(id, exec_id))
+    }
+}
+
 /// What the shim is about.
 pub struct Identity {
     /// containerd's namespace.
@@ -252,12 +274,4 @@ fn no_container(id: &str) -> Error {
 
 fn no_process(id: &str, exec_id: &str) -> Error {
     Error::NotFound(format!("There is no exec {exec_id:?} in container {id:?}"))
-}
-
-fn no_container_or_process(state: &State, id: &str, exec_id: &str) -> Error {
-    if state.containers.contains_key(id) {
-        no_process(id, exec_id)
-    } else {
-        no_container(id)
-    }
 }

@@ -9,7 +9,7 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use ttrpc::Code;
 
-use super::{AGENT_PATIENCE, Error, Exit, Process, Shim, no_container, no_container_or_process};
+use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container, no_process};
 use crate::sandbox;
 use crate::shim::events::{TaskEvent, timestamp};
 use crate::shim::lifecycle::{self, ProcessEvent};
@@ -25,7 +25,7 @@ impl Shim {
     pub(super) async fn start(self: Arc<Self>, id: &str, exec_id: &str) -> Result<u32, Error> {
         {
             let mut state = self.lock();
-            let process = Self::made(&mut state, id, exec_id)?;
+            let process = state.made(id, exec_id)?;
             process.life = process.life.after(ProcessEvent::Start)?;
         }
         let started = match self.sandbox().await {
@@ -41,7 +41,7 @@ impl Shim {
         };
         let held = {
             let mut state = self.lock();
-            let process = Self::made(&mut state, id, exec_id)?;
+            let process = state.made(id, exec_id)?;
             process.life = process.life.after(event)?;
             if started.is_ok() && exec_id.is_empty() {
                 let mut start = TaskStart::new();
@@ -77,29 +77,6 @@ impl Shim {
         }
     }
 
-    fn made<'a>(
-        state: &'a mut super::State,
-        id: &str,
-        exec_id: &str,
-    ) -> Result<&'a mut Process, Error> {
-        let container = state
-            .containers
-            .get_mut(id)
-            .ok_or_else(|| no_container(id))?;
-        if matches!(
-            container.life,
-            lifecycle::Container::Idle | lifecycle::Container::Creating
-        ) {
-            return Err(Error::Precondition(format!(
-                "Container {id:?} is {}",
-                container.life
-            )));
-        }
-        container
-            .process_mut(exec_id)
-            .ok_or_else(|| super::no_process(id, exec_id))
-    }
-
     /// Sends a signal. A SIGKILL works whatever the guest does: one that is not answered, or has no effect, stops the VM.
     pub(super) async fn kill(
         self: Arc<Self>,
@@ -110,7 +87,7 @@ impl Shim {
     ) -> Result<(), Error> {
         let mut exit = {
             let mut state = self.lock();
-            let process = Self::made(&mut state, id, exec_id)?;
+            let process = state.made(id, exec_id)?;
             if !process.life.is_live() {
                 return Err(Error::NotFound(format!(
                     "The process {exec_id:?} of container {id:?} has ended"
@@ -166,7 +143,7 @@ impl Shim {
     pub(super) async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, Error> {
         let mut exit = {
             let mut state = self.lock();
-            Self::made(&mut state, id, exec_id)?.exit.subscribe()
+            state.made(id, exec_id)?.exit.subscribe()
         };
         let exit = exit
             .wait_for(Option::is_some)
@@ -182,7 +159,7 @@ impl Shim {
         let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
         let process = container
             .process(exec_id)
-            .ok_or_else(|| no_container_or_process(&state, id, exec_id))?;
+            .ok_or_else(|| no_process(id, exec_id))?;
         let mut response = StateResponse::new();
         response.id = id.to_owned();
         response.exec_id = exec_id.to_owned();
@@ -209,7 +186,7 @@ impl Shim {
     /// Ends stdin after what was written to it.
     pub(super) fn close_stdin(&self, id: &str, exec_id: &str) -> Result<(), Error> {
         let mut state = self.lock();
-        let process = Self::made(&mut state, id, exec_id)?;
+        let process = state.made(id, exec_id)?;
         if let Some(io) = &mut process.io {
             io.close_stdin();
         }
@@ -226,7 +203,7 @@ impl Shim {
     ) -> Result<(), Error> {
         {
             let mut state = self.lock();
-            let process = Self::made(&mut state, id, exec_id)?;
+            let process = state.made(id, exec_id)?;
             if !process.paths.terminal {
                 return Err(Error::Precondition(format!(
                     "Container {id:?} has no terminal"
@@ -249,7 +226,7 @@ impl Shim {
     pub(super) async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>, Error> {
         {
             let mut state = self.lock();
-            Self::made(&mut state, id, "")?;
+            state.made(id, "")?;
         }
         let sandbox = self.sandbox().await?;
         let processes = sandbox
