@@ -1,9 +1,10 @@
 //! How exits become known: by the agent's events, or by the end of the VM. Each
 //! waits for its process's output, and init's for those of its execs.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use tokio::sync::watch;
@@ -17,7 +18,9 @@ use crate::shim::lifecycle::{self, ProcessEvent, SandboxEvent};
 const EXECS_FOLLOW: Duration = Duration::from_secs(5);
 /// How long a shim without a VM waits to be told to end, after its events are out.
 const LINGER: Duration = Duration::from_secs(5);
-/// The same, when there was no container yet: Create still has to hear why.
+/// How often a container's kills for want of memory are told at most: how many there are is the guest's choice.
+const OOM_PAUSE: Duration = Duration::from_millis(200);
+/// The same as [`LINGER`], when there was no container yet: Create still has to hear why.
 const LINGER_BEFORE_CREATE: Duration = Duration::from_secs(30);
 
 impl Shim {
@@ -30,7 +33,12 @@ impl Shim {
             state.life = state.life.after(SandboxEvent::End).unwrap_or(state.life);
         }
         self.boot.send_replace(Some(made));
-        let Some(sandbox) = sandbox else { return };
+        let Some(sandbox) = sandbox else {
+            // Whoever asked for it may have gone.
+            tokio::time::sleep(LINGER_BEFORE_CREATE).await;
+            self.shut_down();
+            return;
+        };
         let (shim, booting) = (self.clone(), sandbox.clone());
         tokio::spawn(async move {
             match booting.ready().await {
@@ -54,6 +62,7 @@ impl Shim {
     /// Follows a sandbox from its boot to its end.
     async fn follow(self: Arc<Self>, sandbox: Sandbox) {
         if let Some(mut events) = sandbox.events() {
+            let mut last_oom: HashMap<String, Instant> = HashMap::new();
             while let Some(event) = events.recv().await {
                 match event {
                     AgentEvent::Exit {
@@ -70,6 +79,11 @@ impl Shim {
                         self.process_ended(&container_id, &exec_id, exit);
                     }
                     AgentEvent::Oom { container_id } => {
+                        let last = last_oom.get(&container_id);
+                        if last.is_some_and(|last| last.elapsed() < OOM_PAUSE) {
+                            continue;
+                        }
+                        last_oom.insert(container_id.clone(), Instant::now());
                         let mut event = TaskOOM::new();
                         event.container_id = container_id;
                         self.publisher.publish(&TaskEvent::Oom(event));
