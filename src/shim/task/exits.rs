@@ -139,8 +139,7 @@ impl Shim {
         let exits: Vec<watch::Receiver<Option<Exit>>> = {
             let state = self.lock();
             let containers = state.containers.values();
-            let made =
-                containers.filter(|container| container.life != lifecycle::Container::Creating);
+            let made = containers.filter(|container| container.is_made());
             made.flat_map(|container| {
                 container
                     .processes()
@@ -162,11 +161,11 @@ impl Shim {
             let Some(container) = state.containers.get_mut(id) else {
                 return;
             };
-            let creating = container.life == lifecycle::Container::Creating;
+            let made = container.is_made();
             let Some(process) = container.process_mut(exec_id) else {
                 return;
             };
-            if creating || process.life == lifecycle::Process::Starting {
+            if !made || process.life == lifecycle::Process::Starting {
                 process.held.get_or_insert(exit);
                 return;
             }

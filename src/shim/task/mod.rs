@@ -89,6 +89,17 @@ struct Container {
 }
 
 impl Container {
+    /// Whether its Create is done, well. A shim that is told to end may still have one under way.
+    fn is_made(&self) -> bool {
+        match self.life {
+            lifecycle::Container::Idle | lifecycle::Container::Creating => false,
+            lifecycle::Container::ShuttingDown => {
+                self.image.is_some() || self.init.life != lifecycle::Process::Created
+            }
+            _ => true,
+        }
+    }
+
     fn process(&self, exec_id: &str) -> Option<&Process> {
         if exec_id.is_empty() {
             Some(&self.init)

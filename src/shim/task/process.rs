@@ -29,10 +29,15 @@ impl Shim {
             process.life = process.life.after(ProcessEvent::Start)?;
         }
         let started = match self.sandbox().await {
-            Ok(sandbox) => sandbox
-                .start(id, exec_id)
-                .await
-                .map_err(|error| Error::Failed(error.to_string())),
+            Ok(sandbox) => match sandbox.start(id, exec_id).await {
+                Ok(pid) => Ok(pid),
+                Err(error) => {
+                    if !matches!(error, sandbox::Error::Refused { .. }) {
+                        end_unanswered(&sandbox, id, exec_id).await;
+                    }
+                    Err(Error::Failed(error.to_string()))
+                }
+            },
             Err(error) => Err(error),
         };
         let (event, missed) = match &started {
@@ -242,6 +247,26 @@ impl Shim {
             info
         };
         Ok(processes.into_iter().map(info).collect())
+    }
+}
+
+/// Kills what may run although its start was not answered: nothing may run whose exit is told.
+async fn end_unanswered(sandbox: &sandbox::Sandbox, id: &str, exec_id: &str) {
+    let all = exec_id.is_empty();
+    let killed =
+        tokio::time::timeout(AGENT_PATIENCE, sandbox.signal(id, exec_id, SIGKILL, all)).await;
+    let gone = match killed {
+        Ok(Ok(())) => true,
+        Ok(Err(error)) => error.code() == Some(Code::NOT_FOUND),
+        Err(_) => false,
+    };
+    if !gone {
+        tracing::error!(
+            container = id,
+            exec = exec_id,
+            "the guest does not start and does not kill; the VM is stopped"
+        );
+        sandbox.stop();
     }
 }
 
