@@ -2,6 +2,8 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -10,7 +12,7 @@ use tokio::sync::mpsc;
 use super::disk::DiskArg;
 use super::inspect::phases_text;
 use super::session::{Session, Signals, check_name, default_name};
-use super::terminal::{RawMode, console_input};
+use super::terminal::{ConsoleOutput, RawMode, console_input};
 use super::{say, say_json};
 use crate::config::{ByteSize, Config, parse_duration};
 use crate::sandbox::{BootPhases, Error, ExitReason, Sandbox, SandboxConfig, cmdline};
@@ -97,18 +99,21 @@ pub(super) async fn boot(config: &Config, args: &Args, main_ns: u64) -> anyhow::
     let mut signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
     let mut sandbox_config = sandbox_config(config, args, &id, &session);
     sandbox_config.main_ns = Some(main_ns);
+    let ending = Arc::new(AtomicBool::new(false));
     // A measured boot has no console: its cost is not the boot's.
     let raw = if args.timing && !args.keep {
         None
     } else {
         let raw = RawMode::enter()?;
-        sandbox_config.console.raw = Some(console_output(args.json));
+        sandbox_config.console.raw = Some(console_output(args.json, ending.clone())?);
         sandbox_config.console.input = Some(console_input(raw.is_some(), quit.clone())?);
         raw
     };
     let sandbox = Sandbox::boot(sandbox_config)?;
     session.serve(&sandbox).await?;
-    let ended = run(args, &id, &sandbox, &mut quitting, &mut signals).await;
+    let ended = run(args, &id, &sandbox, &mut quitting, &mut signals, &ending).await;
+    // Whatever ended it, no console is waited for any more.
+    ending.store(true, Ordering::Relaxed);
     let reason = sandbox.shutdown().await;
     drop(raw);
     if let Err(error) = ended {
@@ -131,6 +136,7 @@ async fn run(
     sandbox: &Sandbox,
     quitting: &mut mpsc::Receiver<()>,
     signals: &mut Signals,
+    ending: &AtomicBool,
 ) -> anyhow::Result<()> {
     let guest = async {
         if args.timing {
@@ -156,11 +162,13 @@ async fn run(
     tokio::select! {
         outcome = guest => outcome,
         Some(()) = quitting.recv() => {
+            ending.store(true, Ordering::Relaxed);
             sandbox.stop();
             Ok(())
         }
         signal = signals.next() => {
             tracing::info!(signal, "ending the VM");
+            ending.store(true, Ordering::Relaxed);
             // A second signal does not wait for the guest.
             tokio::select! {
                 _ = sandbox.shutdown() => {}
@@ -218,12 +226,12 @@ fn without_word(words: &str, word: &str) -> String {
         .join(" ")
 }
 
-fn console_output(json: bool) -> Box<dyn Write + Send> {
-    if json {
-        Box::new(std::io::stderr())
+fn console_output(json: bool, ending: Arc<AtomicBool>) -> std::io::Result<Box<dyn Write + Send>> {
+    Ok(Box::new(if json {
+        ConsoleOutput::new(std::io::stderr(), ending)?
     } else {
-        Box::new(std::io::stdout())
-    }
+        ConsoleOutput::new(std::io::stdout(), ending)?
+    }))
 }
 
 fn report(id: String, exit: Option<ExitReason>, sandbox: &Sandbox) -> Report {
