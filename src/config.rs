@@ -235,17 +235,23 @@ impl Config {
         self.state_dir.join("vms")
     }
 
-    /// The state directory of one VM: `<namespace>-<id>`, or a hash of it where the control socket's
-    /// path would not fit in 107 bytes or the names hold a path separator.
+    /// The state directory of one VM: `<namespace>-<id>` with each `-` of the namespace doubled, so that no two
+    /// pairs of names share one; or a hash of it where the control socket's path would not fit in 107 bytes or
+    /// the names cannot be in a path.
     pub fn vm_dir(&self, namespace: &str, id: &str) -> PathBuf {
         let vms = self.vms_dir();
-        let plain = format!("{namespace}-{id}");
+        let plain = format!("{}-{id}", namespace.replace('-', "--"));
         let length = vms.as_os_str().len() + 1 + plain.len() + 1 + crate::control::SOCKET.len();
-        let safe = !plain.contains('/') && !plain.contains('\0') && !plain.starts_with('.');
+        // An id that begins with a dash could be taken for the namespace's end.
+        let safe = !plain.contains('/')
+            && !plain.contains('\0')
+            && !plain.starts_with('.')
+            && !id.starts_with('-');
         if safe && length <= 107 {
             return vms.join(plain);
         }
-        vms.join(format!("x{:016x}{:016x}", fnv(0, &plain), fnv(1, &plain)))
+        let exact = format!("{} {plain}", namespace.len());
+        vms.join(format!("x{:016x}{:016x}", fnv(0, &exact), fnv(1, &exact)))
     }
 }
 
@@ -454,6 +460,27 @@ mod tests {
             assert_eq!(directory.parent(), Some(Path::new("/run/nacre/vms")));
             assert!(directory.join(crate::control::SOCKET).as_os_str().len() <= 107);
             assert_ne!(directory, config.vm_dir("ns", "other/"));
+        }
+    }
+
+    #[test]
+    fn no_two_vms_share_a_directory() {
+        let config = Config::default();
+        let mut seen = std::collections::HashSet::new();
+        for (namespace, id) in [
+            ("a", "b-c"),
+            ("a-b", "c"),
+            ("a", "-b-c"),
+            ("a-", "b-c"),
+            ("a--b", "c"),
+            ("a-b", "-c"),
+            ("a-b/", "c"),
+            ("a", "b/-c"),
+        ] {
+            assert!(
+                seen.insert(config.vm_dir(namespace, id)),
+                "{namespace} {id}"
+            );
         }
     }
 }

@@ -3,6 +3,7 @@
 //! The tasks own their connections and end with the VM; none of them keeps the
 //! sandbox alive.
 
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 
 use nacre_protocol::agent_ttrpc::create_host;
@@ -75,6 +76,7 @@ pub(crate) fn start(
         events,
         containers,
         last_sequence: Mutex::new(0),
+        complaints: AtomicU32::new(0),
     };
     tasks.spawn(serve_host(ports.events, service, machine.clone()));
     let sink = lines.unwrap_or_else(|| Arc::new(|_| {}));

@@ -3,6 +3,7 @@
 //! sense is acknowledged and dropped with a warning, so that the agent goes on.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -24,6 +25,9 @@ pub(crate) const EVENT_QUEUE: usize = 256;
 /// Longest text that is taken from the agent's hello, in characters.
 const HELLO_TEXT: usize = 256;
 
+/// Complaints about one agent that go to the log; more would only fill it.
+const COMPLAINTS: u32 = 50;
+
 /// Ids of the containers whose events are passed on.
 pub(crate) type Containers = Arc<Mutex<HashSet<String>>>;
 
@@ -43,9 +47,24 @@ pub(crate) struct HostService {
     pub events: mpsc::Sender<AgentEvent>,
     pub containers: Containers,
     pub last_sequence: Mutex<u64>,
+    pub complaints: AtomicU32,
 }
 
 impl HostService {
+    /// Says what is wrong with an event, unless too much has been said already.
+    fn complain(&self, sequence: u64, container_id: &str, what: &str) {
+        let said = self.complaints.fetch_add(1, Ordering::Relaxed);
+        if said < COMPLAINTS {
+            let container_id = bounded(container_id, 128);
+            tracing::warn!(sequence, container_id, "{what}");
+        } else if said == COMPLAINTS {
+            tracing::warn!("further complaints about the agent's events are not logged");
+        } else {
+            // Never around to zero.
+            self.complaints.store(COMPLAINTS + 1, Ordering::Relaxed);
+        }
+    }
+
     fn take_hello(&self, request: &ReadyRequest) -> Result<(), Error> {
         if request.protocol_version != PROTOCOL_VERSION {
             let error = Error::Mismatch {
@@ -89,11 +108,7 @@ impl HostService {
             return Ok(());
         }
         if request.sequence != *last + 1 {
-            tracing::warn!(
-                sequence = request.sequence,
-                last = *last,
-                "the agent's events skip numbers"
-            );
+            self.complain(request.sequence, "", "the agent's events skip numbers");
         }
         if let Some(event) = self.judge(request) {
             match self.events.try_send(event) {
@@ -107,20 +122,14 @@ impl HostService {
 
     fn judge(&self, request: &EventRequest) -> Option<AgentEvent> {
         let Some(event) = &request.event else {
-            tracing::warn!(
-                sequence = request.sequence,
-                "dropped an event without content"
-            );
+            self.complain(request.sequence, "", "dropped an event without content");
             return None;
         };
         let container_id = match event {
             Event::Exit(exit) => &exit.container_id,
             Event::Oom(oom) => &oom.container_id,
             _ => {
-                tracing::warn!(
-                    sequence = request.sequence,
-                    "dropped an event of an unknown kind"
-                );
+                self.complain(request.sequence, "", "dropped an event of an unknown kind");
                 return None;
             }
         };
@@ -132,24 +141,28 @@ impl HostService {
             containers.contains(container_id)
         };
         if !known {
-            let container_id = bounded(container_id, 128);
-            tracing::warn!(
+            self.complain(
+                request.sequence,
                 container_id,
-                "dropped an event for a container that is not there"
+                "dropped an event for a container that is not there",
             );
             return None;
         }
         match event {
             Event::Exit(exit) => {
                 if exit.exec_id.len() > 1024 {
-                    tracing::warn!(container_id, "dropped an exit with an absurd exec id");
+                    self.complain(
+                        request.sequence,
+                        container_id,
+                        "dropped an exit with an absurd exec id",
+                    );
                     return None;
                 }
                 let status = u8::try_from(exit.status).unwrap_or_else(|_| {
-                    tracing::warn!(
+                    self.complain(
+                        request.sequence,
                         container_id,
-                        status = exit.status,
-                        "exit status over 255, taken as 255"
+                        "exit status over 255, taken as 255",
                     );
                     255
                 });
@@ -238,6 +251,7 @@ mod tests {
             events,
             containers: Arc::new(Mutex::new(HashSet::from(["c".to_owned()]))),
             last_sequence: Mutex::new(0),
+            complaints: AtomicU32::new(0),
         };
         (service, receiver, said)
     }
@@ -280,6 +294,15 @@ mod tests {
         assert!(events.try_recv().is_err());
         service.take_event(&exit(4, "c", 0)).unwrap();
         assert!(events.try_recv().is_ok());
+    }
+
+    #[test]
+    fn complaints_come_to_an_end() {
+        let (service, _events, _said) = service();
+        for sequence in 1..=u64::from(3 * COMPLAINTS) {
+            service.take_event(&exit(sequence, "other", 0)).unwrap();
+        }
+        assert_eq!(service.complaints.load(Ordering::Relaxed), COMPLAINTS + 1);
     }
 
     #[test]

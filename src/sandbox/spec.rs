@@ -11,7 +11,7 @@ use oci_spec::runtime::{
 pub enum Error {
     /// A mount of host files.
     #[error(
-        "The mount of {origin} at {destination} needs host files in the guest, which is not supported yet: remove it"
+        "The bind mount of {origin} at {destination} needs host files in the guest, which is not supported yet: remove it"
     )]
     HostMount {
         /// On the host.

@@ -102,7 +102,7 @@ pub fn rootfs_image(from: &Path, image: &Path, headroom: u64) -> Result<(), Erro
         file.set_len(size)
             .map_err(io_error("size the root image", image))?;
         drop(file);
-        let mut command = Command::new(&mkfs);
+        let mut command = that_dies_with_us(&mkfs);
         command
             .args(["-q", "-F", "-m", "0", "-b", &BLOCK.to_string()])
             .args(["-O", "^has_journal,^resize_inode"])
@@ -125,7 +125,7 @@ pub fn rootfs_image(from: &Path, image: &Path, headroom: u64) -> Result<(), Erro
                 "rmdir lost+found\n"
             },
         );
-        let mut command = Command::new(&debugfs);
+        let mut command = that_dies_with_us(&debugfs);
         command
             .args(["-w", "-f", "-"])
             .arg(image)
@@ -137,6 +137,20 @@ pub fn rootfs_image(from: &Path, image: &Path, headroom: u64) -> Result<(), Erro
         let _ = std::fs::remove_file(image);
     }
     made
+}
+
+/// A command of a tool that is killed when we end, however that comes: copying a large root goes on for long, and
+/// holds its mounts and its disk space. By setpriv, of util-linux, since a fork of ours in place of the library's
+/// spawn would write-protect the guest's memory; where that is not installed the tool ends by itself.
+fn that_dies_with_us(tool: &Path) -> Command {
+    match find_tool("setpriv") {
+        Some(setpriv) => {
+            let mut command = Command::new(setpriv);
+            command.args(["--pdeathsig", "KILL", "--"]).arg(tool);
+            command
+        }
+        None => Command::new(tool),
+    }
 }
 
 fn run(

@@ -26,8 +26,8 @@ use crate::sandbox::{
 
 /// How long a predecessor with the same id may take to be gone.
 const PREDECESSOR_ENDS: Duration = Duration::from_secs(8);
-/// After so long an end that hangs is an end by force.
-const ENDS_BY_FORCE: Duration = Duration::from_secs(8);
+/// After so long an end that hangs is an end by force: what it leaves, `delete` frees from the record.
+const ENDS_BY_FORCE: Duration = Duration::from_secs(5);
 /// For the answer to Shutdown to be on its way before the process goes.
 const LAST_ANSWER: Duration = Duration::from_millis(20);
 /// Threads of the runtime; the VM has its own.

@@ -156,6 +156,11 @@ impl Publisher {
         tracing::debug!(topic = event.topic(), "publishing");
         let lost = {
             let mut waiting = self.queue.lock();
+            let same = |other: &Envelope| other.event == envelope.event;
+            if matches!(event, TaskEvent::Oom(_)) && waiting.iter().skip(1).any(same) {
+                // One that waits says it already; the guest decides how many there are.
+                return;
+            }
             waiting.push_back(envelope);
             // The front one may be on its way.
             if waiting.len() > QUEUE_LIMIT {
@@ -359,8 +364,10 @@ mod tests {
         let (publisher, taken) = scripted(vec![Err(Undelivered::Unreachable("away".into()))]);
         publisher.publish(&TaskEvent::Create(TaskCreate::new()));
         publisher.publish(&TaskEvent::Start(TaskStart::new()));
-        for _ in 0..QUEUE_LIMIT - 1 {
-            publisher.publish(&TaskEvent::Oom(TaskOOM::new()));
+        for n in 0..QUEUE_LIMIT - 1 {
+            let mut oom = TaskOOM::new();
+            oom.container_id = n.to_string();
+            publisher.publish(&TaskEvent::Oom(oom));
         }
         publisher.flushed().await;
         let taken = taken.lock().unwrap();
@@ -369,6 +376,19 @@ mod tests {
             (&*taken[0], &*taken[1]),
             ("ns /tasks/create", "ns /tasks/oom")
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_kills_for_memory_pushes_nothing_out() {
+        let (publisher, taken) = scripted(Vec::new());
+        publisher.publish(&TaskEvent::Create(TaskCreate::new()));
+        for _ in 0..2 * QUEUE_LIMIT {
+            publisher.publish(&TaskEvent::Oom(TaskOOM::new()));
+        }
+        publisher.publish(&TaskEvent::Exit(TaskExit::new()));
+        publisher.flushed().await;
+        let expected = ["ns /tasks/create", "ns /tasks/oom", "ns /tasks/exit"];
+        assert_eq!(*taken.lock().unwrap(), expected);
     }
 
     #[tokio::test]

@@ -2,6 +2,8 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -10,10 +12,13 @@ use tokio::sync::mpsc;
 use super::disk::DiskArg;
 use super::inspect::phases_text;
 use super::session::{Session, Signals, check_name, default_name};
-use super::terminal::{RawMode, console_input};
+use super::terminal::{ConsoleOutput, RawMode, console_input};
+use super::{say, say_json};
 use crate::config::{ByteSize, Config, parse_duration};
 use crate::sandbox::{BootPhases, Error, ExitReason, Sandbox, SandboxConfig, cmdline};
 
+/// Exit code of a guest whose agent does not become ready.
+const NOT_READY: u8 = 9;
 /// Exit codes, in `--help` too.
 const CODES: &str = "\
 Exit code:
@@ -26,7 +31,7 @@ Exit code:
   6  KVM could not go on with a vCPU
   7  the VMM failed
   8  ended from the host: Ctrl-a x, a signal, or the control socket
-  9  the guest's agent did not become ready
+  9  with --timing: the guest's agent did not become ready in time, or speaks another protocol
 
 On a terminal, all keys go to the guest but the escape Ctrl-a: Ctrl-a x ends the VM, Ctrl-a Ctrl-a types one Ctrl-a.";
 
@@ -83,7 +88,7 @@ struct Report {
     exit: Option<ExitReason>,
     kernel_release: Option<String>,
     agent_build: Option<String>,
-    /// Host CLOCK_MONOTONIC in nanoseconds; see the README for each.
+    /// Host CLOCK_MONOTONIC in nanoseconds, absent where not reached.
     phases: BootPhases,
 }
 
@@ -94,24 +99,29 @@ pub(super) async fn boot(config: &Config, args: &Args, main_ns: u64) -> anyhow::
     let mut signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
     let mut sandbox_config = sandbox_config(config, args, &id, &session);
     sandbox_config.main_ns = Some(main_ns);
+    let ending = Arc::new(AtomicBool::new(false));
     // A measured boot has no console: its cost is not the boot's.
     let raw = if args.timing && !args.keep {
         None
     } else {
         let raw = RawMode::enter()?;
-        sandbox_config.console.raw = Some(console_output(args.json));
+        sandbox_config.console.raw = Some(console_output(args.json, ending.clone())?);
         sandbox_config.console.input = Some(console_input(raw.is_some(), quit.clone())?);
         raw
     };
     let sandbox = Sandbox::boot(sandbox_config)?;
     session.serve(&sandbox).await?;
-    let ended = run(args, &id, &sandbox, &mut quitting, &mut signals).await;
+    let ended = run(args, &id, &sandbox, &mut quitting, &mut signals, &ending).await;
+    // Whatever ended it, no console is waited for any more.
+    ending.store(true, Ordering::Relaxed);
     let reason = sandbox.shutdown().await;
     drop(raw);
-    ended?;
+    if let Err(error) = ended {
+        return not_ready(error);
+    }
     if !args.timing || args.keep {
         if args.json {
-            print_json(&report(id, Some(reason.clone()), &sandbox).await)?;
+            say_json(&report(id, Some(reason.clone()), &sandbox))?;
         } else if reason != ExitReason::PowerOff {
             eprintln!("vmctl: {reason}");
         }
@@ -126,14 +136,15 @@ async fn run(
     sandbox: &Sandbox,
     quitting: &mut mpsc::Receiver<()>,
     signals: &mut Signals,
+    ending: &AtomicBool,
 ) -> anyhow::Result<()> {
     let guest = async {
         if args.timing {
             sandbox.ready().await?;
             if args.json {
-                print_json(&report(id.to_owned(), None, sandbox).await)?;
+                say_json(&report(id.to_owned(), None, sandbox))?;
             } else {
-                print!("{}", phases_text(&sandbox.phases()));
+                say(&phases_text(&sandbox.phases()))?;
             }
             if !args.keep {
                 return Ok(());
@@ -151,11 +162,13 @@ async fn run(
     tokio::select! {
         outcome = guest => outcome,
         Some(()) = quitting.recv() => {
+            ending.store(true, Ordering::Relaxed);
             sandbox.stop();
             Ok(())
         }
         signal = signals.next() => {
             tracing::info!(signal, "ending the VM");
+            ending.store(true, Ordering::Relaxed);
             // A second signal does not wait for the guest.
             tokio::select! {
                 _ = sandbox.shutdown() => {}
@@ -213,15 +226,15 @@ fn without_word(words: &str, word: &str) -> String {
         .join(" ")
 }
 
-fn console_output(json: bool) -> Box<dyn Write + Send> {
-    if json {
-        Box::new(std::io::stderr())
+fn console_output(json: bool, ending: Arc<AtomicBool>) -> std::io::Result<Box<dyn Write + Send>> {
+    Ok(Box::new(if json {
+        ConsoleOutput::new(std::io::stderr(), ending)?
     } else {
-        Box::new(std::io::stdout())
-    }
+        ConsoleOutput::new(std::io::stdout(), ending)?
+    }))
 }
 
-async fn report(id: String, exit: Option<ExitReason>, sandbox: &Sandbox) -> Report {
+fn report(id: String, exit: Option<ExitReason>, sandbox: &Sandbox) -> Report {
     let inspection = sandbox.inspect();
     let told = |text: String| (!text.is_empty()).then_some(text);
     Report {
@@ -233,9 +246,15 @@ async fn report(id: String, exit: Option<ExitReason>, sandbox: &Sandbox) -> Repo
     }
 }
 
-fn print_json(report: &Report) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(report)?);
-    Ok(())
+/// With --timing, a boot that failed: told, with the code of how the VM ended, or that it did not get ready.
+fn not_ready(error: anyhow::Error) -> anyhow::Result<u8> {
+    let code = match error.downcast_ref::<Error>() {
+        Some(Error::Gone { reason, .. }) => exit_code(reason),
+        Some(Error::BootTimeout { .. } | Error::Mismatch { .. }) => NOT_READY,
+        _ => return Err(error),
+    };
+    eprintln!("vmctl: {error}");
+    Ok(code)
 }
 
 fn exit_code(reason: &ExitReason) -> u8 {
@@ -278,6 +297,21 @@ mod tests {
                 .iter()
                 .all(|code| CODES.contains(&format!("  {code}  ")))
         );
+    }
+
+    #[test]
+    fn a_measured_boot_that_fails_tells_how() {
+        let gone = Error::Gone {
+            reason: ExitReason::Panic,
+            console: String::new(),
+        };
+        assert_eq!(not_ready(gone.into()).unwrap(), 4);
+        let late = Error::BootTimeout {
+            after: Duration::from_secs(1),
+            console: String::new(),
+        };
+        assert_eq!(not_ready(late.into()).unwrap(), NOT_READY);
+        not_ready(anyhow::anyhow!("else")).unwrap_err();
     }
 
     #[test]

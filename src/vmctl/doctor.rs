@@ -128,9 +128,9 @@ pub(super) fn doctor(args: &Args) -> anyhow::Result<u8> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     checks.push(memory_check(&meminfo, config.size.default_memory.mib()));
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&checks)?);
+        super::say_json(&checks)?;
     } else {
-        print!("{}", text(&checks));
+        super::say(&text(&checks))?;
     }
     Ok(verdict(&checks))
 }

@@ -44,9 +44,9 @@ pub(super) async fn inspect(config: &Config, args: &Args) -> anyhow::Result<u8> 
         bail!("The VM {} is {}: {why}", args.id, entry.state);
     };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&vm)?);
+        super::say_json(&vm)?;
     } else {
-        print!("{}", text(&vm));
+        super::say(&text(&vm))?;
     }
     Ok(0)
 }

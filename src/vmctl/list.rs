@@ -54,9 +54,9 @@ pub(super) async fn list(config: &Config, args: &Args) -> anyhow::Result<u8> {
         .iter()
         .any(|entry| args.prune && entry.error.is_some());
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&entries)?);
+        super::say_json(&entries)?;
     } else {
-        print!("{}", table(&entries));
+        super::say(&table(&entries))?;
     }
     Ok(u8::from(failed))
 }

@@ -13,8 +13,10 @@ mod session;
 mod terminal;
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -103,6 +105,26 @@ fn dispatch(command: Command, main_ns: u64) -> anyhow::Result<u8> {
     // A thread may still be reading the terminal; it ends with the process.
     runtime.shutdown_background();
     code
+}
+
+/// Writes to standard output. That nobody reads it any more is no failure.
+fn say(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("Cannot write standard output")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// [`say`] of a value as JSON.
+fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(value)?;
+    say(&(text + "\n"))
 }
 
 #[cfg(test)]

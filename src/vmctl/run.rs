@@ -1,14 +1,12 @@
 //! `vmctl run`: one container in one VM, without containerd. Its root is an
 //! image made of a directory; its stdio is ours; its exit code too.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use super::RUN_FAILED;
@@ -24,8 +22,10 @@ use crate::sandbox::{
 };
 
 mod command_spec;
+mod streams;
 
 use command_spec::Command;
+use streams::{Copies, copy_in, read_stdin};
 
 /// How long output may take to arrive after the process has ended.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -33,9 +33,11 @@ const DRAIN: Duration = Duration::from_secs(30);
 const INSISTENT: u32 = 3;
 
 const HELP: &str = "\
-Exit code: the command's own; 128+N if signal N ended it; 125 if the container could not be run or its output was lost, 126 if its \
+Exit code: the command's own; 128+N if signal N ended it; 125 if the container could not be run or its output \
+could not be written, 126 if its \
 command cannot be executed, 127 if there is none. SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed \
-to the command; the third SIGINT or SIGTERM ends the VM.";
+to the command; the third SIGINT or SIGTERM ends the VM. When nobody reads the output any more the command is \
+killed, and the exit code is 141.";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = HELP)]
@@ -277,10 +279,11 @@ impl Container {
         mut events: mpsc::Receiver<AgentEvent>,
         signals: &mut Signals,
     ) -> anyhow::Result<u8> {
-        let output = tokio::spawn(copy_out(streams.stdout, tokio::io::stdout()));
-        let errors = streams
-            .stderr
-            .map(|stderr| tokio::spawn(copy_out(stderr, tokio::io::stderr())));
+        let mut copies = Copies::default();
+        copies.output("output", streams.stdout, tokio::io::stdout());
+        if let Some(stderr) = streams.stderr {
+            copies.output("error", stderr, tokio::io::stderr());
+        }
         if let Err(error) = self.sandbox.start(&self.id, "").await {
             return not_started(error);
         }
@@ -299,31 +302,18 @@ impl Container {
                     }
                 },
                 signal = signals.next() => self.signal(signal, &insisted).await?,
+                // The guest would go on and drop what it writes; a command that we ran here would not.
+                () = copies.lost() => self.signal(libc::SIGKILL, &insisted).await?,
             }
         };
         stdin.abort();
-        let drained = async {
-            let mut copied = vec![("output", output.await)];
-            if let Some(errors) = errors {
-                copied.push(("error", errors.await));
-            }
-            copied
-        };
-        let mut lost = false;
-        match tokio::time::timeout(DRAIN, drained).await {
-            Ok(copied) => {
-                for (name, copied) in copied {
-                    lost |= was_lost(name, copied);
-                }
-            }
-            Err(_) => {
-                eprintln!("vmctl: the container's output did not end within {DRAIN:?}\r");
-            }
+        if tokio::time::timeout(DRAIN, copies.drain()).await.is_err() {
+            eprintln!("vmctl: the container's output did not end within {DRAIN:?}\r");
         }
         if let Err(error) = self.sandbox.delete_container(&self.id).await {
             tracing::warn!(%error, "the container was not deleted in the guest");
         }
-        Ok(if lost { RUN_FAILED } else { status })
+        Ok(copies.loss().unwrap_or(status))
     }
 
     async fn signal(&self, signal: i32, insisted: &AtomicU32) -> anyhow::Result<()> {
@@ -377,78 +367,11 @@ fn not_started(error: Error) -> anyhow::Result<u8> {
     Ok(code)
 }
 
-/// Tells of output that could not be written. That nobody reads it any more is no failure.
-fn was_lost(name: &str, copied: Result<std::io::Result<()>, tokio::task::JoinError>) -> bool {
-    let error = match copied {
-        Ok(Ok(())) => return false,
-        Ok(Err(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => return false,
-        Ok(Err(error)) => error,
-        Err(error) => error.into(),
-    };
-    eprintln!("vmctl: cannot copy the container's standard {name}: {error}");
-    true
-}
-
 /// The process's streams.
 struct Streams {
     stdin: GuestStream,
     stdout: GuestStream,
     stderr: Option<GuestStream>,
-}
-
-/// Copies a stream of the guest to one of ours until it ends. What we cannot write ends the stream, and
-/// the process learns it as it would from a closed pipe.
-async fn copy_out(
-    mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-) -> std::io::Result<()> {
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        let count = from.read(&mut buffer).await?;
-        if count == 0 {
-            return to.flush().await;
-        }
-        to.write_all(&buffer[..count]).await?;
-        to.flush().await?;
-    }
-}
-
-/// Copies our standard input to the guest's; its end half-closes the stream.
-async fn copy_in(
-    mut from: mpsc::Receiver<Vec<u8>>,
-    mut to: impl AsyncWrite + Unpin,
-) -> std::io::Result<()> {
-    while let Some(data) = from.recv().await {
-        to.write_all(&data).await?;
-        to.flush().await?;
-    }
-    to.shutdown().await?;
-    // The other direction stays open: dropping the stream would reset it before the data is read.
-    std::future::pending().await
-}
-
-/// Reads standard input in a thread that ends with the process or the input; the channel ends with it.
-fn read_stdin() -> anyhow::Result<mpsc::Receiver<Vec<u8>>> {
-    let (sender, receiver) = mpsc::channel(4);
-    if nix::unistd::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group != nix::unistd::getpgrp())
-        && std::io::stdin().is_terminal()
-    {
-        // In the background of a terminal a read would stop this process.
-        return Ok(receiver);
-    }
-    std::thread::Builder::new()
-        .name("stdin".to_owned())
-        .spawn(move || {
-            let mut stdin = std::io::stdin().lock();
-            let mut buffer = vec![0; 64 * 1024];
-            while let Ok(count @ 1..) = std::io::Read::read(&mut stdin, &mut buffer) {
-                if sender.blocking_send(buffer[..count].to_vec()).is_err() {
-                    return;
-                }
-            }
-        })
-        .context("Cannot start a thread for standard input")?;
-    Ok(receiver)
 }
 
 #[cfg(test)]
@@ -472,12 +395,5 @@ mod tests {
             126
         );
         not_started(refused(internal, "something else")).unwrap_err();
-    }
-
-    #[tokio::test]
-    async fn output_is_copied_whole() {
-        let mut to = Vec::new();
-        copy_out(&[7u8; 200_000][..], &mut to).await.unwrap();
-        assert_eq!(to.len(), 200_000);
     }
 }

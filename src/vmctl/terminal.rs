@@ -1,10 +1,13 @@
 //! The user's terminal: raw mode that is always undone, its size, and the
 //! escape that ends a console session (Ctrl-a x).
 
+use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use tokio::sync::mpsc;
 
@@ -78,6 +81,45 @@ fn restore() {
         && let Err(error) = tcsetattr(io::stdin().as_fd(), SetArg::TCSADRAIN, &before)
     {
         tracing::warn!(%error, "cannot restore the terminal");
+    }
+}
+
+/// How often a console that waits for its reader looks whether the session ends, in milliseconds.
+const LOOK: u16 = 100;
+
+/// Where the VM's console goes. A reader that takes nothing holds the guest up until the session ends: then it
+/// fails, so that no thread of the VM waits for ever.
+pub(super) struct ConsoleOutput {
+    file: File,
+    ending: Arc<AtomicBool>,
+}
+
+impl ConsoleOutput {
+    /// Writes to a duplicate of `to` until `ending` turns true.
+    pub(super) fn new(to: impl AsFd, ending: Arc<AtomicBool>) -> io::Result<Self> {
+        let file = to.as_fd().try_clone_to_owned()?.into();
+        Ok(Self { file, ending })
+    }
+}
+
+impl Write for ConsoleOutput {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        loop {
+            let mut ready = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
+            match nix::poll::poll(&mut ready, PollTimeout::from(LOOK)) {
+                Ok(0) if self.ending.load(Ordering::Relaxed) => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Ok(0) | Err(nix::Error::EINTR) => {}
+                // As much as a pipe that is writable takes without waiting.
+                Ok(_) => return self.file.write(&data[..data.len().min(libc::PIPE_BUF)]),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -162,6 +204,20 @@ mod tests {
             }
         }
         (passed, quit)
+    }
+
+    #[test]
+    fn a_console_that_nobody_reads_gives_up_at_the_end() {
+        let (reader, writer) = io::pipe().unwrap();
+        let ending = Arc::new(AtomicBool::new(true));
+        let mut console = ConsoleOutput::new(&writer, ending).unwrap();
+        let refused = console.write_all(&vec![b'x'; 1 << 20]).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
+        drop(reader);
+        assert_eq!(
+            console.write(b"x").unwrap_err().kind(),
+            io::ErrorKind::BrokenPipe
+        );
     }
 
     #[test]

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use nacre_protocol::agent::{
     CreateContainerRequest, DeleteContainerRequest, DeleteExecRequest, Empty, EventRequest,
-    ExecRequest, GuestMount, PidsRequest, ReadyRequest, ReadyResponse, ResizePtyRequest,
-    ShutdownRequest, SignalRequest, StartRequest, Stdio, event_request::Event,
+    ExecRequest, GuestMount, PauseRequest, PidsRequest, ReadyRequest, ReadyResponse,
+    ResizePtyRequest, ResumeRequest, ShutdownRequest, SignalRequest, StartRequest, StatsRequest,
+    Stdio, UpdateRequest, event_request::Event,
 };
 use nacre_protocol::agent_ttrpc::{AgentClient, Host, create_host};
 use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG};
@@ -753,6 +754,182 @@ async fn exec_terminal(h: &Harness) -> Outcome {
     h.end("extty").await
 }
 
+async fn pause(h: &Harness) -> Outcome {
+    let script = "while true; do echo tick; sleep 0.05; done";
+    let (_stdin, mut stdout, _stderr) = h
+        .create("pause", spec(&["sh", "-c", script], ""), false)
+        .await?;
+    h.start("pause").await?;
+    let request = PauseRequest {
+        container_id: "pause".into(),
+        ..Default::default()
+    };
+    let mut buffer = [0; 4096];
+    let count = stdout.read(&mut buffer).await.unwrap();
+    same(count > 0, true)?;
+    let begun = Instant::now();
+    for _ in 0..2 {
+        h.agent
+            .pause(context(), &request)
+            .await
+            .map_err(|error| format!("pause: {error}"))?;
+    }
+    println!("  pausing took {:?}", begun.elapsed());
+    let events = std::fs::read_to_string("/sys/fs/cgroup/nacre/pause/cgroup.events").unwrap();
+    same(events.contains("frozen 1"), true)?;
+    // What was on its way may still come; then there is silence.
+    let quiet = async |stdout: &mut UnixStream, buffer: &mut [u8]| {
+        let read = stdout.read(buffer);
+        tokio::time::timeout(Duration::from_millis(400), read)
+            .await
+            .is_err()
+    };
+    let _ = quiet(&mut stdout, &mut buffer).await;
+    same(quiet(&mut stdout, &mut buffer).await, true)?;
+    let refused = h.exec("pause", "x", process(&["true"]), false).await;
+    println!("  {}", refused.err().ok_or("an exec of what is paused")?);
+    let resume = ResumeRequest {
+        container_id: "pause".into(),
+        ..Default::default()
+    };
+    h.agent.resume(context(), &resume).await.unwrap();
+    same(quiet(&mut stdout, &mut buffer).await, false)?;
+    // A paused container can be killed.
+    h.agent.pause(context(), &request).await.unwrap();
+    h.end("pause").await
+}
+
+async fn update_and_stats(h: &Harness) -> Outcome {
+    let limits = r#","memory":{"limit":67108864,"swap":67108864,"reservation":8388608},
+        "cpu":{"shares":512,"quota":50000,"period":100000,"cpus":"0"},"pids":{"limit":40}"#;
+    h.sleeper("limits", limits).await?;
+    let file = |name: &str| {
+        let text = std::fs::read_to_string(format!("/sys/fs/cgroup/nacre/limits/{name}"));
+        text.unwrap_or_default().trim().to_owned()
+    };
+    // What the specification says holds from the start.
+    for (name, value) in [
+        ("memory.max", "67108864"),
+        ("memory.swap.max", "0"),
+        ("memory.low", "8388608"),
+        ("cpu.max", "50000 100000"),
+        ("cpu.weight", "59"),
+        ("cpuset.cpus", "0"),
+        ("pids.max", "40"),
+    ] {
+        same((name, file(name).as_str()), (name, value))?;
+    }
+    let request = StatsRequest {
+        container_id: "limits".into(),
+        ..Default::default()
+    };
+    let stats = async || h.agent.stats(context(), &request).await.unwrap();
+    let before = stats().await;
+    println!("  {before:?}");
+    same((before.memory_max, before.pids_max), (67_108_864, 40))?;
+    same((before.swap_max, before.pids_current), (0, 1))?;
+    h.run_exec(
+        "limits",
+        "load",
+        process(&[
+            "sh",
+            "-c",
+            "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done",
+        ]),
+        b"",
+    )
+    .await?;
+    let after = stats().await;
+    same(after.cpu["usage_usec"] > before.cpu["usage_usec"], true)?;
+    same(
+        after.memory.contains_key("anon") && after.memory_current > 0,
+        true,
+    )?;
+    let update = async |json: &str| {
+        let request = UpdateRequest {
+            container_id: "limits".into(),
+            resources_json: json.as_bytes().to_vec(),
+            ..Default::default()
+        };
+        h.agent.update(context(), &request).await
+    };
+    update(
+        r#"{"memory":{"limit":134217728,"swap":134217728},"cpu":{"quota":20000,"shares":1024,"cpus":"0-1"},
+        "pids":{"limit":30},"unified":{"memory.high":"120000000"}}"#,
+    )
+    .await
+    .map_err(|error| format!("update: {error}"))?;
+    let now = || {
+        [
+            "memory.max",
+            "memory.swap.max",
+            "cpu.max",
+            "cpu.weight",
+            "cpuset.cpus",
+            "pids.max",
+        ]
+        .map(file)
+    };
+    same(
+        now(),
+        ["134217728", "0", "20000 100000", "100", "0-1", "30"].map(String::from),
+    )?;
+    // The kernel refuses the last of these: none of them holds.
+    let refused =
+        update(r#"{"memory":{"limit":268435456},"cpu":{"quota":1},"pids":{"limit":9}}"#).await;
+    println!("  {}", refused.err().ok_or("a quota of 1 µs was taken")?);
+    let refused = update(r#"{"pids":{"limit":9},"unified":{"no.such":"1"}}"#).await;
+    println!("  {}", refused.err().ok_or("no.such was taken")?);
+    same(
+        now(),
+        ["134217728", "0", "20000 100000", "100", "0-1", "30"].map(String::from),
+    )?;
+    h.end("limits").await
+}
+
+/// What the specification says of a process holds: capabilities, limits, masks.
+async fn confinement(h: &Harness) -> Outcome {
+    let limited = r#","pids":{"limit":10}"#;
+    let script = "grep -E 'Cap(Eff|Bnd|Prm)|NoNewPrivs' /proc/self/status; ulimit -n; ulimit -Hn; \
+        cat /proc/sys/net/ipv4/ip_unprivileged_port_start; \
+        wc -c < /proc/keys; ls /sys/firmware | wc -l; \
+        echo 1 > /proc/sys/vm/overcommit_memory || echo refused; \
+        mount -t tmpfs x /mnt 2>/dev/null || echo no mount; cat /proc/self/oom_score_adj; \
+        for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 3 & done 2>/dev/null || true; echo end";
+    let spec = spec(&["sh", "-c", script], limited)
+        .replace(
+            r#""noNewPrivileges":true"#,
+            r#""noNewPrivileges":true,"oomScoreAdj":500,
+            "rlimits":[{"type":"RLIMIT_NOFILE","hard":88,"soft":55}]"#,
+        )
+        .replace(
+            r#""cgroupsPath""#,
+            r#""sysctl":{"net.ipv4.ip_unprivileged_port_start":"77"},"cgroupsPath""#,
+        );
+    let (streams, _) = h.run("confined", spec, b"").await?;
+    let out = String::from_utf8_lossy(&streams.stdout).into_owned();
+    println!("  {out:?} {:?}", String::from_utf8_lossy(&streams.stderr));
+    let lines: Vec<&str> = out.lines().collect();
+    let caps = "00000000080000e1";
+    same(
+        &lines[..13.min(lines.len())],
+        &[
+            &format!("CapPrm:\t{caps}"),
+            &format!("CapEff:\t{caps}"),
+            &format!("CapBnd:\t{caps}"),
+            "NoNewPrivs:\t1",
+            "55",
+            "88",
+            "77",
+            "0",
+            "0",
+            "refused",
+            "no mount",
+            "500",
+        ],
+    )
+}
+
 async fn three_at_once(h: &Harness) -> Outcome {
     let (a, b, c) = tokio::join!(
         h.sh("at1", "sleep 1; exit 1"),
@@ -819,6 +996,9 @@ async fn main() {
         execs_at_once,
         exec_refusals,
         exec_terminal,
+        pause,
+        update_and_stats,
+        confinement,
         many
     );
     let request = ShutdownRequest {

@@ -12,9 +12,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tracing::warn;
 
 use crate::error::{Doing, Error};
 use crate::init;
+use crate::resources::Change;
 
 /// The cgroup, relative to the hierarchy's root, that holds all containers.
 const PARENT: &str = "nacre";
@@ -121,6 +123,78 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// What a file of it holds; nothing if there is no such file.
+    pub fn read(&self, file: &str) -> Option<String> {
+        fs::read_to_string(self.path().join(file)).ok()
+    }
+
+    /// Makes all changes, or none: when one fails, those before it are taken back. Blocks as long as the kernel
+    /// needs to make room under a lower limit.
+    ///
+    /// # Errors
+    /// The file that is not there or does not take its value.
+    pub fn change(&self, changes: &[Change]) -> Result<(), Error> {
+        let path = |change: &Change| self.path().join(&change.file);
+        let mut before = Vec::new();
+        for change in changes {
+            let old = fs::read_to_string(path(change))
+                .doing(|| format!("setting {}: reading what it was", change.file))?;
+            before.push(old);
+        }
+        for (number, change) in changes.iter().enumerate() {
+            let Err(error) = fs::write(path(change), &change.value) else {
+                continue;
+            };
+            for (made, old) in changes[..number].iter().zip(&before).rev() {
+                if let Err(error) = fs::write(path(made), old.trim_end()) {
+                    warn!("setting {} back to {}: {error}", made.file, old.trim_end());
+                }
+            }
+            return Err(error).doing(|| format!("setting {} to `{}`", change.file, change.value));
+        }
+        Ok(())
+    }
+
+    /// Freezes or thaws every process in it, and waits until they are. What cannot be frozen in time is thawed
+    /// again.
+    ///
+    /// # Errors
+    /// When the kernel has no freezer, or `limit` has passed.
+    pub async fn freeze(&self, frozen: bool, limit: Duration) -> Result<(), Error> {
+        let doing = || {
+            let verb = if frozen { "freezing" } else { "thawing" };
+            format!("{verb} cgroup {}", self.path().display())
+        };
+        let file = self.path().join("cgroup.freeze");
+        let mut events = EventFile::open(&self.path().join("cgroup.events")).doing(doing)?;
+        fs::write(&file, if frozen { "1" } else { "0" }).doing(doing)?;
+        let wait = async {
+            while events.value("frozen").unwrap_or(0) != u64::from(frozen) {
+                events.changed().await?;
+            }
+            io::Result::Ok(())
+        };
+        match tokio::time::timeout(limit, wait).await {
+            Ok(waited) => waited.doing(doing),
+            Err(_) => {
+                if frozen {
+                    fs::write(&file, "0").doing(doing)?;
+                }
+                Err(Error::Internal(format!(
+                    "{}: not all processes were in {} ms",
+                    doing(),
+                    limit.as_millis()
+                )))
+            }
+        }
+    }
+
+    /// Whether it is frozen, or is being frozen.
+    pub fn is_frozen(&self) -> bool {
+        self.read("cgroup.freeze")
+            .is_some_and(|text| text.trim() == "1")
     }
 
     /// A watch on the kills for want of memory; nothing if the kernel does not count them.
@@ -232,6 +306,37 @@ mod tests {
         assert!(!cgroup.path().exists());
         cgroup.remove().unwrap();
         assert!(cgroup.pids().is_empty());
+    }
+
+    #[test]
+    fn changes_are_made_together_or_not_at_all() {
+        let (_directory, cgroup) = tree();
+        let read = |file: &str| cgroup.read(file).unwrap();
+        let change = |file: &str, value: &str| Change {
+            file: file.into(),
+            value: value.into(),
+        };
+        fs::write(cgroup.path().join("memory.max"), "max\n").unwrap();
+        fs::write(cgroup.path().join("pids.max"), "7\n").unwrap();
+        let both = [change("memory.max", "5"), change("pids.max", "9")];
+        cgroup.change(&both).unwrap();
+        assert_eq!(
+            (read("memory.max"), read("pids.max")),
+            ("5".into(), "9".into())
+        );
+        // A file that is not there is found out before anything is written.
+        let error = cgroup
+            .change(&[change("memory.max", "6"), change("no.such", "1")])
+            .unwrap_err();
+        assert!(error.to_string().contains("no.such"), "{error}");
+        assert_eq!(read("memory.max"), "5");
+        // One that does not take its value has those before it taken back.
+        std::os::unix::fs::symlink("/proc/version", cgroup.path().join("deaf")).unwrap();
+        let error = cgroup
+            .change(&[change("memory.max", "6"), change("deaf", "1")])
+            .unwrap_err();
+        assert!(error.to_string().contains("deaf"), "{error}");
+        assert_eq!(read("memory.max"), "5");
     }
 
     #[test]

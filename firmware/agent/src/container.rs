@@ -10,7 +10,7 @@ use std::collections::hash_map;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use nacre_protocol::agent::{CreateContainerRequest, GuestMount};
+use nacre_protocol::agent::{CreateContainerRequest, GuestMount, StatsResponse};
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tracing::{info, warn};
@@ -23,12 +23,17 @@ use crate::exec::Added;
 use crate::init;
 use crate::process::{Input, Process, State};
 use crate::reaper::{Exit, Reaper};
+use crate::resources;
 use crate::runtime::{self, Gate};
 use crate::spec;
+use crate::stats;
 use crate::stdio::{Connections, Terminal};
 
 /// How long killed processes may take to be gone.
 pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long processes may take to be frozen or thawed.
+const FREEZE_LIMIT: Duration = Duration::from_secs(3);
 
 /// Status of an exec that could not be made.
 const NEVER_MADE: u32 = 255;
@@ -186,6 +191,8 @@ impl Containers {
             stdio.terminal,
             spec::kernel_has_apparmor(),
         )?;
+        let limits = resources::changes(&adapted.resources, |file| ground.cgroup.read(file))?;
+        ground.cgroup.change(&limits)?;
         ground.mount(request.rootfs.clone()).await?;
         ground.bundle.fill(&adapted.spec)?;
 
@@ -321,7 +328,7 @@ impl Containers {
     pub async fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
         let container = self.find(id)?;
         if !exec_id.is_empty() {
-            container.may_run_execs(&format!("starting {}", name(id, exec_id)))?;
+            container.may_run_execs(&format!("starting exec {exec_id}"))?;
         }
         let (process, pending) = {
             let mut processes = container.processes.lock().expect("processes");
@@ -419,6 +426,52 @@ impl Containers {
             .collect())
     }
 
+    /// Freezes every process of a container, and waits until they are. Frozen already is fine.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` if its init has ended; `Internal` if it could not be done in time: it is
+    /// thawed then.
+    pub async fn pause(&self, id: &str) -> Result<(), Error> {
+        let container = self.find(id)?;
+        container.must_live("pausing it")?;
+        container.ground.cgroup.freeze(true, FREEZE_LIMIT).await
+    }
+
+    /// Thaws every process of a container. Not frozen is fine.
+    ///
+    /// # Errors
+    /// As [`Containers::pause`].
+    pub async fn resume(&self, id: &str) -> Result<(), Error> {
+        let container = self.find(id)?;
+        container.must_live("resuming it")?;
+        container.ground.cgroup.freeze(false, FREEZE_LIMIT).await
+    }
+
+    /// Applies new limits, all or none.
+    ///
+    /// # Errors
+    /// `NotFound`; `InvalidArgument`; `FailedPrecondition` if its init has ended; `Internal` for what the kernel
+    /// does not take.
+    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), Error> {
+        let container = self.find(id)?;
+        container.must_live("updating it")?;
+        blocking(move || {
+            let cgroup = &container.ground.cgroup;
+            let resources = resources::parse(&resources)?;
+            cgroup.change(&resources::changes(&resources, |file| cgroup.read(file))?)
+        })
+        .await
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
+        let container = self.find(id)?;
+        Ok(stats::stats(|file| container.ground.cgroup.read(file)))
+    }
+
     /// Sets the size of a process's terminal.
     ///
     /// # Errors
@@ -490,6 +543,9 @@ impl Containers {
         if !grace.is_zero() {
             for container in &all {
                 container.ground.cgroup.signal(libc::SIGTERM);
+                if container.ground.cgroup.is_frozen() {
+                    let _ = container.ground.cgroup.freeze(false, FREEZE_LIMIT).await;
+                }
             }
             let deadline = tokio::time::Instant::now() + grace;
             for container in &all {
@@ -530,6 +586,17 @@ impl Container {
             .get(exec_id)
             .map(|slot| slot.process.clone())
             .ok_or_else(|| no_process(&self.id, exec_id))
+    }
+
+    /// Refuses what `doing` says when the init has ended.
+    pub(crate) fn must_live(&self, doing: &str) -> Result<(), Error> {
+        match self.process("")?.state() {
+            state if state.lives() => Ok(()),
+            state => Err(Error::FailedPrecondition(format!(
+                "container {}, {doing}: it is {state}",
+                self.id
+            ))),
+        }
     }
 
     /// Kills what runs, waits for its end to be known, and frees the ground.

@@ -38,7 +38,7 @@ impl Containers {
         check_id(exec_id)?;
         let container = self.find(id)?;
         let named = name(id, exec_id);
-        container.may_run_execs(&format!("adding {named}"))?;
+        container.may_run_execs(&format!("adding exec {exec_id}"))?;
         if container.own_users {
             return Err(Error::Internal(format!(
                 "adding {named}: the container has a user namespace, which cannot be joined"
@@ -168,13 +168,14 @@ impl Containers {
 impl Container {
     /// Refuses what `doing` says when no exec can run.
     pub(crate) fn may_run_execs(&self, doing: &str) -> Result<(), Error> {
-        let state = self.process("")?.state();
-        if !state.lives() {
-            return Err(Error::FailedPrecondition(format!(
-                "{doing}: the container is {state}"
-            )));
+        self.must_live(doing)?;
+        match self.ground.cgroup.is_frozen() {
+            false => Ok(()),
+            true => Err(Error::FailedPrecondition(format!(
+                "container {}, {doing}: it is paused",
+                self.id
+            ))),
         }
-        Ok(())
     }
 
     /// Keeps the size of the terminal that an added exec will have; false if there is no such exec.

@@ -20,9 +20,11 @@ mod log;
 mod modules;
 mod process;
 mod reaper;
+mod resources;
 mod runtime;
 mod service;
 mod spec;
+mod stats;
 mod stdio;
 mod vsock;
 

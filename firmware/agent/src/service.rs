@@ -8,9 +8,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nacre_protocol::agent::{
     BindDiskRequest, BindDiskResponse, CreateContainerRequest, CreateContainerResponse,
-    DeleteContainerRequest, DeleteExecRequest, Empty, ExecRequest, PidsRequest, PidsResponse,
-    Process, ResizePtyRequest, ShutdownRequest, SignalRequest, StartRequest, StartResponse,
-    UnbindDiskRequest,
+    DeleteContainerRequest, DeleteExecRequest, Empty, ExecRequest, PauseRequest, PidsRequest,
+    PidsResponse, Process, ResizePtyRequest, ResumeRequest, ShutdownRequest, SignalRequest,
+    StartRequest, StartResponse, StatsRequest, StatsResponse, UnbindDiskRequest, UpdateRequest,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use tokio::sync::watch;
@@ -168,6 +168,46 @@ impl Agent for Service {
         })
         .await?;
         Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        run("Pause", of, async move {
+            this.containers.pause(&request.container_id).await
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        run("Resume", of, async move {
+            this.containers.resume(&request.container_id).await
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        run("Update", of, async move {
+            let (id, resources) = (request.container_id, request.resources_json);
+            this.containers.update(&id, resources).await
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let this = self.clone();
+        let of = shown(&request.container_id);
+        run("Stats", of, async move {
+            this.containers.stats(&request.container_id)
+        })
+        .await
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, Process, RootBuilder, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
 use tracing::warn;
 
 use crate::error::Error;
@@ -18,6 +18,8 @@ pub struct Adapted {
     pub spec: Spec,
     /// Numeric user and group of the process.
     pub owner: (u32, u32),
+    /// Its limits, which the agent applies itself: the runtime's conversion leaves some of them out.
+    pub resources: LinuxResources,
     /// Whether the container has a user namespace.
     pub own_users: bool,
     /// Whether the container gets a network namespace of its own, which begins with `lo` down.
@@ -53,6 +55,8 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
     linux.set_cgroups_path(Some(cgroup.to_owned()));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
+    let resources = linux.resources().clone().unwrap_or_default();
+    linux.set_resources(None);
     if linux.seccomp().is_some() {
         // The runtime is built without C libraries, and applies no filter.
         warn!("the seccomp profile is not applied in the guest");
@@ -82,6 +86,7 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
     Ok(Adapted {
         spec,
         owner,
+        resources,
         own_users,
         own_network,
     })
@@ -156,6 +161,7 @@ mod tests {
         },
         "linux": {
             "cgroupsPath": "/default/c1",
+            "resources": {"pids": {"limit": 7}},
             "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "mount"}]
         }
     }"#;
@@ -171,6 +177,7 @@ mod tests {
             owner,
             own_network,
             own_users,
+            resources,
         } = adapted(SPEC).unwrap();
         let root = spec.root().as_ref().unwrap();
         assert_eq!(root.path(), Path::new("rootfs"));
@@ -185,6 +192,8 @@ mod tests {
         assert!(process.apparmor_profile().is_none());
         assert_eq!(owner, (1000, 50));
         assert!(own_network && !own_users);
+        assert_eq!(resources.pids().map(|pids| pids.limit()), Some(7));
+        assert!(linux.resources().is_none(), "nobody applies them twice");
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! One output stream: from the guest to a FIFO or a file. While a reader is
 //! there it sets the pace and nothing is lost. While there is none the last
 //! 256 KiB wait for one and the guest is not held up. After the process's end a
-//! reader that takes nothing is given up in time, so that an exit is never late for ever.
+//! reader that takes nothing is given up in time, and so is a guest that does not
+//! end its stream, however it delays: an exit is never late for ever.
 
 use std::future::Future;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
@@ -21,6 +23,10 @@ use super::{Limits, Target};
 
 /// Bytes read from the guest ahead of a reader that is there.
 const AHEAD: usize = 64 << 10;
+/// Bytes that a guest may still bring after the process's end; pipes and buffers on the way hold far fewer.
+const LATE_BYTES: usize = 16 << 20;
+/// Of how many silences the guest may make up its whole delay after the process's end.
+const SILENCES: u32 = 6;
 
 /// A running output stream; dropping it closes both sides.
 pub struct Output {
@@ -61,11 +67,12 @@ impl Output {
                                 sink,
                                 exited,
                                 moved,
+                                patience: Patience::new(limits.quiet_guest),
                                 limits,
                                 done,
                                 ring: Ring::default(),
                                 open: true,
-                                progress: Instant::now(),
+                                taken: Instant::now(),
                             };
                             pump.run(&path).await
                         }
@@ -78,7 +85,10 @@ impl Output {
                     Err(io::Error::other("the logging program was not started"))
                 }
                 Target::File(path) => match stream.await {
-                    Some(source) => append(&path, source, &moved).await,
+                    Some(source) => {
+                        let patience = Patience::new(limits.quiet_guest);
+                        append(&path, source, exited, patience, &moved).await
+                    }
                     None => Ok(()),
                 },
             };
@@ -107,11 +117,12 @@ impl Output {
                 sink: Sink::Reader(pipe),
                 exited,
                 moved,
+                patience: Patience::new(limits.quiet_guest),
                 limits,
                 done,
                 ring: Ring::default(),
                 open: true,
-                progress: Instant::now(),
+                taken: Instant::now(),
             };
             // No path, so that nobody can come to read it after this reader.
             if let Err(error) = pump.run(Path::new("")).await {
@@ -131,9 +142,52 @@ impl Output {
     }
 }
 
+/// How long a guest is waited for that has told of a process's end and not ended its stream.
+struct Patience {
+    quiet: Duration,
+    /// When it brought something last, was let go on, or the process ended.
+    last: Instant,
+    waited: Duration,
+    brought: usize,
+}
+
+impl Patience {
+    fn new(quiet: Duration) -> Self {
+        Self {
+            quiet,
+            last: Instant::now(),
+            waited: Duration::ZERO,
+            brought: 0,
+        }
+    }
+
+    /// The guest is not to blame for the time before.
+    fn renew(&mut self) {
+        self.last = Instant::now();
+    }
+
+    /// It has been waited for since `began`, and brought `count` bytes.
+    fn count(&mut self, began: Instant, count: usize) {
+        self.renew();
+        self.waited += began.elapsed();
+        self.brought += count;
+    }
+
+    fn ends(&self) -> Instant {
+        let left = (self.quiet * SILENCES).saturating_sub(self.waited);
+        (self.last + self.quiet).min(Instant::now() + left)
+    }
+
+    fn spent(&self) -> bool {
+        self.brought > LATE_BYTES
+    }
+}
+
 async fn append(
     path: &Path,
     mut source: impl AsyncRead + Unpin,
+    mut exit: watch::Receiver<bool>,
+    mut patience: Patience,
     moved: &AtomicU64,
 ) -> io::Result<()> {
     if let Some(folder) = path.parent() {
@@ -145,15 +199,39 @@ async fn append(
         .open(path)
         .await?;
     let mut chunk = vec![0; AHEAD];
+    let mut exited = false;
     loop {
-        let count = source.read(&mut chunk).await?;
+        let began = Instant::now();
+        let count = tokio::select! {
+            biased;
+            () = ended(&mut exit), if !exited => {
+                exited = true;
+                patience.renew();
+                continue;
+            }
+            count = source.read(&mut chunk) => count?,
+            () = sleep_until(patience.ends()), if exited => {
+                tracing::warn!(path = %path.display(), "{NOT_ENDED}");
+                0
+            }
+        };
         if count == 0 {
             return file.flush().await;
         }
         file.write_all(&chunk[..count]).await?;
         moved.fetch_add(count as u64, Ordering::Relaxed);
+        if exited {
+            patience.count(began, count);
+            if patience.spent() {
+                tracing::warn!(path = %path.display(), "{NOT_ENDED}");
+                return file.flush().await;
+            }
+        }
     }
 }
+
+/// What is logged of a guest that is given up.
+const NOT_ENDED: &str = "the guest does not end an output stream of a process that ended";
 
 /// The FIFO's side.
 enum Sink {
@@ -191,8 +269,9 @@ struct Pump<S> {
     done: watch::Sender<bool>,
     ring: Ring,
     open: bool,
-    /// When a byte moved last, or the process ended.
-    progress: Instant,
+    /// When the reader took something last, began to have something to take, or the process ended.
+    taken: Instant,
+    patience: Patience,
 }
 
 /// What one turn of the pump waited for.
@@ -217,10 +296,24 @@ impl<S: AsyncRead + Unpin> Pump<S> {
             if !self.open && (self.ring.is_empty() || matches!(self.sink, Sink::Given)) {
                 return Ok(());
             }
+            // What still waits for a reader is not the guest's delay.
+            let waits = exited && self.open && (self.ring.is_empty() || !reader);
+            let began = Instant::now();
             match self.turn(&mut chunk, exited).await {
                 Turn::Read(Ok(0) | Err(_)) => self.open = false,
                 Turn::Read(Ok(count)) => {
-                    self.moving(count);
+                    self.moved.fetch_add(count as u64, Ordering::Relaxed);
+                    if exited {
+                        let began = if waits { began } else { Instant::now() };
+                        self.patience.count(began, count);
+                        self.open = !self.patience.spent();
+                        if !self.open {
+                            tracing::warn!(stream = self.name, "{NOT_ENDED}");
+                        }
+                    }
+                    if self.ring.is_empty() {
+                        self.taken = Instant::now();
+                    }
                     self.ring.push(&chunk[..count]);
                     match self.sink {
                         Sink::Reader(_) => {}
@@ -240,14 +333,15 @@ impl<S: AsyncRead + Unpin> Pump<S> {
                         );
                     }
                     self.sink = Sink::Reader(pipe::Sender::from_file(file?)?);
-                    self.progress = Instant::now();
+                    self.taken = Instant::now();
                 }
                 Turn::Exited => {
                     exited = true;
-                    self.progress = Instant::now();
+                    self.taken = Instant::now();
+                    self.patience.renew();
                 }
                 Turn::Quiet => {
-                    tracing::warn!(stream = self.name, after = ?self.limits.quiet_guest, "the guest does not end an output stream of a process that ended");
+                    tracing::warn!(stream = self.name, "{NOT_ENDED}");
                     self.open = false;
                 }
                 Turn::Stuck => {
@@ -269,7 +363,8 @@ impl<S: AsyncRead + Unpin> Pump<S> {
             exited: exit,
             ring,
             open,
-            progress,
+            taken,
+            patience,
             limits,
             ..
         } = self;
@@ -284,8 +379,8 @@ impl<S: AsyncRead + Unpin> Pump<S> {
             count = source.read(chunk), if *open && room => Turn::Read(count),
             file = opened(opener) => Turn::Opened(file),
             () = ended(exit), if !exited => Turn::Exited,
-            () = sleep_until(*progress + limits.stuck_reader), if exited && writing => Turn::Stuck,
-            () = sleep_until(*progress + limits.quiet_guest), if exited && *open && room => Turn::Quiet,
+            () = sleep_until(*taken + limits.stuck_reader), if exited && writing => Turn::Stuck,
+            () = sleep_until(patience.ends()), if exited && *open && room => Turn::Quiet,
             else => std::future::pending().await,
         }
     }
@@ -297,7 +392,9 @@ impl<S: AsyncRead + Unpin> Pump<S> {
         match sender.try_write(self.ring.front()) {
             Ok(count) => {
                 self.ring.consume(count);
-                self.moving(count);
+                self.moved.fetch_add(count as u64, Ordering::Relaxed);
+                self.taken = Instant::now();
+                self.patience.renew();
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
@@ -323,11 +420,6 @@ impl<S: AsyncRead + Unpin> Pump<S> {
             Err(error) => return Err(error),
         }
         Ok(())
-    }
-
-    fn moving(&mut self, count: usize) {
-        self.progress = Instant::now();
-        self.moved.fetch_add(count as u64, Ordering::Relaxed);
     }
 }
 
@@ -548,6 +640,95 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(joined(thread.unwrap()).await, b"last words");
+    }
+
+    /// Brings a byte now and then for ever, as a guest may that says a process has ended.
+    async fn dribble(mut guest: DuplexStream) {
+        while guest.write_all(b".").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_dribbles_for_ever_does_not_keep_the_exit() {
+        let limits = Limits {
+            quiet_guest: Duration::from_millis(100),
+            ..limits()
+        };
+        let mut thread = None;
+        let bench = bench(limits, |path| thread = Some(reader(path)));
+        tokio::spawn(dribble(bench.guest));
+        bench.exited.send_replace(true);
+        tokio::time::timeout(Duration::from_secs(10), bench.output.drained())
+            .await
+            .unwrap();
+        assert!(!joined(thread.unwrap()).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_writes_for_ever_does_not_keep_the_exit() {
+        let mut thread = None;
+        let bench = bench(limits(), |path| thread = Some(reader(path)));
+        let mut guest = bench.guest;
+        tokio::spawn(async move { while guest.write_all(&[7; 60_000]).await.is_ok() {} });
+        bench.exited.send_replace(true);
+        tokio::time::timeout(Duration::from_secs(30), bench.output.drained())
+            .await
+            .unwrap();
+        assert!(joined(thread.unwrap()).await.len() >= LATE_BYTES);
+    }
+
+    #[tokio::test]
+    async fn a_stuck_reader_is_given_up_though_the_guest_dribbles() {
+        let limits = Limits {
+            stuck_reader: Duration::from_millis(200),
+            quiet_guest: Duration::from_millis(500),
+            ..limits()
+        };
+        let mut file = None;
+        let mut bench = bench(limits, |path| {
+            file = Some(
+                OpenOptions::new()
+                    .read(true)
+                    .custom_flags(libc::O_NONBLOCK)
+                    .open(path)
+                    .unwrap(),
+            );
+        });
+        // More than the FIFO holds, so that some of it waits for the reader.
+        bench.guest.write_all(&[7; 100 << 10]).await.unwrap();
+        tokio::spawn(dribble(bench.guest));
+        bench.exited.send_replace(true);
+        tokio::time::timeout(Duration::from_secs(20), bench.output.drained())
+            .await
+            .unwrap();
+        drop(file);
+    }
+
+    #[tokio::test]
+    async fn a_file_does_not_wait_for_a_guest_that_never_ends_its_stream() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let (mut guest, stream) = tokio::io::duplex(1024);
+        let (exited, exit) = watch::channel(false);
+        let output = Output::start(
+            "stdout",
+            Target::File(path.clone()),
+            std::future::ready(Some(stream)),
+            exit,
+            Arc::default(),
+            Limits {
+                quiet_guest: Duration::from_millis(100),
+                ..limits()
+            },
+        );
+        guest.write_all(b"last words").await.unwrap();
+        exited.send_replace(true);
+        tokio::time::timeout(Duration::from_secs(10), output.drained())
+            .await
+            .unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"last words");
+        drop(guest);
     }
 
     #[tokio::test]

@@ -64,7 +64,9 @@ impl Shim {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        self.reserve(&id, &request.bundle, paths.clone())?;
+        if let Err(error) = self.reserve(&id, &request.bundle, paths.clone()) {
+            return Err(self.why_not(&id, error).await);
+        }
         match self.make(&request, &paths).await {
             Ok(made) => {
                 self.created(request, made);
@@ -84,23 +86,9 @@ impl Shim {
     fn reserve(&self, id: &str, bundle: &str, paths: Paths) -> Result<(), Error> {
         let mut state = self.lock();
         if !state.life.takes_containers() {
-            // The better reason is in the boot, if that failed.
-            if let Some(Err(cause)) = &*self.boot.borrow() {
-                return Err(Error::Failed(format!(
-                    "Cannot create container {id:?}: {cause}"
-                )));
-            }
-            let tail = self.sandbox_now().and_then(|sandbox| {
-                let reason = sandbox.exit_reason()?;
-                Some(format!(
-                    ": {reason}; its console said:\n{}",
-                    last_lines(&sandbox.console_tail())
-                ))
-            });
             return Err(Error::Precondition(format!(
-                "Cannot create container {id:?}: the sandbox is {}{}",
-                state.life,
-                tail.unwrap_or_default()
+                "Cannot create container {id:?}: the sandbox is {}",
+                state.life
             )));
         }
         if state.containers.contains_key(id) {
@@ -114,10 +102,23 @@ impl Shim {
             execs: HashMap::new(),
             window: None,
             image: None,
-            oom: None,
         };
         state.containers.insert(id.to_owned(), container);
         Ok(())
+    }
+
+    /// A refusal, or the better reason that a sandbox which has ended knows.
+    async fn why_not(&self, id: &str, refusal: Error) -> Error {
+        if self.lock().life != lifecycle::Sandbox::Stopping {
+            return refusal;
+        }
+        let cause = match self.sandbox().await {
+            Ok(sandbox) => sandbox.ready().await.err().map(|error| error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        cause.map_or(refusal, |cause| {
+            Error::Failed(format!("Cannot create container {id:?}: {cause}"))
+        })
     }
 
     async fn make(&self, request: &CreateTaskRequest, paths: &Paths) -> Result<Made, Error> {
@@ -261,7 +262,8 @@ impl Shim {
 /// A root image that is freed unless it is kept.
 struct Image {
     record: Arc<Record>,
-    resource: Option<Resource>,
+    resource: Resource,
+    kept: bool,
 }
 
 impl Image {
@@ -272,22 +274,21 @@ impl Image {
             .map_err(|error| Error::Failed(chain(&error)))?;
         Ok(Self {
             record,
-            resource: Some(resource),
+            resource,
+            kept: false,
         })
     }
 
     fn keep(mut self) -> Resource {
-        // Taken here only, and self goes with it.
-        self.resource
-            .take()
-            .unwrap_or_else(|| Resource::File(PathBuf::new()))
+        self.kept = true;
+        self.resource.clone()
     }
 }
 
 impl Drop for Image {
     fn drop(&mut self) {
-        if let Some(resource) = &self.resource
-            && let Err(error) = self.record.free(resource)
+        if !self.kept
+            && let Err(error) = self.record.free(&self.resource)
         {
             tracing::warn!(error = chain(&error), "cannot free a root image");
         }
@@ -339,14 +340,6 @@ fn file_name(id: &str) -> String {
         })
         .collect();
     plain.chars().take(128).collect()
-}
-
-fn last_lines(text: &str) -> String {
-    let lines: Vec<&str> = text
-        .lines()
-        .filter(|line| !line.trim().is_empty())
-        .collect();
-    lines[lines.len().saturating_sub(15)..].join("\n")
 }
 
 fn check(request: &CreateTaskRequest) -> Result<(), Error> {

@@ -24,26 +24,39 @@ impl Shim {
             return self.delete_exec(id, exec_id).await;
         }
         let exit = self.ended_or_never_started(id).await?;
-        let (window, image) = {
+        let held = {
             let mut state = self.lock();
             let container = state
                 .containers
                 .get_mut(id)
                 .ok_or_else(|| no_container(id))?;
-            container.life = container.life.after(ContainerEvent::Delete)?;
             // Late readers of its output have had their time.
             container.init.io = None;
             // And what is left of its execs goes with it.
             container.execs.clear();
-            (container.window.take(), container.image.take())
+            if container.life == lifecycle::Container::ShuttingDown {
+                // The shim ends and frees all there is.
+                None
+            } else {
+                container.life = container.life.after(ContainerEvent::Delete)?;
+                Some((container.window.take(), container.image.take()))
+            }
         };
-        self.free(id, window, image).await;
+        if let Some((window, image)) = held {
+            self.free(id, window, image).await;
+        }
         {
             let mut state = self.lock();
-            if let Some(container) = state.containers.get_mut(id) {
-                container.life = container.life.after(ContainerEvent::Deleted)?;
-            }
-            state.containers.remove(id);
+            let mut container = state
+                .containers
+                .remove(id)
+                .ok_or_else(|| no_container(id))?;
+            // Allowed in both states that lead here.
+            container.life = container
+                .life
+                .after(ContainerEvent::Deleted)
+                .unwrap_or(container.life);
+            tracing::debug!(container = id, life = %container.life, "freed");
             let mut event = TaskDelete::new();
             event.container_id = id.to_owned();
             event.pid = self.identity.pid;

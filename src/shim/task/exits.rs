@@ -1,13 +1,13 @@
 //! How exits become known: by the agent's events, or by the end of the VM. Each
 //! waits for its process's output, and init's for those of its execs.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::{Exit, Shim};
 use crate::sandbox::{AgentEvent, ExitReason, Sandbox};
@@ -16,11 +16,11 @@ use crate::shim::lifecycle::{self, ProcessEvent, SandboxEvent};
 
 /// How long init's exit waits for those of its execs, which die with it.
 const EXECS_FOLLOW: Duration = Duration::from_secs(5);
-/// Between two events of a container that runs out of memory.
-const OOM_PAUSE: Duration = Duration::from_secs(1);
 /// How long a shim without a VM waits to be told to end, after its events are out.
 const LINGER: Duration = Duration::from_secs(5);
-/// The same, when there was no container yet: Create still has to hear why.
+/// How often a container's kills for want of memory are told at most: how many there are is the guest's choice.
+const OOM_PAUSE: Duration = Duration::from_millis(200);
+/// The same as [`LINGER`], when there was no container yet: Create still has to hear why.
 const LINGER_BEFORE_CREATE: Duration = Duration::from_secs(30);
 
 impl Shim {
@@ -33,7 +33,12 @@ impl Shim {
             state.life = state.life.after(SandboxEvent::End).unwrap_or(state.life);
         }
         self.boot.send_replace(Some(made));
-        let Some(sandbox) = sandbox else { return };
+        let Some(sandbox) = sandbox else {
+            // Whoever asked for it may have gone.
+            tokio::time::sleep(LINGER_BEFORE_CREATE).await;
+            self.shut_down();
+            return;
+        };
         let (shim, booting) = (self.clone(), sandbox.clone());
         tokio::spawn(async move {
             match booting.ready().await {
@@ -57,6 +62,7 @@ impl Shim {
     /// Follows a sandbox from its boot to its end.
     async fn follow(self: Arc<Self>, sandbox: Sandbox) {
         if let Some(mut events) = sandbox.events() {
+            let mut last_oom: HashMap<String, Instant> = HashMap::new();
             while let Some(event) = events.recv().await {
                 match event {
                     AgentEvent::Exit {
@@ -72,7 +78,16 @@ impl Shim {
                         };
                         self.process_ended(&container_id, &exec_id, exit);
                     }
-                    AgentEvent::Oom { container_id } => self.out_of_memory(&container_id),
+                    AgentEvent::Oom { container_id } => {
+                        let last = last_oom.get(&container_id);
+                        if last.is_some_and(|last| last.elapsed() < OOM_PAUSE) {
+                            continue;
+                        }
+                        last_oom.insert(container_id.clone(), Instant::now());
+                        let mut event = TaskOOM::new();
+                        event.container_id = container_id;
+                        self.publisher.publish(&TaskEvent::Oom(event));
+                    }
                 }
             }
         }
@@ -92,23 +107,6 @@ impl Shim {
         self.publisher.flushed().await;
         tokio::time::sleep(if any { LINGER } else { LINGER_BEFORE_CREATE }).await;
         self.shut_down();
-    }
-
-    /// Tells that a container ran out of memory, not more often than [`OOM_PAUSE`]: the guest may say it without end.
-    fn out_of_memory(&self, id: &str) {
-        let mut state = self.lock();
-        let Some(container) = state.containers.get_mut(id) else {
-            return;
-        };
-        if container.oom.is_some_and(|last| last.elapsed() < OOM_PAUSE) {
-            return;
-        }
-        container.oom = Some(Instant::now());
-        let mut event = TaskOOM::new();
-        event.container_id = id.to_owned();
-        self.publisher.publish(&TaskEvent::Oom(event));
-        drop(state);
-        tracing::warn!(container = id, "out of memory");
     }
 
     /// Every process that was alive has died with the VM. Says whether the end was asked for, and whether there were containers.
@@ -141,8 +139,7 @@ impl Shim {
         let exits: Vec<watch::Receiver<Option<Exit>>> = {
             let state = self.lock();
             let containers = state.containers.values();
-            let made =
-                containers.filter(|container| container.life != lifecycle::Container::Creating);
+            let made = containers.filter(|container| container.is_made());
             made.flat_map(|container| {
                 container
                     .ending_processes()
@@ -164,11 +161,11 @@ impl Shim {
             let Some(container) = state.containers.get_mut(id) else {
                 return;
             };
-            let creating = container.life == lifecycle::Container::Creating;
+            let made = container.is_made();
             let Some(process) = container.process_mut(exec_id) else {
                 return;
             };
-            if creating || process.life == lifecycle::Process::Starting {
+            if !made || process.life == lifecycle::Process::Starting {
                 process.held.get_or_insert(exit);
                 return;
             }

@@ -73,7 +73,7 @@ impl Shim {
         let id = request.id.as_str();
         {
             let mut state = self.lock();
-            Self::made(&mut state, id, "")?;
+            state.made(id, "")?;
         }
         let resources: LinuxResources =
             serde_json::from_slice(&request.resources.value).map_err(|error| {
@@ -103,7 +103,7 @@ impl Shim {
     pub(super) async fn stats(self: Arc<Self>, id: &str) -> Result<Any, Error> {
         {
             let mut state = self.lock();
-            let init = Self::made(&mut state, id, "")?;
+            let init = state.made(id, "")?;
             if init.life == lifecycle::Process::Stopped {
                 return Err(Error::NotFound(format!("Container {id:?} has ended")));
             }

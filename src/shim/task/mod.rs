@@ -20,7 +20,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::cleanup::Cleanup;
 use super::events::Publisher;
@@ -92,11 +91,20 @@ struct Container {
     window: Option<u8>,
     /// Its root image.
     image: Option<Resource>,
-    /// When it was told last that it ran out of memory.
-    oom: Option<Instant>,
 }
 
 impl Container {
+    /// Whether its Create is done, well. A shim that is told to end may still have one under way.
+    fn is_made(&self) -> bool {
+        match self.life {
+            lifecycle::Container::Idle | lifecycle::Container::Creating => false,
+            lifecycle::Container::ShuttingDown => {
+                self.image.is_some() || self.init.life != lifecycle::Process::Created
+            }
+            _ => true,
+        }
+    }
+
     fn process(&self, exec_id: &str) -> Option<&Process> {
         if exec_id.is_empty() {
             Some(&self.init)
@@ -131,6 +139,28 @@ impl Container {
 struct State {
     life: lifecycle::Sandbox,
     containers: HashMap<String, Container>,
+}
+
+impl State {
+    /// A process of a container that is made.
+    fn made(&mut self, id: &str, exec_id: &str) -> Result<&mut Process, Error> {
+        let container = self
+            .containers
+            .get_mut(id)
+            .ok_or_else(|| no_container(id))?;
+        if matches!(
+            container.life,
+            lifecycle::Container::Idle | lifecycle::Container::Creating
+        ) {
+            return Err(Error::Precondition(format!(
+                "Container {id:?} is {}",
+                container.life
+            )));
+        }
+        container
+            .process_mut(exec_id)
+            .ok_or_else(|| no_process(id, exec_id))
+    }
 }
 
 /// What the shim is about.
@@ -266,12 +296,4 @@ fn no_container(id: &str) -> Error {
 
 fn no_process(id: &str, exec_id: &str) -> Error {
     Error::NotFound(format!("There is no exec {exec_id:?} in container {id:?}"))
-}
-
-fn no_container_or_process(state: &State, id: &str, exec_id: &str) -> Error {
-    if state.containers.contains_key(id) {
-        no_process(id, exec_id)
-    } else {
-        no_container(id)
-    }
 }

@@ -9,7 +9,7 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use ttrpc::Code;
 
-use super::{AGENT_PATIENCE, Error, Exit, Process, Shim, no_container, no_container_or_process};
+use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container, no_process};
 use crate::sandbox;
 use crate::shim::events::{TaskEvent, timestamp};
 use crate::shim::lifecycle::{self, ProcessEvent};
@@ -28,14 +28,19 @@ impl Shim {
             if !exec_id.is_empty() && state.containers.contains_key(id) {
                 super::exec::running(&mut state, id, "start an exec")?;
             }
-            let process = Self::made(&mut state, id, exec_id)?;
+            let process = state.made(id, exec_id)?;
             process.life = process.life.after(ProcessEvent::Start)?;
         }
         let started = match self.sandbox().await {
-            Ok(sandbox) => sandbox
-                .start(id, exec_id)
-                .await
-                .map_err(|error| Error::Failed(error.to_string())),
+            Ok(sandbox) => match sandbox.start(id, exec_id).await {
+                Ok(pid) => Ok(pid),
+                Err(error) => {
+                    if !matches!(error, sandbox::Error::Refused { .. }) {
+                        end_unanswered(&sandbox, id, exec_id).await;
+                    }
+                    Err(Error::Failed(error.to_string()))
+                }
+            },
             Err(error) => Err(error),
         };
         let (event, missed) = match &started {
@@ -44,7 +49,7 @@ impl Shim {
         };
         let held = {
             let mut state = self.lock();
-            let process = Self::made(&mut state, id, exec_id)?;
+            let process = state.made(id, exec_id)?;
             process.life = process.life.after(event)?;
             process.ran = started.is_ok();
             match (&started, exec_id) {
@@ -91,29 +96,6 @@ impl Shim {
         }
     }
 
-    pub(super) fn made<'a>(
-        state: &'a mut super::State,
-        id: &str,
-        exec_id: &str,
-    ) -> Result<&'a mut Process, Error> {
-        let container = state
-            .containers
-            .get_mut(id)
-            .ok_or_else(|| no_container(id))?;
-        if matches!(
-            container.life,
-            lifecycle::Container::Idle | lifecycle::Container::Creating
-        ) {
-            return Err(Error::Precondition(format!(
-                "Container {id:?} is {}",
-                container.life
-            )));
-        }
-        container
-            .process_mut(exec_id)
-            .ok_or_else(|| super::no_process(id, exec_id))
-    }
-
     /// Sends a signal. A SIGKILL works whatever the guest does: one that is not answered, or has no effect, stops the VM.
     pub(super) async fn kill(
         self: Arc<Self>,
@@ -124,7 +106,7 @@ impl Shim {
     ) -> Result<(), Error> {
         let mut exit = {
             let mut state = self.lock();
-            let process = Self::made(&mut state, id, exec_id)?;
+            let process = state.made(id, exec_id)?;
             if !process.life.is_live() {
                 return Err(Error::NotFound(format!(
                     "The process {exec_id:?} of container {id:?} has ended"
@@ -182,7 +164,7 @@ impl Shim {
     pub(super) async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, Error> {
         let mut exit = {
             let mut state = self.lock();
-            Self::made(&mut state, id, exec_id)?.exit.subscribe()
+            state.made(id, exec_id)?.exit.subscribe()
         };
         let exit = exit
             .wait_for(Option::is_some)
@@ -198,7 +180,7 @@ impl Shim {
         let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
         let process = container
             .process(exec_id)
-            .ok_or_else(|| no_container_or_process(&state, id, exec_id))?;
+            .ok_or_else(|| no_process(id, exec_id))?;
         let mut response = StateResponse::new();
         response.id = id.to_owned();
         response.exec_id = exec_id.to_owned();
@@ -230,7 +212,7 @@ impl Shim {
     /// Ends stdin after what was written to it.
     pub(super) fn close_stdin(&self, id: &str, exec_id: &str) -> Result<(), Error> {
         let mut state = self.lock();
-        let process = Self::made(&mut state, id, exec_id)?;
+        let process = state.made(id, exec_id)?;
         if let Some(io) = &mut process.io {
             io.close_stdin();
         }
@@ -247,7 +229,7 @@ impl Shim {
     ) -> Result<(), Error> {
         {
             let mut state = self.lock();
-            let process = Self::made(&mut state, id, exec_id)?;
+            let process = state.made(id, exec_id)?;
             if !process.paths.terminal {
                 return Err(Error::Precondition(format!(
                     "Container {id:?} has no terminal"
@@ -270,7 +252,7 @@ impl Shim {
     pub(super) async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>, Error> {
         let execs: Vec<String> = {
             let mut state = self.lock();
-            Self::made(&mut state, id, "")?;
+            state.made(id, "")?;
             let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
             container.execs.keys().cloned().collect()
         };
@@ -289,6 +271,26 @@ impl Shim {
             info
         };
         Ok(processes.into_iter().map(info).collect())
+    }
+}
+
+/// Kills what may run although its start was not answered: nothing may run whose exit is told.
+async fn end_unanswered(sandbox: &sandbox::Sandbox, id: &str, exec_id: &str) {
+    let all = exec_id.is_empty();
+    let killed =
+        tokio::time::timeout(AGENT_PATIENCE, sandbox.signal(id, exec_id, SIGKILL, all)).await;
+    let gone = match killed {
+        Ok(Ok(())) => true,
+        Ok(Err(error)) => error.code() == Some(Code::NOT_FOUND),
+        Err(_) => false,
+    };
+    if !gone {
+        tracing::error!(
+            container = id,
+            exec = exec_id,
+            "the guest does not start and does not kill; the VM is stopped"
+        );
+        sandbox.stop();
     }
 }
 

@@ -44,10 +44,14 @@ impl Forward for Heard {
 struct Manners {
     /// Create fails.
     refuses_create: bool,
+    /// Create is never answered.
+    mute_create: bool,
     /// The program is over before Start is answered.
     exits_at_once: bool,
     /// The program is not there.
     refuses_start: bool,
+    /// Starts are never answered.
+    mute_start: bool,
     /// Signals and deletes are never answered.
     mute: bool,
     /// Execs are refused for want of a running container.
@@ -137,6 +141,9 @@ impl Agent for Acting {
         if self.manners.refuses_create {
             return refused("no room");
         }
+        if self.manners.mute_create {
+            std::future::pending::<()>().await;
+        }
         let port = request.stdio.stdout_port;
         if port != 0 {
             *self.stdout.lock().unwrap() = Some(self.fake.dial(port).unwrap());
@@ -151,6 +158,9 @@ impl Agent for Acting {
     ) -> ttrpc::Result<wire::StartResponse> {
         if self.manners.refuses_start {
             return refused("no such file");
+        }
+        if self.manners.mute_start {
+            std::future::pending::<()>().await;
         }
         if self.manners.exits_at_once {
             self.exit_of(&request.container_id, &request.exec_id, 3)
@@ -505,10 +515,8 @@ async fn a_create_that_the_guest_refuses_leaves_nothing() {
         stage.shim.state("c1", ""),
         Err(Error::NotFound(_))
     ));
-    assert!(matches!(
-        stage.create("c2").await,
-        Err(Error::Precondition(_))
-    ));
+    let error = stage.create("c2").await.unwrap_err().to_string();
+    assert!(error.contains("VM is gone"), "{error}");
     assert!(stage.heard().await.is_empty());
 }
 
@@ -540,6 +548,23 @@ async fn a_start_that_fails_leaves_a_container_that_can_be_deleted() {
     assert!(error.to_string().contains("no such file"), "{error}");
     let answer = stage.shim.clone().delete("c1", "").await.unwrap();
     assert_eq!(answer.exit_status, 127);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_may_run_after_a_start_that_is_not_answered_is_killed() {
+    for mute in [false, true] {
+        let stage = Stage::set(Manners {
+            mute_start: true,
+            mute,
+            ..Manners::default()
+        })
+        .await;
+        stage.create("c1").await.unwrap();
+        let error = stage.shim.clone().start("c1", "").await.unwrap_err();
+        assert!(error.to_string().contains("did not answer"), "{error}");
+        assert_eq!(stage.shim.wait("c1", "").await.unwrap().status, 137);
+        assert_eq!(stage.sandbox.exit_reason().is_some(), mute);
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -604,6 +629,24 @@ async fn a_delete_that_is_not_answered_stops_the_vm_and_succeeds() {
     assert!(began.elapsed() < Duration::from_secs(6));
     assert_eq!(stage.sandbox.exit_reason(), Some(ExitReason::Stopped));
     assert_eq!(stage.images(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_create_that_the_end_cuts_short_is_no_exit() {
+    let stage = Stage::set(Manners {
+        mute_create: true,
+        ..Manners::default()
+    })
+    .await;
+    let end = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        stage.shim.shut_down();
+        stage.shim.clean_up().await
+    };
+    let (created, failures) = tokio::join!(stage.create("c1"), end);
+    assert!(created.is_err());
+    assert!(failures.is_empty(), "{failures}");
+    assert_eq!(stage.heard().await, Vec::<String>::new());
 }
 
 #[tokio::test(start_paused = true)]

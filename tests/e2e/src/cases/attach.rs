@@ -180,9 +180,10 @@ fn log_file(context: &Context) -> Result<()> {
 fn log_program(context: &Context) -> Result<()> {
     let ctr = Ctr::new(context)?;
     let (program, log) = (context.path("logger"), context.path("logged"));
+    // It is told to terminate as soon as the container is deleted, and has not written all by then.
     fs::write(
         &program,
-        "#!/bin/sh\nexec 5>&-\ncat <&4 >\"$1.err\" &\ncat <&3 >\"$1.out\"\nwait\necho \"$CONTAINER_NAMESPACE $CONTAINER_ID $2\" >\"$1.new\"\nmv \"$1.new\" \"$1\"\n",
+        "#!/bin/sh\ntrap '' TERM\nexec 5>&-\ncat <&4 >\"$1.err\" &\ncat <&3 >\"$1.out\"\nwait\necho \"$CONTAINER_NAMESPACE $CONTAINER_ID $2\" >\"$1.new\"\nmv \"$1.new\" \"$1\"\n",
     )?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
     let id = context.id("logged");

@@ -1,7 +1,7 @@
 //! Processes beside a container's init: what they print, how they end, and what
 //! may not be.
 
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use sha2::{Digest, Sha256};
@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::context::{Context, Runtime};
 use crate::ctr::{self, Ctr, Events, expect_words};
 use crate::image::USER;
+use crate::poll;
 use crate::suite::{Case, Subject};
 
 const fn agreed(name: &'static str, seconds: u64, run: fn(&Context) -> Result<()>) -> Case {
@@ -63,6 +64,55 @@ pub(super) fn end(ctr: &Ctr<'_>, context: &Context, id: &str) -> Result<()> {
         .expect_code(0)?;
     ctr.wait_for_status(id, "STOPPED", context.seconds(20))?;
     ctr.remove(id)
+}
+
+/// An exec that goes on, whose client ends with it.
+struct Sleeper(Child);
+
+impl Sleeper {
+    /// Returns once it is listed.
+    fn start(ctr: &Ctr<'_>, context: &Context, id: &str, exec_id: &str) -> Result<Self> {
+        let child = ctr
+            .exec_command(id, exec_id, &[], &["sleep", "1000"])
+            .stdin(Stdio::null())
+            .spawn()?;
+        let sleeper = Sleeper(child);
+        poll::until("the exec in the list", context.seconds(20), || {
+            let list = ctr.call(&["tasks", "ps", id])?;
+            Ok(list.out().contains(exec_id).then_some(()))
+        })?;
+        Ok(sleeper)
+    }
+
+    /// Its exit code, when it has ended.
+    fn end(mut self, context: &Context) -> Result<Option<i32>> {
+        let status = poll::until("the end of an exec", context.seconds(20), || {
+            Ok(self.0.try_wait()?)
+        })?;
+        Ok(status.code())
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Kills an exec and sees its client's end.
+fn kill_exec(
+    ctr: &Ctr<'_>,
+    context: &Context,
+    id: &str,
+    exec_id: &str,
+    sleeper: Sleeper,
+) -> Result<()> {
+    ctr.call(&["tasks", "kill", "-s", "SIGKILL", "--exec-id", exec_id, id])?
+        .expect_code(0)?;
+    let code = sleeper.end(context)?;
+    ensure!(code == Some(137), "the exec ended with {code:?}");
+    Ok(())
 }
 
 fn own_output(context: &Context) -> Result<()> {
@@ -144,12 +194,12 @@ fn same_id(context: &Context) -> Result<()> {
     let ctr = Ctr::new(context)?;
     let id = context.id("same");
     ctr.detached(&id, &[], &["sleep", "1000"])?;
-    ctr.exec(&id, "e1", &["--detach"], &["sleep", "1000"])?
-        .expect_code(0)?;
+    let sleeper = Sleeper::start(&ctr, context, &id, "e1")?;
     let again = ctr.exec(&id, "e1", &[], &["true"])?;
     ensure!(again.code != 0, "a second exec of the same id works");
     expect_words(&again.err(), &["exist"])?;
     ctr.exec(&id, "e2", &[], &["true"])?.expect_code(0)?;
+    kill_exec(&ctr, context, &id, "e1", sleeper)?;
     end(&ctr, context, &id)
 }
 
@@ -157,21 +207,8 @@ fn killed(context: &Context) -> Result<()> {
     let ctr = Ctr::new(context)?;
     let id = context.id("killed");
     ctr.detached(&id, &[], &["sleep", "1000"])?;
-    let child = ctr
-        .exec_command(&id, "e1", &[], &["sh", "-c", "echo up; exec sleep 1000"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    crate::poll::until("the exec", context.seconds(20), || {
-        let output = ctr.call(&["tasks", "kill", "-s", "SIGKILL", "--exec-id", "e1", &id])?;
-        Ok((output.code == 0).then_some(()))
-    })?;
-    let output = child.wait_with_output()?;
-    ensure!(
-        output.status.code() == Some(137),
-        "the exec ended with {}",
-        output.status
-    );
+    let sleeper = Sleeper::start(&ctr, context, &id, "e1")?;
+    kill_exec(&ctr, context, &id, "e1", sleeper)?;
     ctr.exec(&id, "e2", &[], &["true"])?.expect_code(0)?;
     end(&ctr, context, &id)
 }
@@ -254,8 +291,7 @@ fn listed(context: &Context) -> Result<()> {
     let ctr = Ctr::new(context)?;
     let id = context.id("listed");
     ctr.detached(&id, &[], &["sleep", "1000"])?;
-    ctr.exec(&id, "a-long-sleep", &["--detach"], &["sleep", "1000"])?
-        .expect_code(0)?;
+    let sleeper = Sleeper::start(&ctr, context, &id, "a-long-sleep")?;
     let output = ctr.call(&["tasks", "ps", &id])?;
     output.expect_code(0)?;
     expect_words(&output.out(), &["a-long-sleep"])?;
@@ -264,6 +300,7 @@ fn listed(context: &Context) -> Result<()> {
         "not both are listed: {:?}",
         output.out()
     );
+    kill_exec(&ctr, context, &id, "a-long-sleep", sleeper)?;
     end(&ctr, context, &id)
 }
 
@@ -272,11 +309,16 @@ fn init_last(context: &Context) -> Result<()> {
     let events = Events::listen(context, &ctr)?;
     let id = context.id("last");
     ctr.detached(&id, &[], &["sleep", "1000"])?;
-    for exec in ["e1", "e2"] {
-        ctr.exec(&id, exec, &["--detach"], &["sleep", "1000"])?
-            .expect_code(0)?;
+    let first = Sleeper::start(&ctr, context, &id, "e1")?;
+    let second = Sleeper::start(&ctr, context, &id, "e2")?;
+    ctr.call(&["tasks", "kill", "-s", "SIGKILL", &id])?
+        .expect_code(0)?;
+    for sleeper in [first, second] {
+        let code = sleeper.end(context)?;
+        ensure!(code == Some(137), "an exec ended with {code:?}");
     }
-    end(&ctr, context, &id)?;
+    ctr.wait_for_status(&id, "STOPPED", context.seconds(20))?;
+    ctr.remove(&id)?;
     events.wait_for(&id, "/tasks/delete", context.seconds(10))?;
     let exits: Vec<String> = events
         .of_task(&id)?

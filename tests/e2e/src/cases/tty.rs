@@ -37,7 +37,7 @@ fn is_one(context: &Context) -> Result<()> {
     ensure!(status.code() == Some(9), "it ended with {status}");
     let screen = terminal.screen();
     ensure!(
-        screen.contains("all three\r\n") && screen.contains("to stderr\r\n"),
+        screen.contains("all three\r") && screen.contains("to stderr\r"),
         "it shows {screen:?}"
     );
     Ok(())

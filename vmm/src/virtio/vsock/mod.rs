@@ -3,14 +3,15 @@
 //! [`VsockHost`] opens and accepts [`VsockStream`]s, which are tokio's
 //! `AsyncRead` and `AsyncWrite`, and need no tokio runtime.
 //!
-//! `packet` knows wire and descriptors, `connection` one connection's states and
-//! credit, `muxer` the table of connections, `device` the queues, `stream` the
+//! `packet` knows wire and descriptors, `phase` and `connection` one connection's states and
+//! credit, `ring` its bytes, `muxer` the table of connections, `device` the queues, `stream` the
 //! host's end and the lock. Only streams of bytes are offered, no SEQPACKET.
 
 mod connection;
 mod device;
 mod muxer;
 mod packet;
+mod phase;
 mod ring;
 mod stream;
 #[cfg(test)]

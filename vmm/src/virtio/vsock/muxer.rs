@@ -12,10 +12,11 @@ use std::collections::{HashMap, VecDeque};
 use std::task::Waker;
 
 use super::Error;
-use super::connection::{Cause, Connection, Deferred, Phase, Progress, Verdict};
+use super::connection::{Connection, Deferred, Progress, Verdict};
 use super::packet::{
     HOST_CID, Header, MAX_PAYLOAD, OP_REQUEST, OP_RST, OP_RW, Payload, TYPE_STREAM,
 };
+use super::phase::{Cause, Phase};
 
 /// Connections at once, those included that are over but that the host still holds.
 pub const MAX_CONNECTIONS: usize = 1024;

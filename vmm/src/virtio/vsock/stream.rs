@@ -18,8 +18,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Error;
-use super::connection::{Cause, Deferred, Progress};
+use super::connection::{Deferred, Progress};
 use super::muxer::{ConnectionId, Counters, Muxer};
+use super::phase::Cause;
 
 /// What the device and all handles of the host share.
 #[derive(Debug)]
