@@ -102,17 +102,26 @@ pub fn enter(network: &Network) -> Result<(), Error> {
     }
 }
 
-/// Makes the kernel's out-of-memory killer prefer `pid` a little over our parent, as containerd's own shims do.
-pub fn adjust_oom_score(pid: u32) {
-    let parent = nix::unistd::getppid();
-    let score = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj"))
-        .ok()
-        .and_then(|text| text.trim().parse::<i32>().ok());
-    let Some(score) = score else { return };
+/// What the kernel's out-of-memory killer should think of a shim: what the spec says of its container, since the
+/// guest's memory is the shim's; else a little worse than of our parent, as containerd's own shims do. None: as it is.
+pub fn oom_score(spec: &Spec) -> Option<i32> {
+    let asked = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.oom_score_adj());
+    asked.or_else(|| {
+        let parent = nix::unistd::getppid();
+        let text = std::fs::read_to_string(format!("/proc/{parent}/oom_score_adj")).ok()?;
+        text.trim().parse::<i32>().ok().map(|score| score + 1)
+    })
+}
+
+/// Gives `pid` a score for the out-of-memory killer, -1000 to 1000.
+pub fn adjust_oom_score(pid: u32, score: i32) {
     // Lowering needs a capability, raising does not; not having either is no reason to fail.
     let _ = std::fs::write(
         format!("/proc/{pid}/oom_score_adj"),
-        (score + 1).min(1000).to_string(),
+        score.clamp(-1000, 1000).to_string(),
     );
 }
 
@@ -138,5 +147,19 @@ mod tests {
         );
         let bare: Spec = serde_json::from_str(r#"{"ociVersion":"1.1.0"}"#).unwrap();
         assert_eq!(Network::of(&bare), Network::Host);
+    }
+    #[test]
+    fn the_containers_score_for_the_oom_killer_is_the_shims() {
+        let spec = |process: &str| -> Spec {
+            serde_json::from_str(&format!(r#"{{"ociVersion":"1.1.0"{process}}}"#)).unwrap()
+        };
+        let asked = r#","process":{"user":{"uid":0,"gid":0},"cwd":"/","oomScoreAdj":-997}"#;
+        assert_eq!(oom_score(&spec(asked)), Some(-997));
+        let parents =
+            std::fs::read_to_string(format!("/proc/{}/oom_score_adj", nix::unistd::getppid()));
+        let expected = parents
+            .ok()
+            .and_then(|text| text.trim().parse::<i32>().ok());
+        assert_eq!(oom_score(&spec("")), expected.map(|score| score + 1));
     }
 }

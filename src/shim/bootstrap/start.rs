@@ -129,7 +129,9 @@ pub fn start(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
             child: Some(child),
             state: config.vm_dir(&flags.namespace, &sandbox),
         };
-        namespaces::adjust_oom_score(pid);
+        if let Some(score) = namespaces::oom_score(&spec) {
+            namespaces::adjust_oom_score(pid, score);
+        }
         await_up(&mut up).map_err(Error::Daemon)?;
         write(&bundle.join(PID_FILE), &pid.to_string())?;
         write(&bundle.join(ADDRESS_FILE), &url)?;
