@@ -930,6 +930,51 @@ async fn confinement(h: &Harness) -> Outcome {
     )
 }
 
+/// A seccomp profile holds for the init and for execs, with and without no_new_privs, and leaves the
+/// capabilities as they were asked for.
+async fn seccomp(h: &Harness) -> Outcome {
+    let profile = r#""seccomp":{"defaultAction":"SCMP_ACT_ALLOW",
+        "architectures":["SCMP_ARCH_X86_64","SCMP_ARCH_X86"],
+        "syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":13},
+          {"names":["kill"],"action":"SCMP_ACT_KILL_PROCESS","args":[{"index":1,"value":12,"op":"SCMP_CMP_EQ"}]}]},
+        "cgroupsPath""#;
+    let script = "grep -E 'Cap(Prm|Eff|Bnd)|Seccomp:|NoNewPrivs' /proc/self/status; mkdir /tmp/x; \
+        sh -c 'kill -10 $$'; echo $?; sh -c 'kill -12 $$'; echo $?";
+    for (id, kept, caps) in [
+        ("nnp", "1", "00000000080000e1"),
+        ("priv", "0", "00000000080000e1"),
+    ] {
+        let own = |text: String| match kept {
+            "0" => text.replace(r#""noNewPrivileges":true"#, r#""noNewPrivileges":false"#),
+            _ => text,
+        };
+        let with = own(spec(&["sh", "-c", &format!("{script}; sleep 1000")], ""))
+            .replace(r#""cgroupsPath""#, profile);
+        let (_stdin, mut stdout, mut stderr) = h.create(id, with, false).await?;
+        h.start(id).await?;
+        let mut seen = Vec::new();
+        while seen.iter().filter(|byte| **byte == b'\n').count() < 7 {
+            if stdout.read_buf(&mut seen).await.unwrap() == 0 {
+                let mut words = String::new();
+                let _ = stderr.as_mut().unwrap().read_to_string(&mut words).await;
+                return Err(format!("ended: {} {words}", String::from_utf8_lossy(&seen)));
+            }
+        }
+        let seen = String::from_utf8_lossy(&seen).into_owned();
+        let of_exec = own(process(&["sh", "-c", script]));
+        let (out, err, _) = h.run_exec(id, "x", of_exec, b"").await?;
+        for (text, caps) in [(&seen, caps), (&out, "0000000000000001")] {
+            let expected = format!(
+                "CapPrm:\t{caps}\nCapEff:\t{caps}\nCapBnd:\t{caps}\nNoNewPrivs:\t{kept}\nSeccomp:\t2\n138\n159\n"
+            );
+            same(text.as_str(), expected.as_str())?;
+        }
+        same(err.contains("Permission denied"), true)?;
+        h.end(id).await?;
+    }
+    Ok(())
+}
+
 async fn three_at_once(h: &Harness) -> Outcome {
     let (a, b, c) = tokio::join!(
         h.sh("at1", "sleep 1; exit 1"),
@@ -999,6 +1044,7 @@ async fn main() {
         pause,
         update_and_stats,
         confinement,
+        seccomp,
         many
     );
     let request = ShutdownRequest {

@@ -103,10 +103,7 @@ impl Bundle {
             let directory = self.path.join(directory);
             fs::create_dir_all(&directory).doing(|| format!("making {}", directory.display()))?;
         }
-        let json = serde_json::to_vec(specification)
-            .map_err(|error| Error::Internal(format!("writing the specification: {error}")))?;
-        let file = self.path.join("config.json");
-        fs::write(&file, json).doing(|| format!("writing {}", file.display()))
+        write_json(&self.path.join("config.json"), specification)
     }
 
     /// Unmounts everything and removes the directory. What cannot be is said, and the rest goes on. Blocks
@@ -150,6 +147,16 @@ impl Bundle {
         }
         Ok(self.path.join(relative))
     }
+}
+
+/// Writes a file for the helper.
+///
+/// # Errors
+/// The file that could not be written.
+pub fn write_json(file: &Path, value: &impl serde::Serialize) -> Result<(), Error> {
+    let json = serde_json::to_vec(value)
+        .map_err(|error| Error::Internal(format!("writing {}: {error}", file.display())))?;
+    fs::write(file, json).doing(|| format!("writing {}", file.display()))
 }
 
 /// Unmounts, so that what was written is on the disk when this returns. A mount that something still

@@ -15,11 +15,12 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tracing::{info, warn};
 
-use crate::bundle::{Bundle, check_id};
+use crate::bundle::{Bundle, check_id, write_json};
 use crate::cgroup::{self, Cgroup};
 use crate::error::{Doing, Error};
 use crate::events::Events;
 use crate::exec::Added;
+use crate::helper;
 use crate::init;
 use crate::process::{Input, Process, State};
 use crate::reaper::{Exit, Reaper};
@@ -69,6 +70,8 @@ pub(crate) struct Container {
     pub(crate) ground: Ground,
     /// Whether it has a user namespace, which the library cannot join.
     pub(crate) own_users: bool,
+    /// Whether it has a seccomp profile.
+    pub(crate) has_filter: bool,
     pub(crate) processes: Mutex<HashMap<String, Slot>>,
     memory_kills: Mutex<u64>,
     memory_watch: OnceLock<AbortHandle>,
@@ -195,6 +198,13 @@ impl Containers {
         ground.cgroup.change(&limits)?;
         ground.mount(request.rootfs.clone()).await?;
         ground.bundle.fill(&adapted.spec)?;
+        let directory = ground.bundle.path();
+        if let Some(filter) = &adapted.filter {
+            write_json(&directory.join(helper::FILTER), filter)?;
+        }
+        if let Some(own) = &adapted.own {
+            write_json(&directory.join(helper::OWN), own)?;
+        }
 
         let connections = Connections::dial(&stdio).await?;
         let (ends, rest) = connections.ends(stdio.terminal, adapted.owner)?;
@@ -224,6 +234,7 @@ impl Containers {
             pid: created.pid,
             process: Process::new(created.pid, terminal),
             own_users: adapted.own_users,
+            has_filter: adapted.filter.is_some(),
             gate: created.gate,
             ended,
         })
@@ -233,6 +244,7 @@ impl Containers {
         let Furnished {
             process,
             own_users,
+            has_filter,
             gate,
             ended,
             ..
@@ -246,6 +258,7 @@ impl Containers {
             id: id.to_owned(),
             ground,
             own_users,
+            has_filter,
             processes: Mutex::new(HashMap::from([(String::new(), slot)])),
             memory_kills: Mutex::new(0),
             memory_watch: OnceLock::new(),
@@ -575,6 +588,7 @@ struct Furnished {
     pid: i32,
     process: Process,
     own_users: bool,
+    has_filter: bool,
     gate: Gate,
     ended: oneshot::Receiver<Exit>,
 }

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use nacre_protocol::agent::{ExecRequest, Stdio};
 use tracing::warn;
 
-use crate::bundle::check_id;
+use crate::bundle::{check_id, write_json};
+use crate::confinement;
 use crate::container::{Container, Containers, KILL_LIMIT, Pending, Slot, name, no_process};
 use crate::error::{Doing, Error};
 use crate::helper;
@@ -127,13 +128,18 @@ impl Containers {
         let id = container.id.as_str();
         let process = container.process(exec_id)?;
         let Added {
-            process: specified,
+            process: mut specified,
             owner,
             connections,
             stdio,
         } = added;
         let directory = Directory::create(container.ground.bundle.path(), exec_id)?;
-        directory.write(&specified)?;
+        if container.has_filter
+            && let Some(own) = confinement::lend(&mut specified)
+        {
+            write_json(&directory.0.join(helper::OWN), &own)?;
+        }
+        write_json(&directory.0.join(helper::PROCESS), &specified)?;
         let (ends, rest) = connections.ends(stdio.terminal, owner)?;
         let expectation = self.0.reaper.expect();
         let made = runtime::join(
@@ -222,13 +228,6 @@ impl Directory {
         let path = bundle.join("execs").join(exec_id);
         fs::create_dir_all(&path).doing(|| format!("making {}", path.display()))?;
         Ok(Directory(path))
-    }
-
-    fn write(&self, process: &oci_spec::runtime::Process) -> Result<(), Error> {
-        let json = serde_json::to_vec(process)
-            .map_err(|error| Error::Internal(format!("writing the process: {error}")))?;
-        let file = self.0.join(helper::PROCESS);
-        fs::write(&file, json).doing(|| format!("writing {}", file.display()))
     }
 }
 

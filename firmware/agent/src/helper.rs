@@ -4,8 +4,8 @@
 //! made keeps this code until it runs the user's program.
 //!
 //! What libcontainer does not do in this build: seccomp profiles (its library
-//! is not linked) and the device cgroup (needs libbpf); the specification's
-//! device rules are therefore not enforced inside the guest.
+//! is not linked), which are applied here, and the device cgroup (needs
+//! libbpf): the specification's device rules are not enforced in the guest.
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr, OsString};
@@ -26,7 +26,9 @@ use pathrs::Root;
 use serde::{Deserialize, Serialize};
 use tracing::Level;
 
+use crate::confinement::{self, Own};
 use crate::log;
+use crate::seccomp::Filter;
 
 /// First argument of the agent when it is to make a container.
 pub const MAKE: &str = "make-container";
@@ -38,6 +40,10 @@ pub const PROCESS: &str = "process.json";
 pub const PID: &str = "pid";
 /// Directory of the library's own state in a bundle.
 pub const STATE: &str = "state";
+/// In a bundle: the compiled seccomp profile, if there is one.
+pub const FILTER: &str = "seccomp.json";
+/// In a bundle for the init, in the directory of an exec for that: its own capabilities, if others are on loan.
+pub const OWN: &str = "capabilities.json";
 /// Characters of one report's text. A report is thereby one write that the kernel does not split, though
 /// the helper and the init may both write.
 const TEXT_CHARACTERS: usize = 600;
@@ -160,7 +166,7 @@ fn make(bundle: &Path, id: &str, console: Option<PathBuf>) -> Result<i32, String
     let mut container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(bundle.join(STATE))
         .map_err(|error| chain(&error))?
-        .with_executor(Program { wait: None })
+        .with_executor(Program::load(bundle, bundle, None)?)
         .with_console_socket(console)
         .as_init(bundle)
         .with_systemd(false)
@@ -196,7 +202,7 @@ fn join(
         .with_root_path(directory)
         .and_then(|builder| builder.with_pid_file(Some(directory.join(PID))))
         .map_err(|error| chain(&error))?
-        .with_executor(Program { wait: Some(wait) })
+        .with_executor(Program::load(bundle, directory, Some(wait))?)
         .with_console_socket(console)
         .as_tenant()
         .with_process(Some(directory.join(PROCESS)))
@@ -262,6 +268,30 @@ fn report(report: &Report) {
 struct Program {
     /// Descriptor to read a byte from before the program is run.
     wait: Option<RawFd>,
+    filter: Option<Filter>,
+    own: Option<Own>,
+}
+
+impl Program {
+    fn load(bundle: &Path, directory: &Path, wait: Option<RawFd>) -> Result<Program, String> {
+        Ok(Program {
+            wait,
+            filter: stored(&bundle.join(FILTER))?,
+            own: stored(&directory.join(OWN))?,
+        })
+    }
+}
+
+/// What a file holds as JSON; nothing if there is no such file.
+fn stored<T: serde::de::DeserializeOwned>(file: &Path) -> Result<Option<T>, String> {
+    let wrong = |error: &dyn std::error::Error| format!("reading {}: {error}", file.display());
+    match std::fs::read(file) {
+        Ok(json) => serde_json::from_slice(&json)
+            .map(Some)
+            .map_err(|error| wrong(&error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(wrong(&error)),
+    }
 }
 
 impl Executor for Program {
@@ -278,7 +308,10 @@ impl Executor for Program {
             .and_then(|process| process.args().clone())
             .unwrap_or_default();
         let path = std::env::var_os("PATH");
-        let Err(refused) = execute(&arguments, path.as_deref());
+        let confined = confinement::confine(self.filter.as_ref(), self.own.as_ref());
+        let Err(refused) = confined
+            .map_err(NotExecuted::NotConfined)
+            .and_then(|()| execute(&arguments, path.as_deref()));
         report(&Report::NotExecuted {
             message: text(&refused.to_string()),
         });
@@ -316,6 +349,8 @@ enum NotExecuted {
     Kernel(String, io::Error),
     #[error("exec: {0:?}: an argument has a NUL in it")]
     Nul(String),
+    #[error("applying the seccomp profile: {0}")]
+    NotConfined(io::Error),
 }
 
 impl NotExecuted {
@@ -324,7 +359,7 @@ impl NotExecuted {
         match self {
             NotExecuted::NotInPath(_) => 127,
             NotExecuted::Kernel(_, error) if error.kind() == io::ErrorKind::NotFound => 127,
-            NotExecuted::Kernel(..) | NotExecuted::Nul(_) => 126,
+            NotExecuted::Kernel(..) | NotExecuted::Nul(_) | NotExecuted::NotConfined(_) => 126,
         }
     }
 }

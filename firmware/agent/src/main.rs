@@ -9,6 +9,7 @@
 
 mod bundle;
 mod cgroup;
+mod confinement;
 mod container;
 mod devices;
 mod error;
@@ -22,6 +23,7 @@ mod process;
 mod reaper;
 mod resources;
 mod runtime;
+mod seccomp;
 mod service;
 mod spec;
 mod stats;

@@ -5,9 +5,10 @@
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
-use tracing::warn;
 
+use crate::confinement::{self, Own};
 use crate::error::Error;
+use crate::seccomp::{self, Filter};
 
 /// The root, relative to the bundle.
 pub const ROOT: &str = "rootfs";
@@ -20,6 +21,10 @@ pub struct Adapted {
     pub owner: (u32, u32),
     /// Its limits, which the agent applies itself: the runtime's conversion leaves some of them out.
     pub resources: LinuxResources,
+    /// Its seccomp profile.
+    pub filter: Option<Filter>,
+    /// The capabilities that its init is to have, if it was lent others.
+    pub own: Option<Own>,
     /// Whether the container has a user namespace.
     pub own_users: bool,
     /// Whether the container gets a network namespace of its own, which begins with `lo` down.
@@ -57,11 +62,9 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
     linux.set_intel_rdt(None);
     let resources = linux.resources().clone().unwrap_or_default();
     linux.set_resources(None);
-    if linux.seccomp().is_some() {
-        // The runtime is built without C libraries, and applies no filter.
-        warn!("the seccomp profile is not applied in the guest");
-        linux.set_seccomp(None);
-    }
+    // The runtime is built without C libraries, and applies no filter; the helper does.
+    let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
+    linux.set_seccomp(None);
     let own_network = linux.namespaces().iter().flatten().any(|namespace| {
         namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
     });
@@ -71,6 +74,11 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         .iter()
         .flatten()
         .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+
+    let own = match (&filter, spec.process_mut()) {
+        (Some(_), Some(process)) => confinement::lend(process),
+        _ => None,
+    };
 
     // These run on the host, where the runtime namespace is; the other two kinds run here.
     if let Some(hooks) = spec.hooks_mut() {
@@ -87,6 +95,8 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         spec,
         owner,
         resources,
+        filter,
+        own,
         own_users,
         own_network,
     })
@@ -178,6 +188,8 @@ mod tests {
             own_network,
             own_users,
             resources,
+            filter,
+            own,
         } = adapted(SPEC).unwrap();
         let root = spec.root().as_ref().unwrap();
         assert_eq!(root.path(), Path::new("rootfs"));
@@ -191,7 +203,7 @@ mod tests {
         assert_eq!(process.terminal(), Some(false));
         assert!(process.apparmor_profile().is_none());
         assert_eq!(owner, (1000, 50));
-        assert!(own_network && !own_users);
+        assert!(own_network && !own_users && filter.is_none() && own.is_none());
         assert_eq!(resources.pids().map(|pids| pids.limit()), Some(7));
         assert!(linux.resources().is_none(), "nobody applies them twice");
     }
@@ -202,6 +214,18 @@ mod tests {
         let hooks = spec.hooks().as_ref().unwrap();
         assert!(hooks.create_runtime().is_none());
         assert_eq!(hooks.start_container().as_ref().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_seccomp_profile_is_compiled_and_taken_out() {
+        let profile = r#""seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}, "cgroupsPath""#;
+        let json = SPEC.replace(r#""cgroupsPath""#, profile).replace(
+            r#""cwd": "/""#,
+            r#""cwd": "/", "capabilities": {"effective": ["CAP_KILL"]}"#,
+        );
+        let adapted = adapted(&json).unwrap();
+        assert!(adapted.filter.is_some() && adapted.own.is_some());
+        assert!(adapted.spec.linux().as_ref().unwrap().seccomp().is_none());
     }
 
     #[test]
