@@ -7,6 +7,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use nacre_protocol::agent::GuestMount;
 
@@ -140,10 +141,12 @@ pub fn rootfs_image(from: &Path, image: &Path, headroom: u64) -> Result<(), Erro
 }
 
 /// A command of a tool that is killed when we end, however that comes: copying a large root goes on for long, and
-/// holds its mounts and its disk space. By setpriv, of util-linux, since a fork of ours in place of the library's
-/// spawn would write-protect the guest's memory; where that is not installed the tool ends by itself.
+/// holds its mounts and its disk space. By setpriv, since a fork of ours in place of the library's spawn would
+/// write-protect the guest's memory; without one that can do it the tool ends by itself.
 fn that_dies_with_us(tool: &Path) -> Command {
-    match find_tool("setpriv") {
+    static SETPRIV: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let setpriv = SETPRIV.get_or_init(|| find_tool("setpriv").filter(|path| knows_pdeathsig(path)));
+    match setpriv {
         Some(setpriv) => {
             let mut command = Command::new(setpriv);
             command.args(["--pdeathsig", "KILL", "--"]).arg(tool);
@@ -151,6 +154,19 @@ fn that_dies_with_us(tool: &Path) -> Command {
         }
         None => Command::new(tool),
     }
+}
+
+/// util-linux's setpriv does, busybox's does not.
+fn knows_pdeathsig(setpriv: &Path) -> bool {
+    Command::new(setpriv)
+        .args(["--pdeathsig", "KILL", "--"])
+        .arg(setpriv)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
 }
 
 fn run(
@@ -301,6 +317,22 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
+
+    #[test]
+    fn a_setpriv_that_refuses_its_options_is_not_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let make = |name: &str, script: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, script).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let good = make("good", "#!/bin/sh\nexit 0\n");
+        let busybox = make("busybox", "#!/bin/sh\nexit 1\n");
+        assert!(knows_pdeathsig(&good));
+        assert!(!knows_pdeathsig(&busybox));
+        assert!(!knows_pdeathsig(&folder.path().join("absent")));
+    }
 
     #[test]
     fn usage_counts_blocks_entries_and_hard_links_once() {

@@ -49,7 +49,12 @@ pub(super) struct Machine {
 
 /// Puts together, or finds in the cache, what this request boots.
 pub(super) fn prepare(request: &Request) -> Result<Machine> {
-    apt::ensure_installed(&[("e2fsprogs", "mke2fs"), ("libc-bin", "ldd"), ("gcc", "gcc")])?;
+    apt::ensure_installed(&[
+        ("e2fsprogs", "mke2fs"),
+        ("libc-bin", "ldd"),
+        ("util-linux", "setpriv"),
+        ("gcc", "gcc"),
+    ])?;
     let qemu = apt::closure(Release::BookwormBackports, &["qemu-system-x86"])?;
     let kernel_deb = apt::kernel(Release::Bookworm, KERNEL)?;
     let kernel_root = kernel_deb.unpacked()?;
@@ -294,6 +299,8 @@ fn tools() -> Result<Stage> {
         )?;
     }
     stage.file(Path::new("/etc/mke2fs.conf"), "/etc/mke2fs.conf")?;
+    // In busybox's place: busybox's setpriv has no --pdeathsig, which the shim's tools are started with.
+    stage.program(Path::new("/usr/bin/setpriv"), "/usr/bin/setpriv", &[])?;
     let erofs_libraries =
         [apt::unpacked(Release::Bookworm, "liblz4-1")?.join("usr/lib/x86_64-linux-gnu")];
     stage.program(
