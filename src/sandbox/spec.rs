@@ -117,9 +117,8 @@ const COMMON_DEVICES: [(i64, i64); 9] = [
 ];
 
 /// Adapts a spec for the container `id` in the guest: network namespace path and `cgroupsPath` are
-/// replaced by the guest's own (`/nacre/ID`), CPU sets taken out (the VM's size honours them), seccomp
-/// profile and security labels dropped with a warning (the agent's runtime has neither), the OOM score
-/// kept.
+/// replaced by the guest's own (`/nacre/ID`), CPU sets taken out (the VM's size honours them), security
+/// labels dropped with a warning (the guest's kernel has none), the OOM score and the seccomp profile kept.
 pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
     let mut spec = spec.clone();
     let mut warnings = Vec::new();
@@ -264,10 +263,6 @@ fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Resul
             });
         }
     }
-    if linux.seccomp().is_some() {
-        warnings.push("the seccomp profile is not applied in the guest".to_owned());
-        linux.set_seccomp(None);
-    }
     if linux
         .mount_label()
         .as_deref()
@@ -384,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn security_profiles_go_with_a_warning_and_the_oom_score_stays() {
+    fn security_labels_go_with_a_warning_and_seccomp_and_the_oom_score_stay() {
         let (value, warnings) = adapted(|spec| {
             spec["process"]["apparmorProfile"] = json!("docker-default");
             spec["process"]["selinuxLabel"] = json!("x:y");
@@ -393,10 +388,10 @@ mod tests {
             spec["linux"]["resources"] =
                 json!({"cpu": {"cpus": "4-5", "quota": 1000}, "devices": []});
         });
-        assert_eq!(warnings.len(), 3, "{warnings:?}");
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert_eq!(value["process"]["oomScoreAdj"], -500);
         assert_eq!(value["process"].get("apparmorProfile"), None);
-        assert_eq!(value["linux"].get("seccomp"), None);
+        assert_eq!(value["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
         assert_eq!(value["linux"]["resources"]["cpu"], json!({"quota": 1000}));
     }
 

@@ -319,7 +319,7 @@ mod tests {
             AT_ARCHITECTURE => architecture,
             16..=60 => {
                 let whole = arguments[(at as usize - 16) / 8];
-                if at % 8 == 0 {
+                if at.is_multiple_of(8) {
                     whole as u32
                 } else {
                     (whole >> 32) as u32
