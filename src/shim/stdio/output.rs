@@ -446,12 +446,15 @@ async fn opened(opener: Option<&mut Opener>) -> io::Result<std::fs::File> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{File, OpenOptions};
+    use std::fs::OpenOptions;
     use std::io::Read;
+    use std::os::fd::AsFd;
     use std::os::unix::fs::OpenOptionsExt;
     use std::path::PathBuf;
     use std::time::Duration;
 
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use tokio::io::DuplexStream;
 
     use super::*;
@@ -503,11 +506,19 @@ mod tests {
         (0..len).map(|n| (n % 251) as u8).collect()
     }
 
+    /// Has the FIFO open when it returns; then reads all that comes, from the first writer on.
     fn reader(path: &Path) -> std::thread::JoinHandle<Vec<u8>> {
-        let path = path.to_owned();
+        let mut file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .unwrap();
         std::thread::spawn(move || {
+            let mut waited = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
+            poll(&mut waited, PollTimeout::NONE).unwrap();
+            fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
             let mut all = Vec::new();
-            File::open(path).unwrap().read_to_end(&mut all).unwrap();
+            file.read_to_end(&mut all).unwrap();
             all
         })
     }
