@@ -58,18 +58,34 @@ impl Rule {
 }
 
 /// What every container may use, as with other runtimes: nodes of any device may be made, but only these used.
-const ALWAYS: [(Option<i32>, Option<i32>, Option<i32>, i32); 10] = [
-    (None, None, None, MKNOD),
-    (Some(CHARACTER), Some(1), Some(3), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(1), Some(5), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(1), Some(7), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(1), Some(8), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(1), Some(9), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(5), Some(0), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(5), Some(1), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(5), Some(2), MKNOD | READ | WRITE),
-    (Some(CHARACTER), Some(136), None, MKNOD | READ | WRITE),
+const ALWAYS: [Rule; 10] = [
+    Rule {
+        allow: true,
+        kind: None,
+        major: None,
+        minor: None,
+        access: MKNOD,
+    },
+    usable(1, Some(3)),
+    usable(1, Some(5)),
+    usable(1, Some(7)),
+    usable(1, Some(8)),
+    usable(1, Some(9)),
+    usable(5, Some(0)),
+    usable(5, Some(1)),
+    usable(5, Some(2)),
+    usable(136, None),
 ];
+
+const fn usable(major: i32, minor: Option<i32>) -> Rule {
+    Rule {
+        allow: true,
+        kind: Some(CHARACTER),
+        major: Some(major),
+        minor,
+        access: MKNOD | READ | WRITE,
+    }
+}
 
 /// A program that decides by the rules: the last that speaks of an access holds, and what none speaks of is
 /// refused. Nothing if there are no rules.
@@ -90,13 +106,7 @@ pub fn compile(rules: &[LinuxDeviceCgroup]) -> Result<Option<Program>, Error> {
         )));
     }
     let mut all = rules.iter().map(parsed).collect::<Result<Vec<_>, _>>()?;
-    all.extend(ALWAYS.map(|(kind, major, minor, access)| Rule {
-        allow: true,
-        kind,
-        major,
-        minor,
-        access,
-    }));
+    all.extend(ALWAYS);
     // r2: type, r3: access, r4: major, r5: minor.
     let mut program = vec![
         (LOAD_WORD, 0x12, 0, 0),
