@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
+use crate::device_rules;
 use crate::error::{Doing, Error};
 use crate::init;
 use crate::resources::Change;
@@ -155,6 +157,17 @@ impl Cgroup {
             return Err(error).doing(|| format!("setting {} to `{}`", change.file, change.value));
         }
         Ok(())
+    }
+
+    /// Puts a program for device rules on it.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn guard(&self, program: &device_rules::Program) -> Result<(), Error> {
+        let path = self.path();
+        File::open(&path)
+            .and_then(|directory| program.attach(directory.as_raw_fd()))
+            .doing(|| format!("putting the device rules on cgroup {}", path.display()))
     }
 
     /// Freezes or thaws every process in it, and waits until they are. What cannot be frozen in time is thawed

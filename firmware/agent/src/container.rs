@@ -17,6 +17,7 @@ use tracing::{info, warn};
 
 use crate::bundle::{Bundle, check_id, write_json};
 use crate::cgroup::{self, Cgroup};
+use crate::device_rules;
 use crate::error::{Doing, Error};
 use crate::events::Events;
 use crate::exec::Added;
@@ -196,6 +197,10 @@ impl Containers {
         )?;
         let limits = resources::changes(&adapted.resources, |file| ground.cgroup.read(file))?;
         ground.cgroup.change(&limits)?;
+        let rules = adapted.resources.devices().as_deref().unwrap_or(&[]);
+        if let Some(program) = device_rules::compile(rules)? {
+            ground.cgroup.guard(&program)?;
+        }
         ground.mount(request.rootfs.clone()).await?;
         ground.bundle.fill(&adapted.spec)?;
         let directory = ground.bundle.path();

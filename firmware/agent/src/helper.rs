@@ -5,7 +5,7 @@
 //!
 //! What libcontainer does not do in this build: seccomp profiles (its library
 //! is not linked), which are applied here, and the device cgroup (needs
-//! libbpf): the specification's device rules are not enforced in the guest.
+//! libbpf), which `device_rules` does.
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr, OsString};

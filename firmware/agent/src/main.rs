@@ -11,6 +11,7 @@ mod bundle;
 mod cgroup;
 mod confinement;
 mod container;
+mod device_rules;
 mod devices;
 mod error;
 mod events;
