@@ -10,6 +10,7 @@ use crate::context::Context;
 use crate::ctr::{self, Ctr, Output, expect_words};
 use crate::image;
 use crate::suite::{Case, Subject};
+use crate::terminal::Terminal;
 
 const fn alone(name: &'static str, seconds: u64, run: fn(&Context) -> Result<()>) -> Case {
     Case {
@@ -59,6 +60,11 @@ pub(crate) const CASES: &[Case] = &[
         "vmctl run keeps stdout and stderr apart and leaves the folder alone",
         90,
         run_streams,
+    ),
+    alone(
+        "vmctl run on a terminal gives the program one",
+        120,
+        run_terminal,
     ),
     Case {
         name: "vmctl list shows the VM of a running container",
@@ -249,6 +255,28 @@ fn run_streams(context: &Context) -> Result<()> {
         motto == "made on the spot\n",
         "the host's folder was changed: {motto:?}"
     );
+    Ok(())
+}
+
+fn run_terminal(context: &Context) -> Result<()> {
+    let rootfs = rootfs(context)?.to_string_lossy().into_owned();
+    let script = "test -t 0 && test -t 1 && test -t 2 && echo all three; read line; echo \"<$line>\"; \
+                  until [ \"$(stty size)\" = '40 100' ]; do stty size; sleep 0.2; done; \
+                  trap 'echo interrupted; exit 7' INT; echo armed; while :; do sleep 1; done";
+    let arguments = ["run", "--rootfs", &rootfs, "--", "sh", "-c", script];
+    let mut terminal = Terminal::start(&mut vmctl(context, &arguments), 80, 24)?;
+    terminal.wait_for("all three\r\n", context.seconds(60))?;
+    terminal.type_in("typed\r")?;
+    terminal.wait_for("<typed>\r\n", context.seconds(20))?;
+    terminal.wait_for("24 80", context.seconds(20))?;
+    terminal.resize(100, 40)?;
+    terminal.wait_for("armed", context.seconds(20))?;
+    // The key goes to the program as a byte and becomes a signal there, not here.
+    terminal.type_in("\x03")?;
+    let status = terminal.end(context.seconds(30))?;
+    ensure!(status.code() == Some(7), "it ended with {status}");
+    let screen = terminal.screen();
+    ensure!(screen.contains("interrupted"), "it shows {screen:?}");
     Ok(())
 }
 
