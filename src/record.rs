@@ -51,6 +51,12 @@ pub enum Error {
         /// Its holder, 0 if not known.
         pid: i32,
     },
+    /// What the record names has been freed: nothing more is made.
+    #[error("Cannot make {} for a VM that ends", path.display())]
+    Closed {
+        /// What was about to be made.
+        path: PathBuf,
+    },
     /// Some of what the record names could not be freed; it is still in the record.
     #[error("Cannot free all of {}: {}", directory.display(), failures.join("; "))]
     Cleanup {
@@ -145,6 +151,9 @@ struct Content {
     version: u32,
     owner: Owner,
     resources: Vec<Resource>,
+    /// All is freed, and nothing is written any more.
+    #[serde(skip)]
+    closed: bool,
 }
 
 /// The record of one state directory. Its methods write through to the disk before they return, and
@@ -172,6 +181,7 @@ impl Record {
             version: 1,
             owner,
             resources: Vec::new(),
+            closed: false,
         };
         write(directory, &content)?;
         Ok(Self {
@@ -208,8 +218,16 @@ impl Record {
     }
 
     /// Records something that is about to be made. It is on the disk when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] after [`Record::clean_up`], or that it cannot be written.
     pub fn add(&self, resource: Resource) -> Result<(), Error> {
         let mut content = self.lock();
+        if content.closed {
+            return Err(Error::Closed {
+                path: resource.path().to_owned(),
+            });
+        }
         if content.resources.contains(&resource) {
             return Ok(());
         }
@@ -229,7 +247,18 @@ impl Record {
             failures: vec![failure],
         })?;
         content.resources.retain(|recorded| recorded != resource);
+        if content.closed {
+            return Ok(());
+        }
         write(&self.directory, &content)
+    }
+
+    /// Frees everything and the directory, as [`cleanup`] does, while calls may still be under way in this process:
+    /// they can add nothing from here on, and write nothing into the directory that goes.
+    pub fn clean_up(&self) -> Result<Vec<String>, Error> {
+        let mut content = self.lock();
+        content.closed = true;
+        cleanup(&self.directory)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Content> {
@@ -295,7 +324,7 @@ pub fn cleanup(directory: &Path) -> Result<Vec<String>, Error> {
         Err(error) => failures.push(format!("/proc/self/mountinfo: {error}")),
     }
     if failures.is_empty() {
-        match std::fs::remove_dir_all(directory) {
+        match remove_all(directory) {
             Ok(()) => freed.push(directory.display().to_string()),
             Err(error) if absent(&error) => {}
             Err(error) => failures.push(format!("{}: {error}", directory.display())),
@@ -309,6 +338,18 @@ pub fn cleanup(directory: &Path) -> Result<Vec<String>, Error> {
             failures,
         })
     }
+}
+
+/// Removes a directory into which something that was begun may still put its file.
+fn remove_all(directory: &Path) -> io::Result<()> {
+    const TIMES: u32 = 10;
+    for _ in 1..TIMES {
+        match std::fs::remove_dir_all(directory) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            done => return done,
+        }
+    }
+    std::fs::remove_dir_all(directory)
 }
 
 /// Mount points at or below a directory, in the order of mounting.
@@ -493,6 +534,20 @@ mod tests {
         let again = Record::open(&directory).unwrap();
         assert_eq!(again.resources(), vec![image]);
         assert_eq!(again.owner().namespace, "ns");
+    }
+
+    #[test]
+    fn what_is_under_way_when_all_is_freed_brings_nothing_back() {
+        let (root, directory, record) = record();
+        let (early, late) = (root.path().join("early"), root.path().join("late"));
+        record.add(Resource::File(early.clone())).unwrap();
+        record.clean_up().unwrap();
+        let refused = record.add(Resource::File(late)).unwrap_err();
+        assert!(matches!(refused, Error::Closed { .. }), "{refused}");
+        // Made too late to be freed with the rest.
+        std::fs::write(&early, "x").unwrap();
+        record.free(&Resource::File(early.clone())).unwrap();
+        assert!(!early.exists() && !directory.exists());
     }
 
     #[test]

@@ -6,7 +6,6 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::{Exit, Shim};
-use crate::record;
 use crate::sandbox::chain;
 use crate::shim::cleanup::{Phase, Steps};
 use crate::shim::lifecycle;
@@ -105,8 +104,9 @@ impl Steps for Ending {
                 Ok(())
             }
             Phase::Mounts => {
-                let directory = shim.record.directory().to_owned();
-                let freed = tokio::task::spawn_blocking(move || record::cleanup(&directory)).await;
+                // Calls may be under way that make or free something.
+                let record = shim.record.clone();
+                let freed = tokio::task::spawn_blocking(move || record.clean_up()).await;
                 match freed {
                     Ok(Ok(_)) => Ok(()),
                     Ok(Err(error)) => Err(chain(&error)),
