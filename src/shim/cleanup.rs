@@ -44,13 +44,14 @@ impl Phase {
     ];
 
     /// Its share of the time, and what those before it have left of theirs is its too. Together they stay
-    /// under the five seconds in which Shutdown must end the process.
+    /// under the five seconds in which Shutdown must end the process, with room for a machine that is busy: where no
+    /// containerd takes the events, all of it is used.
     pub const fn share(self) -> Duration {
         Duration::from_millis(match self {
-            Self::Stdio => 1500,
+            Self::Stdio => 1200,
             Self::Guest => 2000,
             Self::Connections | Self::Vm | Self::Mounts => 300,
-            Self::Events => 500,
+            Self::Events => 300,
             Self::Hotplug | Self::Network => 50,
         })
     }
@@ -224,8 +225,8 @@ mod tests {
     }
 
     #[test]
-    fn all_phases_together_stay_under_five_seconds() {
+    fn all_phases_together_stay_well_under_five_seconds() {
         let total: Duration = Phase::ORDER.iter().map(|phase| phase.share()).sum();
-        assert!(total <= Duration::from_secs(5), "{total:?}");
+        assert!(total <= Duration::from_millis(4500), "{total:?}");
     }
 }
