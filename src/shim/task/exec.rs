@@ -1,4 +1,4 @@
-//! Execs: Exec adds a process to a container that runs, Start runs it, Delete
+//! Execs: Exec adds a process to a container whose init is there, Start runs it, Delete
 //! frees it. What it shares with a container's init is in [`super::process`].
 
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::shim::stdio::{Paths, Prepared, ProcessIo};
 const LONGEST_ID: usize = 256;
 
 impl Shim {
-    /// Adds a process to a container that runs.
+    /// Adds a process to a container, whose own program may be started later.
     pub(super) async fn exec(self: Arc<Self>, request: ExecProcessRequest) -> Result<(), Error> {
         let (id, exec_id) = (request.id.as_str(), request.exec_id.as_str());
         check(&request)?;
@@ -38,7 +38,7 @@ impl Shim {
         };
         {
             let mut state = self.lock();
-            let container = running(&mut state, id, "add an exec")?;
+            let container = taking_execs(&mut state, id, "add an exec")?;
             if container.execs.contains_key(exec_id) {
                 return Err(Error::AlreadyExists(format!(
                     "Exec {exec_id:?} of container {id:?} exists"
@@ -99,7 +99,7 @@ impl Shim {
     /// The agent has it: makes it known, unless its container has ended meanwhile.
     fn added(&self, id: &str, exec_id: &str, io: ProcessIo) -> Result<(), Error> {
         let mut state = self.lock();
-        let container = running(&mut state, id, "add an exec")?;
+        let container = taking_execs(&mut state, id, "add an exec")?;
         let exec = container
             .execs
             .get_mut(exec_id)
@@ -173,11 +173,31 @@ impl Shim {
     }
 }
 
+/// The container, if processes can be added to it: its init is there, whether its program runs yet or not, and it is
+/// not frozen.
+pub(super) fn taking_execs<'a>(
+    state: &'a mut State,
+    id: &str,
+    doing: &str,
+) -> Result<&'a mut Container, Error> {
+    use lifecycle::Process::{Created, Running, Starting};
+    in_life(state, id, doing, &[Created, Starting, Running])
+}
+
 /// The container, if its program runs and is not frozen.
 pub(super) fn running<'a>(
     state: &'a mut State,
     id: &str,
     doing: &str,
+) -> Result<&'a mut Container, Error> {
+    in_life(state, id, doing, &[lifecycle::Process::Running])
+}
+
+fn in_life<'a>(
+    state: &'a mut State,
+    id: &str,
+    doing: &str,
+    init: &[lifecycle::Process],
 ) -> Result<&'a mut Container, Error> {
     let container = state
         .containers
@@ -191,7 +211,7 @@ pub(super) fn running<'a>(
     if container.life != lifecycle::Container::Running {
         return refused(container.life.name());
     }
-    if container.init.life != lifecycle::Process::Running {
+    if !init.contains(&container.init.life) {
         return refused(container.init.life.name());
     }
     Ok(container)

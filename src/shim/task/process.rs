@@ -26,7 +26,7 @@ impl Shim {
         {
             let mut state = self.lock();
             if !exec_id.is_empty() && state.containers.contains_key(id) {
-                super::exec::running(&mut state, id, "start an exec")?;
+                super::exec::taking_execs(&mut state, id, "start an exec")?;
             }
             let process = state.made(id, exec_id)?;
             process.life = process.life.after(ProcessEvent::Start)?;

@@ -114,12 +114,7 @@ async fn a_terminal_begins_with_the_size_that_was_asked_for() {
 async fn an_exec_that_may_not_be_has_containerds_code() {
     let stage = Stage::set(Manners::default()).await;
     assert!(matches!(stage.exec("e1").await, Err(Error::NotFound(_))));
-    stage.create("c1").await.unwrap();
-    assert!(matches!(
-        stage.exec("e1").await,
-        Err(Error::Precondition(_))
-    ));
-    stage.shim.clone().start("c1", "").await.unwrap();
+    stage.running("c1").await;
     stage.exec("e1").await.unwrap();
     assert!(matches!(
         stage.exec("e1").await,
@@ -150,6 +145,26 @@ async fn an_exec_that_may_not_be_has_containerds_code() {
     assert_eq!(
         stage.heard().await,
         ["create", "start", "exec-added", "exit c1 0"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_created_container_takes_execs_and_its_end_is_theirs() {
+    let stage = Stage::set(Manners::default()).await;
+    stage.create("c1").await.unwrap();
+    for exec in ["e1", "e2"] {
+        stage.exec(exec).await.unwrap();
+        stage.shim.clone().start("c1", exec).await.unwrap();
+    }
+    stage.acting.exit_of("c1", "e1", 2).await;
+    assert_eq!(stage.shim.wait("c1", "e1").await.unwrap().status, 2);
+    assert_eq!(stage.status("c1"), Status::CREATED);
+    let answer = stage.shim.clone().delete("c1", "").await.unwrap();
+    assert_eq!(answer.exit_status, 137);
+    let heard = stage.heard().await;
+    assert_eq!(
+        heard[heard.len() - 4..],
+        ["exit e1 2", "exit e2 137", "exit c1 137", "delete"]
     );
 }
 
