@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ use super::*;
 pub(crate) struct Fake {
     end: watch::Sender<Option<ExitReason>>,
     ports: Arc<Mutex<HashMap<u32, mpsc::Sender<GuestStream>>>>,
+    plugged: AtomicUsize,
     unplugged: Mutex<Vec<u8>>,
 }
 
@@ -40,8 +42,18 @@ impl Fake {
         Arc::new(Self {
             end,
             ports: Arc::default(),
+            plugged: AtomicUsize::new(0),
             unplugged: Mutex::default(),
         })
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end.borrow().is_some()
+    }
+
+    /// Disks that were plugged and not unplugged since.
+    pub(crate) fn disks(&self) -> usize {
+        self.plugged.load(Ordering::Relaxed) - self.unplugged.lock().unwrap().len()
     }
 
     pub(crate) fn end(&self, reason: ExitReason) {
@@ -109,6 +121,7 @@ impl Machine for Fake {
     }
 
     fn plug_disk(&self, _disk: DiskConfig) -> Result<u8, Error> {
+        self.plugged.fetch_add(1, Ordering::Relaxed);
         Ok(2)
     }
 

@@ -178,6 +178,11 @@ impl Publisher {
         self.queue.filled.notify_one();
     }
 
+    /// Whether there is something that containerd has not taken yet.
+    pub fn is_behind(&self) -> bool {
+        !self.queue.lock().is_empty()
+    }
+
     /// Waits until all that was published is delivered or given up.
     pub async fn flushed(&self) {
         loop {

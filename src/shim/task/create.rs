@@ -44,6 +44,7 @@ struct Made {
     window: u8,
     image: Resource,
     io: ProcessIo,
+    guest_pid: u32,
 }
 
 impl Shim {
@@ -102,6 +103,7 @@ impl Shim {
             execs: HashMap::new(),
             window: None,
             image: None,
+            guest_pid: 0,
         };
         state.containers.insert(id.to_owned(), container);
         Ok(())
@@ -178,15 +180,19 @@ impl Shim {
         let created = sandbox
             .create_container(id, guest.json, mounts, ports)
             .await;
-        if let Err(error) = created {
-            drop(io);
-            undo(&sandbox, id, disk.window).await;
-            return Err(Error::Failed(error.to_string()));
-        }
+        let guest_pid = match created {
+            Ok(guest_pid) => guest_pid,
+            Err(error) => {
+                drop(io);
+                undo(&sandbox, id, disk.window).await;
+                return Err(Error::Failed(error.to_string()));
+            }
+        };
         Ok(Made {
             window: disk.window,
             image: image.keep(),
             io,
+            guest_pid,
         })
     }
 
@@ -217,8 +223,10 @@ impl Shim {
             container.window = Some(made.window);
             container.image = Some(made.image);
             container.init.io = Some(made.io);
+            container.guest_pid = made.guest_pid;
             self.publisher.publish(&TaskEvent::Create(event));
-            container.init.held.take()
+            let held = container.init.held.take();
+            held.filter(|exit| container.is_of_its_init(exit))
         };
         tracing::info!(container = request.id, "created");
         if let Some(exit) = held {

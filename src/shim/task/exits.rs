@@ -68,13 +68,14 @@ impl Shim {
                     AgentEvent::Exit {
                         container_id,
                         exec_id,
+                        pid,
                         status,
                         exited_at,
-                        ..
                     } => {
                         let exit = Exit {
                             status: u32::from(status),
                             at: exited_at,
+                            guest_pid: pid,
                         };
                         self.process_ended(&container_id, &exec_id, exit);
                     }
@@ -162,6 +163,10 @@ impl Shim {
                 return;
             };
             let made = container.is_made();
+            if exec_id.is_empty() && made && !container.is_of_its_init(&exit) {
+                tracing::debug!(container = id, "an exit of one that had the id before");
+                return;
+            }
             let Some(process) = container.process_mut(exec_id) else {
                 return;
             };

@@ -44,6 +44,8 @@ const KILLED: u32 = 137;
 struct Exit {
     status: u32,
     at: SystemTime,
+    /// Which process of the guest it was, 0 if it is not the guest who says so.
+    guest_pid: u32,
 }
 
 impl Exit {
@@ -51,6 +53,7 @@ impl Exit {
         Self {
             status: KILLED,
             at: SystemTime::now(),
+            guest_pid: 0,
         }
     }
 }
@@ -91,9 +94,17 @@ struct Container {
     window: Option<u8>,
     /// Its root image.
     image: Option<Resource>,
+    /// Its init in the guest, 0 until it is made.
+    guest_pid: u32,
 }
 
 impl Container {
+    /// Whether an exit can be of this container's init, and not of one that had the id before and was deleted
+    /// before the guest told of its end.
+    fn is_of_its_init(&self, exit: &Exit) -> bool {
+        self.guest_pid == exit.guest_pid || self.guest_pid == 0 || exit.guest_pid == 0
+    }
+
     /// Whether its Create is done, well. A shim that is told to end may still have one under way.
     fn is_made(&self) -> bool {
         match self.life {

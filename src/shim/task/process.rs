@@ -248,12 +248,22 @@ impl Shim {
             .map_err(|error| Error::Failed(error.to_string()))
     }
 
-    /// Guest pids, with the exec that each belongs to.
+    /// Guest pids, with the exec that each belongs to. An init whose exit has not been told is there, as a process is
+    /// that nobody has waited for: a containerd that comes back takes a task without a process for a leaked one, and
+    /// deletes it before it takes events.
     pub(super) async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>, Error> {
         let execs: Vec<String> = {
             let mut state = self.lock();
-            state.made(id, "")?;
+            let ended = matches!(
+                state.made(id, "")?.life,
+                lifecycle::Process::Draining | lifecycle::Process::Stopped
+            );
             let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
+            if ended && self.publisher.is_behind() {
+                let mut init = ProcessInfo::new();
+                init.pid = container.guest_pid;
+                return Ok(vec![init]);
+            }
             container.execs.keys().cloned().collect()
         };
         let sandbox = self.sandbox().await?;

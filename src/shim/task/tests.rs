@@ -1,9 +1,12 @@
 //! The task service over a machine in memory, whose guest is as slow, mute or
 //! mortal as each case wants it. Time is paused: a limit that passes costs nothing.
 
+mod dying;
+mod races;
 mod running;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -29,11 +32,21 @@ const KILL: u32 = libc::SIGKILL as u32;
 
 /// containerd: keeps what it is told.
 #[derive(Clone, Default)]
-struct Heard(Arc<Mutex<Vec<Envelope>>>);
+struct Heard(Arc<Mutex<Vec<Envelope>>>, Arc<AtomicBool>);
+
+impl Heard {
+    /// It goes away, or comes back.
+    fn is_away(&self, away: bool) {
+        self.1.store(away, Ordering::Relaxed);
+    }
+}
 
 #[async_trait]
 impl Forward for Heard {
     async fn forward(&mut self, envelope: &Envelope) -> Result<(), Undelivered> {
+        if self.1.load(Ordering::Relaxed) {
+            return Err(Undelivered::Unreachable("away".to_owned()));
+        }
         self.0.lock().unwrap().push(envelope.clone());
         Ok(())
     }
@@ -58,6 +71,10 @@ struct Manners {
     refuses_exec: bool,
     /// Asked for its pids, it names execs that are not there.
     lies: bool,
+    /// Every call takes up to so many milliseconds, by lot.
+    slow: u64,
+    /// The VM ends at this step of Create.
+    dies: Option<dying::Step>,
 }
 
 /// The agent in the guest.
@@ -70,15 +87,39 @@ struct Acting {
     stdout: Arc<Mutex<Option<DuplexStream>>>,
     /// What it was asked for, beyond what every container needs.
     asked: Arc<Mutex<Vec<String>>>,
+    lots: Arc<Mutex<races::Lots>>,
+    /// Containers so far; the first one's init has the pid 101.
+    made: Arc<Mutex<u32>>,
 }
 
 impl Acting {
+    /// Takes its time.
+    async fn pause(&self) {
+        if self.manners.slow > 0 {
+            let pause = self.lots.lock().unwrap().below(self.manners.slow);
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+        }
+    }
+
+    /// Ends here, if it is to end at this step.
+    async fn reach(&self, step: dying::Step) {
+        if self.manners.dies == Some(step) {
+            self.fake.end(ExitReason::Panic);
+            std::future::pending::<()>().await;
+        }
+    }
+
     async fn exit(&self, id: &str, status: u32) {
         self.exit_of(id, "", status).await;
     }
 
     async fn exit_of(&self, id: &str, exec_id: &str, status: u32) {
+        self.exit_of_pid(id, exec_id, 0, status).await;
+    }
+
+    async fn exit_of_pid(&self, id: &str, exec_id: &str, pid: u32, status: u32) {
         let mut exit = wire::Exit::new();
+        exit.pid = pid;
         exit.container_id = id.to_owned();
         exit.exec_id = exec_id.to_owned();
         exit.status = status;
@@ -98,7 +139,9 @@ impl Acting {
         };
         request.event = Some(event);
         let host = self.host.lock().unwrap().clone().unwrap();
-        host.event(context(), &request).await.unwrap();
+        let told = host.event(context(), &request).await;
+        // A VM that has ended tells nothing more.
+        assert!(told.is_ok() || self.fake.has_ended(), "{told:?}");
     }
 
     async fn mute(&self) {
@@ -120,6 +163,8 @@ impl Agent for Acting {
         _: &TtrpcContext,
         _: wire::BindDiskRequest,
     ) -> ttrpc::Result<wire::BindDiskResponse> {
+        self.pause().await;
+        self.reach(dying::Step::BindDisk).await;
         let mut answer = wire::BindDiskResponse::new();
         answer.device = "/dev/vda".to_owned();
         Ok(answer)
@@ -130,6 +175,7 @@ impl Agent for Acting {
         _: &TtrpcContext,
         _: wire::UnbindDiskRequest,
     ) -> ttrpc::Result<wire::Empty> {
+        self.pause().await;
         Ok(wire::Empty::new())
     }
 
@@ -144,11 +190,23 @@ impl Agent for Acting {
         if self.manners.mute_create {
             std::future::pending::<()>().await;
         }
+        self.pause().await;
+        self.reach(dying::Step::CreateContainer).await;
         let port = request.stdio.stdout_port;
         if port != 0 {
             *self.stdout.lock().unwrap() = Some(self.fake.dial(port).unwrap());
         }
-        Ok(wire::CreateContainerResponse::new())
+        self.reach(dying::Step::Stdio).await;
+        if self.manners.dies == Some(dying::Step::Answer) {
+            self.fake.end(ExitReason::Panic);
+        }
+        let mut answer = wire::CreateContainerResponse::new();
+        answer.pid = {
+            let mut made = self.made.lock().unwrap();
+            *made += 1;
+            100 + *made
+        };
+        Ok(answer)
     }
 
     async fn start(
@@ -162,6 +220,7 @@ impl Agent for Acting {
         if self.manners.mute_start {
             std::future::pending::<()>().await;
         }
+        self.pause().await;
         if self.manners.exits_at_once {
             self.exit_of(&request.container_id, &request.exec_id, 3)
                 .await;
@@ -175,6 +234,7 @@ impl Agent for Acting {
         request: wire::SignalRequest,
     ) -> ttrpc::Result<wire::Empty> {
         self.mute().await;
+        self.pause().await;
         if request.signal == KILL {
             self.exit_of(&request.container_id, &request.exec_id, 137)
                 .await;
@@ -267,6 +327,7 @@ impl Agent for Acting {
         _: wire::DeleteContainerRequest,
     ) -> ttrpc::Result<wire::Empty> {
         self.mute().await;
+        self.pause().await;
         Ok(wire::Empty::new())
     }
 
@@ -289,12 +350,23 @@ struct Stage {
     fake: Arc<Fake>,
     acting: Acting,
     heard: Heard,
-    _guest: Guest,
+    guest: Option<Guest>,
 }
 
 impl Stage {
     async fn set(manners: Manners) -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        let mut stage = Self::booting(manners);
+        stage.say_hello().await;
+        stage
+    }
+
+    /// A stage whose guest has not dialled yet.
+    fn booting(manners: Manners) -> Self {
+        Self::on(tempfile::tempdir().unwrap(), manners)
+    }
+
+    /// The same in a directory that another shim may have had.
+    fn on(directory: tempfile::TempDir, manners: Manners) -> Self {
         let bundle = directory.path().join("bundle");
         std::fs::create_dir_all(bundle.join("rootfs/bin")).unwrap();
         std::fs::write(
@@ -330,9 +402,9 @@ impl Stage {
             sequence: Arc::default(),
             stdout: Arc::default(),
             asked: Arc::default(),
+            lots: Arc::default(),
+            made: Arc::default(),
         };
-        let guest = agent(&fake, acting.clone()).await;
-        *acting.host.lock().unwrap() = Some(guest.host.clone());
         Self {
             directory,
             shim,
@@ -340,8 +412,14 @@ impl Stage {
             fake,
             acting,
             heard,
-            _guest: guest,
+            guest: None,
         }
+    }
+
+    async fn say_hello(&mut self) {
+        let guest = agent(&self.fake, self.acting.clone()).await;
+        *self.acting.host.lock().unwrap() = Some(guest.host.clone());
+        self.guest = Some(guest);
     }
 
     fn request(&self, id: &str) -> CreateTaskRequest {
@@ -574,6 +652,19 @@ async fn a_container_that_was_never_started_can_be_deleted() {
     let answer = stage.shim.clone().delete("c1", "").await.unwrap();
     assert_eq!(answer.exit_status, 137);
     assert_eq!(stage.heard().await, ["create", "exit c1 137", "delete"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_exit_told_late_is_not_of_the_next_container_of_that_id() {
+    let stage = Stage::set(Manners::default()).await;
+    stage.create("c1").await.unwrap();
+    stage.shim.clone().delete("c1", "").await.unwrap();
+    stage.running("c1").await;
+    stage.acting.exit_of_pid("c1", "", 101, 137).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(stage.status("c1"), Status::RUNNING);
+    stage.acting.exit_of_pid("c1", "", 102, 5).await;
+    assert_eq!(stage.shim.wait("c1", "").await.unwrap().status, 5);
 }
 
 #[tokio::test(start_paused = true)]

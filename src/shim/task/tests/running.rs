@@ -371,6 +371,25 @@ async fn pids_carry_the_execs_that_there_are_and_no_others() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_ended_init_is_listed_until_its_exit_is_told() {
+    let stage = Stage::set(Manners::default()).await;
+    stage.running("c1").await;
+    stage.shim.publisher.flushed().await;
+    stage.heard.is_away(true);
+    stage.acting.exit("c1", 4).await;
+    stage.shim.wait("c1", "").await.unwrap();
+    stage.fake.end(ExitReason::Panic);
+    let pids = async || {
+        let pids = stage.shim.pids("c1").await?;
+        Ok::<Vec<u32>, Error>(pids.iter().map(|process| process.pid).collect())
+    };
+    assert_eq!(pids().await.unwrap(), [101]);
+    stage.heard.is_away(false);
+    assert_eq!(stage.heard().await, ["create", "start", "exit c1 4"]);
+    assert!(pids().await.is_err(), "there is no process, nor a guest");
+}
+
+#[tokio::test(start_paused = true)]
 async fn running_out_of_memory_is_told_once_a_second_at_most() {
     let stage = Stage::set(Manners::default()).await;
     stage.running("c1").await;
