@@ -15,7 +15,7 @@ pub(crate) const VARIABLE: &str = "NACRE_E2E_CONTEXT";
 pub(crate) enum Count {
     /// Often enough to notice
     Small,
-    /// The counts that the project promises
+    /// The counts that the project promises of nacre; runc's cases, which prove the suite, keep the small ones
     Soak,
 }
 

@@ -3,7 +3,7 @@
 //!
 //! The parent starts the daemons and reports; each case runs in a process of its
 //! own, so that its time limit holds whatever it does. What a case leaves behind
-//! fails it. Programs are found by the environment: `NACRE_BIN`,
+//! fails it. With the soak's counts only nacre's cases repeat more. Programs are found by the environment: `NACRE_BIN`,
 //! `NACRE_CONTAINERD_1_7`, `NACRE_CONTAINERD_2_1`, `NACRE_RUNC`, `NACRE_BUSYBOX`,
 //! `NACRE_KERNEL`, `NACRE_INITRD`, `NACRE_OUT`.
 

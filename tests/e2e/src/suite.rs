@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use crate::context::{self, Context, Programs, Runtime, Version};
+use crate::context::{self, Context, Count, Programs, Runtime, Version};
 use crate::daemon::{self, Running};
 use crate::leaks::{self, Snapshot};
 use crate::report::Report;
@@ -49,6 +49,15 @@ pub(crate) fn selected(case: &Case, options: &Options) -> bool {
 
 /// A case, and with which containerd and whose shim it runs, if with any.
 type Planned = (&'static Case, Option<(Version, Runtime)>);
+
+/// How often a case repeats what it repeats. The soak's counts are promises about nacre; runc is there to
+/// prove the cases, which the small counts do.
+fn count_for(asked: Count, runtime: Runtime) -> Count {
+    match runtime {
+        Runtime::Nacre => asked,
+        Runtime::Runc => Count::Small,
+    }
+}
 
 /// All that these options select, in the order in which it runs.
 pub(crate) fn plan(options: &Options) -> Vec<Planned> {
@@ -168,18 +177,19 @@ impl Runner<'_> {
         let log = self.logs.join(format!("{log_name}.log"));
         let work = self.scratch.join("case");
         fs::create_dir_all(&work)?;
+        let count = count_for(self.options.count, runtime);
         let context = Context {
             programs: self.programs.clone(),
             runtime,
-            count: self.options.count,
+            count,
             patience: self.options.patience,
             work: work.clone(),
             prefix: short_name(case.name),
             daemon: known.clone(),
         };
-        let seconds = match self.options.count {
-            context::Count::Small => case.seconds.0,
-            context::Count::Soak => case.seconds.1,
+        let seconds = match count {
+            Count::Small => case.seconds.0,
+            Count::Soak => case.seconds.1,
         };
         let limit = Duration::from_secs_f64(seconds as f64 * self.options.patience);
 
@@ -322,6 +332,13 @@ mod tests {
                 case.name
             );
         }
+    }
+
+    #[test]
+    fn only_nacre_is_soaked() {
+        assert_eq!(count_for(Count::Soak, Runtime::Nacre), Count::Soak);
+        assert_eq!(count_for(Count::Soak, Runtime::Runc), Count::Small);
+        assert_eq!(count_for(Count::Small, Runtime::Nacre), Count::Small);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `cargo xtask soak`: the end-to-end suite with its big counts. Verdicts are kept after every case, so that a run that was stopped goes on where
+//! `cargo xtask soak`: the end-to-end suite, nacre's cases with their big counts. Verdicts are kept after every case, so that a run that was stopped goes on where
 //! it was; what came of it all is in `target/nacre/soak/RESULT.md`.
 
 use std::collections::BTreeMap;

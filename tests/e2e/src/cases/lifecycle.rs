@@ -163,7 +163,7 @@ fn term_is_handled(context: &Context) -> Result<()> {
     // Until the handler is in place the signal does nothing, for the shell is its namespace's init.
     poll::until("the shell's end by SIGTERM", context.seconds(30), || {
         ctr.call(&["tasks", "kill", "-s", "SIGTERM", &id])?;
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(Duration::from_millis(300));
         Ok(ctr.task(&id)?.filter(|(_, status)| status == "STOPPED"))
     })?;
     let (code, _) = ctr.delete_task(&id)?;
@@ -189,7 +189,7 @@ fn delete_while_running(context: &Context) -> Result<()> {
 
 fn again_and_again(context: &Context) -> Result<()> {
     let ctr = Ctr::new(context)?;
-    let times = context.times(5, 20);
+    let times = context.times(3, 20);
     let id = context.id("again");
     let once = || -> Result<()> {
         ctr.script(&id, &[], "echo out; echo err >&2; exit 3")?

@@ -48,7 +48,8 @@ fn stands_still(context: &Context) -> Result<()> {
         // What was on its way has arrived.
         std::thread::sleep(Duration::from_millis(500));
         let before = length();
-        std::thread::sleep(Duration::from_secs(2));
+        // Ten ticks of one that goes on.
+        std::thread::sleep(Duration::from_secs(1));
         ensure!(length() == before, "it goes on while it is paused");
         let refused = ctr.exec(&id, "e1", &[], &["true"])?;
         ensure!(refused.code != 0, "an exec works while it is paused");
