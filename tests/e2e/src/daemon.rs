@@ -9,13 +9,18 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::context::{self, Daemon, IMAGE, NAMESPACE, Programs, Version};
+use crate::poll;
 use crate::processes;
 
 /// A containerd that this process started.
 pub(crate) struct Running {
     child: Child,
+    command: Command,
+    /// What it says, appended.
+    pub log: PathBuf,
     folder: PathBuf,
     pub daemon: Daemon,
+    ready_within: Duration,
 }
 
 impl Running {
@@ -49,25 +54,16 @@ impl Running {
                 address.display()
             ),
         )?;
-        let mut path = vec![shims.clone(), programs.bin.clone(), programs_folder.clone()];
-        if let Some(runc) = std::env::var_os("NACRE_RUNC").map(PathBuf::from) {
-            path.extend(runc.parent().map(Path::to_owned));
-        }
-        path.extend(std::env::split_paths(
-            &std::env::var_os("PATH").unwrap_or_default(),
-        ));
-        let log = File::create(logs.join(format!("containerd-{}.log", version.text())))?;
-        let child = Command::new(programs_folder.join("containerd"))
+        let log = logs.join(format!("containerd-{}.log", version.text()));
+        let mut command = Command::new(programs_folder.join("containerd"));
+        command
             .arg("--config")
             .arg(&config)
-            .env("PATH", std::env::join_paths(path)?)
+            .env("PATH", search_path(&shims, programs, &programs_folder)?)
             .env("NACRE_KERNEL", &programs.kernel)
             .env("NACRE_INITRD", &programs.initrd)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("starting containerd {}", version.text()))?;
+            .stdin(Stdio::null());
+        let child = spawn(&mut command, &log)?;
         let daemon = Daemon {
             version,
             pid: child.id() as i32,
@@ -79,10 +75,13 @@ impl Running {
         };
         let mut running = Running {
             child,
+            command,
+            log,
             folder,
             daemon,
+            ready_within: Duration::from_secs_f64(60.0 * patience),
         };
-        running.wait_until_ready(Duration::from_secs_f64(60.0 * patience))?;
+        running.wait_until_ready()?;
         running
             .ctr(&["images", "import", "--local", &image.to_string_lossy()])
             .or_else(|_| {
@@ -92,8 +91,24 @@ impl Running {
         Ok(running)
     }
 
-    fn wait_until_ready(&mut self, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit;
+    /// Ends it by this signal; its containers go on.
+    pub fn stop(&mut self, by: Signal) -> Result<()> {
+        processes::signal(self.daemon.pid, by);
+        poll::until("containerd's end", Duration::from_secs(20), || {
+            Ok(self.child.try_wait()?)
+        })?;
+        Ok(())
+    }
+
+    /// Starts it again where it was.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.child = spawn(&mut self.command, &self.log)?;
+        self.daemon.pid = self.child.id() as i32;
+        self.wait_until_ready()
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + self.ready_within;
         loop {
             if let Some(status) = self.child.try_wait()? {
                 bail!(
@@ -193,6 +208,35 @@ impl Drop for Running {
         let _ = self.child.wait();
         let _ = fs::remove_dir_all(&self.folder);
     }
+}
+
+/// Where containerd finds shims and runc.
+fn search_path(shims: &Path, programs: &Programs, containerd: &Path) -> Result<std::ffi::OsString> {
+    let mut path = vec![
+        shims.to_owned(),
+        programs.bin.clone(),
+        containerd.to_owned(),
+    ];
+    if let Some(runc) = std::env::var_os("NACRE_RUNC").map(PathBuf::from) {
+        path.extend(runc.parent().map(Path::to_owned));
+    }
+    path.extend(std::env::split_paths(
+        &std::env::var_os("PATH").unwrap_or_default(),
+    ));
+    Ok(std::env::join_paths(path)?)
+}
+
+fn spawn(command: &mut Command, log: &Path) -> Result<Child> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(log)
+        .with_context(|| format!("opening {}", log.display()))?;
+    command
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("starting containerd")
 }
 
 /// Where a log of the suite goes if nobody says it.

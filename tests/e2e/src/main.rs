@@ -13,11 +13,14 @@ mod ctr;
 mod daemon;
 mod image;
 mod leaks;
+mod lots;
 mod poll;
 mod processes;
 mod report;
 mod shim;
+mod sink;
 mod suite;
+mod tasks;
 mod terminal;
 
 use std::process::ExitCode;

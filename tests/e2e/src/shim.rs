@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -22,6 +22,7 @@ use serde_json::json;
 
 use crate::context::{Context, NAMESPACE, Runtime};
 use crate::ctr::{self, Output};
+use crate::image;
 use crate::poll;
 use crate::processes::{self, Process};
 
@@ -44,45 +45,75 @@ pub(crate) struct Bundle<'a> {
     pub namespace: String,
     pub id: String,
     pub folder: PathBuf,
+    /// Set for the shim's program, beside what containerd sets.
+    pub environment: Vec<(&'static str, String)>,
+}
+
+/// Writes a small container's configuration with this program into a folder, and makes its empty root.
+pub(crate) fn write_config(
+    folder: &Path,
+    annotations: &[(&str, &str)],
+    args: &[&str],
+) -> Result<()> {
+    fs::create_dir_all(folder.join("rootfs"))?;
+    let annotations: serde_json::Map<String, serde_json::Value> = annotations
+        .iter()
+        .map(|(key, value)| ((*key).to_owned(), json!(value)))
+        .collect();
+    let spec = json!({
+        "ociVersion": "1.1.0",
+        "process": {
+            "user": { "uid": 0, "gid": 0 },
+            "args": args,
+            "env": ["PATH=/bin"],
+            "cwd": "/",
+        },
+        "root": { "path": "rootfs" },
+        "hostname": "bundle",
+        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+        "annotations": annotations,
+        "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }, { "type": "network" }] },
+    });
+    Ok(fs::write(
+        folder.join("config.json"),
+        serde_json::to_vec_pretty(&spec)?,
+    )?)
 }
 
 impl<'a> Bundle<'a> {
-    /// A bundle with these annotations in its config.json.
+    /// A bundle with these annotations in its config.json, and nothing in its root.
     pub fn new(
         context: &'a Context,
         namespace: &str,
         id: &str,
         annotations: &[(&str, &str)],
     ) -> Result<Self> {
+        Bundle::with_program(context, namespace, id, annotations, &["sleep", "1000"])
+    }
+
+    /// A bundle in the suite's namespace with the image's files, whose program is `sh -c SCRIPT`.
+    pub fn script(context: &'a Context, name: &str, script: &str) -> Result<Self> {
+        let args = ["sh", "-c", script];
+        let bundle = Bundle::with_program(context, NAMESPACE, &context.id(name), &[], &args)?;
+        image::unpack(&context.programs.busybox, &bundle.folder.join("rootfs"))?;
+        Ok(bundle)
+    }
+
+    fn with_program(
+        context: &'a Context,
+        namespace: &str,
+        id: &str,
+        annotations: &[(&str, &str)],
+        args: &[&str],
+    ) -> Result<Self> {
         let folder = context.path("bundles").join(id);
-        fs::create_dir_all(folder.join("rootfs"))?;
-        let annotations: serde_json::Map<String, serde_json::Value> = annotations
-            .iter()
-            .map(|(key, value)| ((*key).to_owned(), json!(value)))
-            .collect();
-        let spec = json!({
-            "ociVersion": "1.1.0",
-            "process": {
-                "user": { "uid": 0, "gid": 0 },
-                "args": ["sleep", "1000"],
-                "env": ["PATH=/bin"],
-                "cwd": "/",
-            },
-            "root": { "path": "rootfs" },
-            "hostname": "bundle",
-            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-            "annotations": annotations,
-            "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }] },
-        });
-        fs::write(
-            folder.join("config.json"),
-            serde_json::to_vec_pretty(&spec)?,
-        )?;
+        write_config(&folder, annotations, args)?;
         Ok(Bundle {
             context,
             namespace: namespace.to_owned(),
             id: id.to_owned(),
             folder,
+            environment: Vec::new(),
         })
     }
 
@@ -104,6 +135,7 @@ impl<'a> Bundle<'a> {
             .env("TTRPC_ADDRESS", "/run/no-containerd-here.sock.ttrpc")
             .env("GOMAXPROCS", "2");
         command.env_remove("MAX_SHIM_VERSION");
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 

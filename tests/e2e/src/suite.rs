@@ -335,6 +335,24 @@ mod tests {
     }
 
     #[test]
+    fn every_case_that_the_documents_name_is_there() {
+        const PAGE: &str = include_str!("../../../docs/conformance.md");
+        let mut named = 0;
+        for line in PAGE.lines() {
+            let name = line.trim_start().strip_prefix("- `");
+            let Some(name) = name.and_then(|name| name.strip_suffix('`')) else {
+                continue;
+            };
+            assert!(
+                cases::all().any(|case| case.name == name),
+                "no case {name:?}"
+            );
+            named += 1;
+        }
+        assert!(named > 60, "only {named} cases are named");
+    }
+
+    #[test]
     fn only_nacre_is_soaked() {
         assert_eq!(count_for(Count::Soak, Runtime::Nacre), Count::Soak);
         assert_eq!(count_for(Count::Soak, Runtime::Runc), Count::Small);

@@ -49,14 +49,14 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// A client whose two sides are ours. It is killed when dropped, as if its machine had gone.
-struct Client {
+pub(super) struct Client {
     child: Child,
     stdin: ChildStdin,
     seen: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Client {
-    fn start(command: &mut Command) -> Result<Self> {
+    pub fn start(command: &mut Command) -> Result<Self> {
         eprintln!("+ {command:?} &");
         let mut child = command
             .stdin(Stdio::piped())
@@ -78,16 +78,16 @@ impl Client {
         Ok(Client { child, stdin, seen })
     }
 
-    fn say(&mut self, text: &str) -> Result<()> {
+    pub fn say(&mut self, text: &str) -> Result<()> {
         self.stdin.write_all(text.as_bytes())?;
         Ok(self.stdin.flush()?)
     }
 
-    fn seen(&self) -> Vec<u8> {
+    pub fn seen(&self) -> Vec<u8> {
         self.seen.lock().map(|all| all.clone()).unwrap_or_default()
     }
 
-    fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
+    pub fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
         poll::until(&format!("{text:?} from a client"), limit, || {
             let seen = self.seen();
             let found = seen
@@ -97,7 +97,7 @@ impl Client {
         })
     }
 
-    fn end(&mut self, limit: Duration) -> Result<Option<i32>> {
+    pub fn end(&mut self, limit: Duration) -> Result<Option<i32>> {
         let status = poll::until("a client's end", limit, || Ok(self.child.try_wait()?))?;
         Ok(status.code())
     }

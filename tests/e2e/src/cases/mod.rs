@@ -2,12 +2,16 @@
 
 mod attach;
 mod bootstrap;
+mod calls;
 mod containers;
+mod dying;
 mod exec;
 mod group;
 mod lifecycle;
 mod pause;
+mod races;
 mod refusals;
+mod restart;
 mod stats;
 mod tty;
 mod vmctl;
@@ -19,8 +23,12 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
     [
         vmctl::CASES,
         bootstrap::CASES,
+        calls::CASES,
+        races::CASES,
+        dying::CASES,
         containers::CASES,
         lifecycle::CASES,
+        restart::CASES,
         refusals::CASES,
         exec::CASES,
         tty::CASES,
