@@ -24,12 +24,13 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Starts it and imports the image.
+    /// Starts it, with this level of its log, and imports the image.
     pub fn start(
         version: Version,
         programs: &Programs,
         image: &Path,
         logs: &Path,
+        level: &str,
         patience: f64,
     ) -> Result<Self> {
         let programs_folder = version.folder()?;
@@ -50,7 +51,7 @@ impl Running {
                  disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\", \
                  \"io.containerd.internal.v1.opt\", \"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.devmapper\", \
                  \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.tracing.processor.v1.otlp\"]\n\
-                 [grpc]\naddress = {address:?}\n[ttrpc]\naddress = \"{}.ttrpc\"\n[debug]\nlevel = \"debug\"\n",
+                 [grpc]\naddress = {address:?}\n[ttrpc]\naddress = \"{}.ttrpc\"\n[debug]\nlevel = {level:?}\n",
                 address.display()
             ),
         )?;

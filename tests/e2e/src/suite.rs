@@ -143,6 +143,7 @@ impl Runner<'_> {
             self.programs,
             archive,
             self.logs,
+            "debug",
             self.options.patience,
         )?;
         daemon

@@ -85,7 +85,7 @@ fn within_create(context: &Context) -> Result<()> {
     one.end()?;
 
     let before = Snapshot::take(&context.programs, None);
-    let times = context.times(3, 20);
+    let times = context.times(2, 20);
     let mut lots = Lots::beginning(31);
     let mut refused = 0;
     for number in 0..times {

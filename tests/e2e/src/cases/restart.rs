@@ -33,12 +33,13 @@ fn outlive(context: &Context) -> Result<()> {
     let archive = context.path("image.tar");
     image::write(&context.programs.busybox, &archive)?;
     let version = context.daemon()?.version;
-    // One of the case's own: the suite's goes on.
+    // One of the case's own: the suite's goes on. Its log has every event that it takes.
     let mut own = Running::start(
         version,
         &context.programs,
         &archive,
         &context.work,
+        "trace",
         context.patience,
     )?;
     let context = Context {
