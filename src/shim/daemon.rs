@@ -14,9 +14,10 @@ use tracing::Level;
 
 use super::bootstrap::{self, DAEMON_UP, Flags};
 use super::events::{Publisher, TtrpcWay};
+use super::log;
 use super::namespaces::{self, Network};
+use super::settings::Patience;
 use super::task::{self, Identity, Shim};
-use super::{log, stdio};
 use crate::config::Config;
 use crate::control;
 use crate::record::{self, Owner, PidFile, Record, Resource};
@@ -185,12 +186,8 @@ async fn serve(place: Place, mut up: std::fs::File) {
     let pid = identity.pid;
     let control_socket = record.directory().join(control::SOCKET);
     let recorded = record.add(Resource::Socket(control_socket.clone()));
-    let limits = stdio::Limits {
-        stuck_reader: config.reader_timeout,
-        ..stdio::Limits::default()
-    };
-    let idle = config.idle_timeout;
-    let shim = Shim::new(identity, config, record, limits, publisher);
+    let patience = Patience::of(&config);
+    let shim = Shim::new(identity, config, record, patience.stdio, publisher);
 
     // The boot begins before anything else.
     tokio::spawn(shim.clone().boot(sandbox, control_socket));
@@ -217,7 +214,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
     tracing::info!(pid, version = crate::BUILD_ID, "the shim serves");
 
     tokio::spawn(heed_signals(shim.clone()));
-    tokio::spawn(heed_silence(shim.clone(), idle));
+    tokio::spawn(heed_silence(shim.clone(), patience.idle));
     shim.ending().await;
 
     std::thread::spawn(|| {
