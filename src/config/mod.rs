@@ -5,7 +5,7 @@
 //! `vmctl config` prints, is made from there.
 
 mod reference;
-mod value;
+pub(crate) mod value;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use toml::de::{DeTable, DeValue};
 
 use crate::sandbox::Timeouts;
+use crate::sandbox::annotations::Annotation;
 
 pub use reference::reference;
 pub use value::{ByteSize, parse_duration};
@@ -83,6 +84,12 @@ pub struct Config {
     /// A reader of output that takes nothing after its process's exit is given up.
     #[serde(with = "value::duration")]
     pub reader_timeout: Duration,
+    /// Annotations of a container's OCI specification that may override the configuration: any of io.nacre.vcpus,
+    /// io.nacre.memory, io.nacre.rootfs.headroom, io.nacre.kernel, io.nacre.initrd, io.nacre.cmdline,
+    /// io.nacre.boot_timeout and io.nacre.create_timeout. The default lets sizes be chosen. Whoever may write
+    /// specifications can have the kernel, initrd and kernel words of their choice where those are added.
+    #[serde(deserialize_with = "value::annotations")]
+    pub allowed_annotations: Vec<Annotation>,
     /// Sizes of VMs.
     pub size: Size,
     /// Roots that are made from directories.
@@ -130,6 +137,7 @@ impl Default for Config {
             stdio_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(30),
             reader_timeout: Duration::from_secs(30),
+            allowed_annotations: Annotation::SIZES.to_vec(),
             size: Size::default(),
             rootfs: Rootfs::default(),
         }

@@ -1,5 +1,6 @@
 use super::reference::sections;
 use super::*;
+use crate::sandbox::annotations::Overrides;
 use crate::sandbox::{SandboxConfig, size};
 use crate::shim::settings::Patience;
 
@@ -83,6 +84,18 @@ const KEYS: &[Key] = &[
     key("", "idle_timeout", "\"525600m\"", DURATIONS),
     key("", "reader_timeout", "\"1s\"", DURATIONS),
     key(
+        "",
+        "allowed_annotations",
+        "[]",
+        &[
+            ("1", "a list of annotations' names"),
+            ("\"io.nacre.vcpus\"", "a list of annotations' names"),
+            ("[1]", "a string"),
+            ("[\"io.nacre.vcpu\"]", "io.nacre.vcpus"),
+            ("[\"vcpus\"]", "io.nacre.vcpus"),
+        ],
+    ),
+    key(
         "size",
         "default_vcpus",
         "254",
@@ -134,6 +147,9 @@ fn effect(config: &Config) -> String {
         memory: Some(1 << 30),
         ..size::Limits::default()
     };
+    let annotated =
+        serde_json::json!({ "ociVersion": "1.1.0", "annotations": { "io.nacre.vcpus": "2" } });
+    let annotated = serde_json::from_value(annotated).unwrap();
     format!(
         "{:?}",
         (
@@ -143,7 +159,8 @@ fn effect(config: &Config) -> String {
             size::boot_size(&size::Limits::default(), &config.size, 1000),
             config.vm_dir("n", "i"),
             Patience::of(config),
-            config.rootfs.headroom,
+            Overrides::default().headroom(config),
+            Overrides::of(&annotated, &config.allowed_annotations).is_ok(),
         )
     )
 }
@@ -263,6 +280,13 @@ fn the_reference_has_the_defaults() {
         }
     }
     assert_eq!(parse(&reference()).unwrap(), Config::default());
+    let text = reference().replace("\n# ", " ");
+    for annotation in Annotation::ALL {
+        assert!(
+            text.contains(&format!(" {annotation}")),
+            "{annotation} is not there"
+        );
+    }
 }
 
 #[test]

@@ -8,8 +8,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use nacre_vmm::config::{MAXIMUM_MEMORY_MIB, MAXIMUM_VCPUS, MINIMUM_MEMORY_MIB};
-use serde::de::Visitor;
+use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserializer, Serialize, Serializer};
+
+use crate::sandbox::annotations::Annotation;
 
 /// Longest state directory in bytes: below it a control socket has to fit in the 107 bytes of a socket's path.
 pub(super) const LONGEST_STATE_DIR: usize =
@@ -119,7 +121,7 @@ fn between(
 }
 
 /// Memory that a VM can have.
-pub(super) fn parse_memory(text: &str) -> Result<ByteSize, String> {
+pub(crate) fn parse_memory(text: &str) -> Result<ByteSize, String> {
     let least = ByteSize::from_mib(MINIMUM_MEMORY_MIB);
     between(
         text,
@@ -130,12 +132,12 @@ pub(super) fn parse_memory(text: &str) -> Result<ByteSize, String> {
 }
 
 /// Room in an image.
-pub(super) fn parse_headroom(text: &str) -> Result<ByteSize, String> {
+pub(crate) fn parse_headroom(text: &str) -> Result<ByteSize, String> {
     between(text, ByteSize(0), LARGEST_IMAGE, Headroom::ALLOWED)
 }
 
 /// How many vCPUs a VM can have.
-pub(super) fn parse_vcpus(text: &str) -> Result<u8, String> {
+pub(crate) fn parse_vcpus(text: &str) -> Result<u8, String> {
     match text.parse::<u8>() {
         Ok(count @ 1..=MAXIMUM_VCPUS) => Ok(count),
         _ => Err(format!("{text:?} vCPUs are not possible: {VCPUS_ALLOWED}")),
@@ -143,7 +145,7 @@ pub(super) fn parse_vcpus(text: &str) -> Result<u8, String> {
 }
 
 /// A file of the host.
-pub(super) fn parse_file(text: &str) -> Result<PathBuf, String> {
+pub(crate) fn parse_file(text: &str) -> Result<PathBuf, String> {
     if !text.starts_with('/') || text.contains('\0') {
         return Err(format!("{text:?} does not begin with /: {}", File::ALLOWED));
     }
@@ -151,7 +153,7 @@ pub(super) fn parse_file(text: &str) -> Result<PathBuf, String> {
 }
 
 /// Words for the kernel.
-pub(super) fn parse_cmdline(text: &str) -> Result<String, String> {
+pub(crate) fn parse_cmdline(text: &str) -> Result<String, String> {
     if text.len() > LONGEST_CMDLINE || text.chars().any(char::is_control) {
         return Err(format!(
             "{} bytes that are too many or hold a control character: {}",
@@ -245,6 +247,29 @@ pub(super) fn vcpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D:
     deserializer.deserialize_i64(Count)
 }
 
+/// Names of annotations.
+pub(super) fn annotations<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<Annotation>, D::Error> {
+    struct Names;
+    impl<'de> Visitor<'de> for Names {
+        type Value = Vec<Annotation>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of annotations' names, such as [\"io.nacre.vcpus\"]")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut names: A) -> Result<Vec<Annotation>, A::Error> {
+            let mut annotations = Vec::new();
+            while let Some(name) = names.next_element::<String>()? {
+                annotations.push(name.parse().map_err(A::Error::custom)?);
+            }
+            Ok(annotations)
+        }
+    }
+    deserializer.deserialize_seq(Names)
+}
+
 /// For `#[serde(with)]`.
 pub(super) mod duration {
     use super::*;
@@ -264,7 +289,7 @@ pub(super) mod duration {
 }
 
 /// As it would be written.
-pub(super) fn show_duration(duration: Duration) -> String {
+pub(crate) fn show_duration(duration: Duration) -> String {
     match duration.as_millis() {
         millis if millis % 1000 == 0 => format!("{}s", millis / 1000),
         millis => format!("{millis}ms"),

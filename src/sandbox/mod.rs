@@ -6,6 +6,7 @@
 //! and its VM is stopped when the last clone is dropped.
 
 mod agent;
+pub mod annotations;
 mod bring_up;
 mod calls;
 mod console;

@@ -21,6 +21,7 @@ use super::task::{self, Identity, Shim};
 use crate::config::Config;
 use crate::control;
 use crate::record::{self, Owner, PidFile, Record, Resource};
+use crate::sandbox::annotations::Overrides;
 use crate::sandbox::{
     ConsoleSink, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
 };
@@ -107,6 +108,8 @@ fn take_place(
 ) -> Result<Place, String> {
     let config = Config::load().map_err(|error| chain(&error))?;
     let spec = bootstrap::load_spec(bundle)?;
+    let overrides =
+        Overrides::of(&spec, &config.allowed_annotations).map_err(|error| error.to_string())?;
     namespaces::enter(&Network::of(&spec)).map_err(|error| error.to_string())?;
 
     let socket = listener
@@ -134,6 +137,7 @@ fn take_place(
     let size = size::boot_size(&size::Limits::of(&spec), &config.size, size::host_cpus());
     sandbox.vcpus = size.vcpus;
     sandbox.memory_mib = size.memory_mib;
+    overrides.apply(&mut sandbox);
     sandbox.console = ConsoleSink {
         lines: Some(Arc::new(guest_line)),
         ..ConsoleSink::default()
@@ -143,6 +147,7 @@ fn take_place(
         namespace: flags.namespace.clone(),
         sandbox: id,
         pid: std::process::id(),
+        overrides,
     };
     Ok(Place {
         listener,

@@ -17,6 +17,7 @@ use super::flags::{DAEMON_ACTION, Flags};
 use super::{ADDRESS_FILE, DAEMON_UP, PID_FILE, dialect};
 use crate::config::Config;
 use crate::record::{self, Holder};
+use crate::sandbox::annotations::{self, Overrides};
 use crate::shim::namespaces;
 
 /// How long the daemon may take to come up.
@@ -34,6 +35,9 @@ pub enum Error {
     /// The bundle's spec cannot be read.
     #[error("{0}")]
     Spec(String),
+    /// The spec asks for what it may not, or cannot.
+    #[error(transparent)]
+    Annotation(#[from] annotations::Error),
     /// There is no socket.
     #[error(transparent)]
     Address(#[from] address::Error),
@@ -98,6 +102,7 @@ pub fn start(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
     let request = dialect::recognise(&stdin, max_version.as_deref(), &flags.namespace, &flags.id);
     let config = Config::load().map_err(|error| Error::Config(crate::sandbox::chain(&error)))?;
     let spec = super::load_spec(bundle).map_err(Error::Spec)?;
+    Overrides::of(&spec, &config.allowed_annotations)?;
     let sandbox = super::sandbox_id(&spec, &flags.id);
 
     let directory = request

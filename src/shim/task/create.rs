@@ -13,6 +13,7 @@ use protobuf::{Message, MessageField};
 
 use super::{Container, Error, Process, Shim};
 use crate::record::{Record, Resource};
+use crate::sandbox::annotations::Overrides;
 use crate::sandbox::{DiskConfig, Sandbox, chain, spec, storage};
 use crate::shim::bootstrap;
 use crate::shim::events::TaskEvent;
@@ -125,6 +126,12 @@ impl Shim {
         let id = request.id.as_str();
         let bundle = PathBuf::from(&request.bundle);
         let spec = bootstrap::load_spec(&bundle).map_err(Error::Failed)?;
+        let overrides = Overrides::of(&spec, &self.config.allowed_annotations)
+            .map_err(|error| Error::Invalid(error.to_string()))?;
+        // Their start was answered by the shim that runs; here alone is known which VM that has.
+        overrides
+            .fits(&self.identity.overrides)
+            .map_err(|error| Error::Invalid(error.to_string()))?;
         let guest = spec::for_guest(&spec, id).map_err(|error| Error::Invalid(chain(&error)))?;
         for warning in &guest.warnings {
             tracing::warn!(container = id, "{warning}");
@@ -146,7 +153,7 @@ impl Shim {
             .join(format!("root-{}.img", file_name(id)));
         let image = Image::new(self.record.clone(), image_path.clone())?;
         let make_image = {
-            let (mounts, headroom) = (request.rootfs.clone(), self.config.rootfs.headroom.0);
+            let (mounts, headroom) = (request.rootfs.clone(), overrides.headroom(&self.config));
             let image_path = image_path.clone();
             tokio::task::spawn_blocking(move || {
                 make_image(&bundle, &root, &mounts, &image_path, headroom)

@@ -29,6 +29,7 @@ use crate::config::Config;
 use crate::control;
 use crate::record::{Record, Resource};
 use crate::sandbox::Sandbox;
+use crate::sandbox::annotations::Overrides;
 
 pub use ending::Ending;
 pub use error::Error;
@@ -171,6 +172,8 @@ pub struct Identity {
     pub sandbox: String,
     /// The pid that containerd and its plug-ins are told: ours, since its network namespace is the container's.
     pub pid: u32,
+    /// What the annotations asked for of the container that it was started for.
+    pub overrides: Overrides,
 }
 
 /// The sandbox as its boot left it: none yet, there, or why not.

@@ -313,6 +313,7 @@ impl Stage {
             namespace: "ns".into(),
             sandbox: "c1".into(),
             pid: 4711,
+            overrides: Default::default(),
         };
         let publisher = Publisher::start("ns", heard.clone());
         let shim = Shim::new(
