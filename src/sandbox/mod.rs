@@ -487,6 +487,8 @@ impl Sandbox {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .clone(),
+            // Whoever serves the containers' calls knows.
+            timings: Vec::new(),
         }
     }
 }

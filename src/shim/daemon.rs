@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,7 +23,7 @@ use crate::control;
 use crate::record::{self, Owner, PidFile, Record, Resource};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::{
-    ConsoleSink, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
+    ConsoleSink, ExitReason, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
 };
 
 /// How long a predecessor with the same id may take to be gone.
@@ -45,6 +45,7 @@ struct Place {
     identity: Identity,
     record: Record,
     lock: PidFile,
+    begun_ns: Option<u64>,
 }
 
 /// Runs the daemon; returns when it has ended in order. `bundle` is the working directory.
@@ -146,6 +147,7 @@ fn take_place(
     let identity = Identity {
         namespace: flags.namespace.clone(),
         sandbox: id,
+        container: flags.id.clone(),
         pid: std::process::id(),
         overrides,
     };
@@ -158,6 +160,7 @@ fn take_place(
         identity,
         record,
         lock,
+        begun_ns: flags.begun_ns,
     })
 }
 
@@ -185,6 +188,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
         identity,
         record,
         lock,
+        begun_ns,
     } = place;
     let way = TtrpcWay::new(&std::env::var("TTRPC_ADDRESS").unwrap_or_default());
     let publisher = Publisher::start(&identity.namespace, way);
@@ -209,6 +213,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
         Ok(()) => vec![DAEMON_UP],
         Err(error) => format!("Cannot serve: {error}").into_bytes(),
     };
+    shim.serves(begun_ns);
     // If start has gone, nobody will call, and that ends us too.
     let _ = up.write_all(&word);
     drop(up);
@@ -262,6 +267,27 @@ async fn heed_silence(shim: Arc<Shim>, limit: Duration) {
     }
 }
 
+/// What the control socket shows: the VM, and what the shim knows of its containers. The shim holds the socket.
+struct ControlTarget {
+    sandbox: Sandbox,
+    shim: Weak<Shim>,
+}
+
+#[async_trait::async_trait]
+impl control::Target for ControlTarget {
+    fn inspect(&self) -> control::Inspection {
+        let timings = self.shim.upgrade().map(|shim| shim.timings());
+        control::Inspection {
+            timings: timings.unwrap_or_default(),
+            ..self.sandbox.inspect()
+        }
+    }
+
+    async fn stop(&self) -> ExitReason {
+        self.sandbox.shutdown().await
+    }
+}
+
 impl Shim {
     /// Makes the VM and follows it; its control socket is there as long as it is.
     async fn boot(self: Arc<Self>, config: SandboxConfig, control_socket: PathBuf) {
@@ -272,10 +298,18 @@ impl Shim {
             Err(error) => Err(format!("Making the VM broke off: {error}")),
         };
         match &made {
-            Ok(sandbox) => match control::serve(&control_socket, Arc::new(sandbox.clone())).await {
-                Ok(served) => self.keep_control(served),
-                Err(error) => tracing::warn!(error = chain(&error), "there is no control socket"),
-            },
+            Ok(sandbox) => {
+                let target = ControlTarget {
+                    sandbox: sandbox.clone(),
+                    shim: Arc::downgrade(&self),
+                };
+                match control::serve(&control_socket, Arc::new(target)).await {
+                    Ok(served) => self.keep_control(served),
+                    Err(error) => {
+                        tracing::warn!(error = chain(&error), "there is no control socket");
+                    }
+                }
+            }
             Err(error) => tracing::error!(%error, "there is no VM"),
         }
         self.booted(made).await;

@@ -18,6 +18,7 @@ use super::{ADDRESS_FILE, DAEMON_UP, PID_FILE, dialect};
 use crate::config::Config;
 use crate::record::{self, Holder};
 use crate::sandbox::annotations::{self, Overrides};
+use crate::sandbox::monotonic_ns;
 use crate::shim::namespaces;
 
 /// How long the daemon may take to come up.
@@ -97,6 +98,7 @@ impl Drop for Daemon {
 /// # Errors
 /// Anything that keeps the shim from coming up; nothing is left then.
 pub fn start(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
+    let begun_ns = monotonic_ns();
     let stdin = dialect::read_stdin(io::stdin().lock()).map_err(Error::Stdin)?;
     let max_version = std::env::var("MAX_SHIM_VERSION").ok();
     let request = dialect::recognise(&stdin, max_version.as_deref(), &flags.namespace, &flags.id);
@@ -127,8 +129,8 @@ pub fn start(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
             path: Some(path),
             inode,
         };
-        let (child, mut up) =
-            spawn(flags, &request, bundle, OwnedFd::from(listener)).map_err(Error::Spawn)?;
+        let (child, mut up) = spawn(flags, &request, bundle, OwnedFd::from(listener), begun_ns)
+            .map_err(Error::Spawn)?;
         let pid = child.id();
         let mut daemon = Daemon {
             child: Some(child),
@@ -161,6 +163,7 @@ fn spawn(
     request: &dialect::Request,
     bundle: &Path,
     listener: OwnedFd,
+    begun_ns: u64,
 ) -> io::Result<(Child, PipeReader)> {
     let (up, theirs) = io::pipe()?;
     let program = std::env::current_exe()?;
@@ -179,7 +182,7 @@ fn spawn(
     if flags.debug || request.debug {
         command.arg("-debug");
     }
-    command.arg(DAEMON_ACTION);
+    command.arg(DAEMON_ACTION).arg(begun_ns.to_string());
     if let Some(address) = &request.ttrpc_address
         && std::env::var_os("TTRPC_ADDRESS").is_none_or(|address| address.is_empty())
     {

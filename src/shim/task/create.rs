@@ -12,9 +12,10 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use protobuf::{Message, MessageField};
 
 use super::{Container, Error, Process, Shim};
+use crate::control::Timings;
 use crate::record::{Record, Resource};
 use crate::sandbox::annotations::Overrides;
-use crate::sandbox::{DiskConfig, Sandbox, chain, spec, storage};
+use crate::sandbox::{DiskConfig, Sandbox, chain, monotonic_ns, spec, storage};
 use crate::shim::bootstrap;
 use crate::shim::events::TaskEvent;
 use crate::shim::lifecycle::{self, ContainerEvent, SandboxEvent};
@@ -50,6 +51,7 @@ struct Made {
 impl Shim {
     /// Makes a container, and answers with its host pid.
     pub(super) async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        let begun_ns = monotonic_ns();
         let id = request.id.clone();
         check(&request)?;
         for option in odd_options(&request) {
@@ -71,6 +73,7 @@ impl Shim {
         match self.make(&request, &paths).await {
             Ok(made) => {
                 self.created(request, made);
+                self.note_create(&id, begun_ns);
                 Ok(self.identity.pid)
             }
             Err(error) => {
@@ -103,6 +106,7 @@ impl Shim {
             execs: HashMap::new(),
             window: None,
             image: None,
+            timings: Timings::of(id),
         };
         state.containers.insert(id.to_owned(), container);
         Ok(())

@@ -2,6 +2,7 @@
 //! mortal as each case wants it. Time is paused: a limit that passes costs nothing.
 
 mod running;
+mod timings;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -312,6 +313,7 @@ impl Stage {
         let identity = Identity {
             namespace: "ns".into(),
             sandbox: "c1".into(),
+            container: "c1".into(),
             pid: 4711,
             overrides: Default::default(),
         };
