@@ -12,6 +12,7 @@ mod probe;
 mod run;
 mod session;
 mod terminal;
+mod top;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -51,8 +52,10 @@ enum Command {
     Boot(boot::Args),
     /// Run a command in a container in a VM, from a root file system directory
     Run(run::Args),
-    /// Show one VM: its size, boot phases, exits and devices
+    /// Show one VM: its size, boot phases, exits, devices, and the phases of its containers' lives
     Inspect(inspect::Args),
+    /// Show what VMs cost on the host: memory, CPU time, exits
+    Top(top::Args),
     /// Say whether this host can run guests, and what to do where it cannot
     Doctor(doctor::Args),
     /// Print the reference of the configuration file, every key with its default; or check a file
@@ -104,6 +107,7 @@ fn dispatch(command: Command, main_ns: u64) -> anyhow::Result<u8> {
             Command::Boot(args) => boot::boot(&config, &args, main_ns).await,
             Command::Run(args) => run::run(&config, &args, main_ns).await,
             Command::Inspect(args) => inspect::inspect(&config, &args).await,
+            Command::Top(args) => top::top(&config, &args).await,
             Command::Doctor(_) | Command::Config(_) => Ok(0),
         }
     });

@@ -5,6 +5,7 @@ mod bootstrap;
 mod containers;
 mod exec;
 mod group;
+mod inspect;
 mod lifecycle;
 mod pause;
 mod refusals;
@@ -28,6 +29,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         pause::CASES,
         stats::CASES,
         group::CASES,
+        inspect::CASES,
     ]
     .into_iter()
     .flatten()
