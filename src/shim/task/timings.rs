@@ -118,6 +118,8 @@ impl Shim {
     /// A program runs by a Start that began at `begun_ns`; of a container's first one all that is known is logged.
     pub(super) fn note_start(&self, id: &str, exec_id: &str, begun_ns: u64) {
         let start = Phase::between(begun_ns, monotonic_ns());
+        // The boot is of interest where the container's own beginning is.
+        let boot_ms = exec_id.is_empty().then(|| self.boot_ms()).flatten();
         let line = {
             let mut state = self.lock();
             let Some(container) = state.containers.get_mut(id) else {
@@ -138,7 +140,7 @@ impl Shim {
             container = id,
             exec = exec_id,
             took_ms = line,
-            boot_ms = self.boot_ms(),
+            boot_ms,
             "started"
         );
     }
