@@ -1,6 +1,10 @@
-//! Each VM's control socket: what `vmctl list` and `inspect` speak to. The
+//! Each VM's control socket: what `vmctl list`, `inspect` and `top` speak to. The
 //! service is thin: [`serve`] puts a [`Target`] on a Unix socket, [`Client`]
-//! asks one. What is answered is an [`Inspection`].
+//! asks one. What is answered is an [`Inspection`] or a [`Usage`].
+
+mod timings;
+mod usage;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
@@ -14,7 +18,7 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
-use crate::sandbox::{BootPhases, ExitReason, Sandbox};
+use crate::sandbox::{BootPhases, ExitReason};
 
 #[allow(
     missing_docs,
@@ -29,6 +33,9 @@ mod generated {
 }
 
 use generated::{control as proto, control_ttrpc};
+
+pub use timings::{Phase, Series, Timings, ms};
+pub use usage::Usage;
 
 /// Name of the socket in a VM's state directory.
 pub const SOCKET: &str = "control.sock";
@@ -112,7 +119,7 @@ pub struct Device {
 }
 
 /// What there is to see of a VM.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Inspection {
     /// Sandbox id.
     pub id: String,
@@ -142,6 +149,8 @@ pub struct Inspection {
     pub containers: Vec<String>,
     /// Devices.
     pub devices: Vec<Device>,
+    /// Phases of the containers' lives, of the last ones that were deleted too.
+    pub timings: Vec<Timings>,
 }
 
 /// What a control socket serves.
@@ -151,17 +160,6 @@ pub trait Target: Send + Sync {
     fn inspect(&self) -> Inspection;
     /// Ends the VM in order and answers how it ended.
     async fn stop(&self) -> ExitReason;
-}
-
-#[async_trait]
-impl Target for Sandbox {
-    fn inspect(&self) -> Inspection {
-        Sandbox::inspect(self)
-    }
-
-    async fn stop(&self) -> ExitReason {
-        self.shutdown().await
-    }
 }
 
 /// A served control socket; dropping it closes and removes it.
@@ -231,6 +229,16 @@ pub async fn serve(path: &Path, target: Arc<dyn Target>) -> Result<Served, Error
 
 struct Service(Arc<dyn Target>);
 
+impl Service {
+    async fn read_usage(&self) -> Result<Usage, String> {
+        let target = self.0.clone();
+        // The kernel looks at every page of the guest.
+        tokio::task::spawn_blocking(move || Usage::of_this_process(target.inspect()))
+            .await
+            .map_err(|error| error.to_string())
+    }
+}
+
 #[async_trait]
 impl control_ttrpc::Control for Service {
     async fn inspect(
@@ -239,6 +247,17 @@ impl control_ttrpc::Control for Service {
         _request: proto::InspectRequest,
     ) -> ttrpc::Result<proto::InspectResponse> {
         Ok(self.0.inspect().into())
+    }
+
+    async fn usage(
+        &self,
+        _context: &TtrpcContext,
+        _request: proto::UsageRequest,
+    ) -> ttrpc::Result<proto::UsageResponse> {
+        let usage = self.read_usage().await;
+        usage.map(Into::into).map_err(|error| {
+            ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, error))
+        })
     }
 
     async fn stop(
@@ -285,6 +304,18 @@ impl Client {
             .map_err(|error| self.failed("Inspect", &error))
     }
 
+    /// What the VM costs on the host.
+    pub async fn usage(&self) -> Result<Usage, Error> {
+        let context = ttrpc::context::with_duration(Duration::from_secs(5));
+        let answer = self
+            .client
+            .usage(context, &proto::UsageRequest::new())
+            .await;
+        answer
+            .map(Usage::from)
+            .map_err(|error| self.failed("Usage", &error))
+    }
+
     /// Ends the VM in order; answers how it ended.
     pub async fn stop(&self) -> Result<String, Error> {
         let context = ttrpc::context::with_duration(Duration::from_secs(15));
@@ -299,91 +330,6 @@ impl Client {
             path: self.path.clone(),
             call,
             cause: error.to_string(),
-        }
-    }
-}
-
-impl From<Inspection> for proto::InspectResponse {
-    fn from(from: Inspection) -> Self {
-        let mut phases = proto::Phases::new();
-        phases.process_ns = from.phases.process_ns.unwrap_or(0);
-        phases.main_ns = from.phases.main_ns.unwrap_or(0);
-        phases.start_ns = from.phases.start_ns;
-        phases.kvm_ns = from.phases.kvm_ns.unwrap_or(0);
-        phases.loaded_ns = from.phases.loaded_ns.unwrap_or(0);
-        phases.first_run_ns = from.phases.first_run_ns.unwrap_or(0);
-        phases.init_ns = from.phases.init_ns.unwrap_or(0);
-        phases.connected_ns = from.phases.connected_ns.unwrap_or(0);
-        phases.ready_ns = from.phases.ready_ns.unwrap_or(0);
-        phases.guest_init_us = from.phases.guest_init_us.unwrap_or(0);
-        phases.guest_modules_us = from.phases.guest_modules_us.unwrap_or(0);
-        phases.guest_ready_us = from.phases.guest_ready_us.unwrap_or(0);
-        let device = |from: Device| {
-            let mut device = proto::Device::new();
-            device.window_plus_one = from.window.map_or(0, |window| u32::from(window) + 1);
-            device.kind = from.kind;
-            device.detail = from.detail;
-            device
-        };
-        let mut to = Self::new();
-        to.id = from.id;
-        to.namespace = from.namespace;
-        to.pid = from.pid;
-        to.state = from.state.as_str().to_owned();
-        to.vcpus = from.vcpus;
-        to.memory_mib = from.memory_mib;
-        to.kernel = from.kernel;
-        to.initrd = from.initrd;
-        to.kernel_release = from.kernel_release;
-        to.agent_build = from.agent_build;
-        to.phases = Some(phases).into();
-        to.exits = from.exits.into_iter().collect();
-        to.containers = from.containers;
-        to.devices = from.devices.into_iter().map(device).collect();
-        to
-    }
-}
-
-impl From<proto::InspectResponse> for Inspection {
-    fn from(from: proto::InspectResponse) -> Self {
-        let phases = from.phases.unwrap_or_default();
-        let reached = |ns: u64| (ns != 0).then_some(ns);
-        let device = |from: proto::Device| Device {
-            window: from
-                .window_plus_one
-                .checked_sub(1)
-                .and_then(|window| u8::try_from(window).ok()),
-            kind: from.kind,
-            detail: from.detail,
-        };
-        Self {
-            id: from.id,
-            namespace: from.namespace,
-            pid: from.pid,
-            state: State::named(&from.state),
-            vcpus: from.vcpus,
-            memory_mib: from.memory_mib,
-            kernel: from.kernel,
-            initrd: from.initrd,
-            kernel_release: from.kernel_release,
-            agent_build: from.agent_build,
-            phases: BootPhases {
-                process_ns: reached(phases.process_ns),
-                main_ns: reached(phases.main_ns),
-                start_ns: phases.start_ns,
-                kvm_ns: reached(phases.kvm_ns),
-                loaded_ns: reached(phases.loaded_ns),
-                first_run_ns: reached(phases.first_run_ns),
-                init_ns: reached(phases.init_ns),
-                connected_ns: reached(phases.connected_ns),
-                ready_ns: reached(phases.ready_ns),
-                guest_init_us: reached(phases.guest_init_us),
-                guest_modules_us: reached(phases.guest_modules_us),
-                guest_ready_us: reached(phases.guest_ready_us),
-            },
-            exits: from.exits.into_iter().collect(),
-            containers: from.containers,
-            devices: from.devices.into_iter().map(device).collect(),
         }
     }
 }
@@ -415,6 +361,17 @@ mod tests {
                 window: Some(0),
                 kind: "block".to_owned(),
                 detail: "/d".to_owned(),
+            }],
+            timings: vec![Timings {
+                container: "c".to_owned(),
+                create: Some(Phase::between(3, 8)),
+                exec: Series {
+                    count: 2,
+                    last_ns: 4,
+                    min_ns: 3,
+                    max_ns: 5,
+                },
+                ..Timings::default()
             }],
         }
     }
@@ -451,6 +408,10 @@ mod tests {
         );
         let client = Client::connect(directory.path()).await.unwrap();
         assert_eq!(client.inspect().await.unwrap(), inspection());
+        let usage = client.usage().await.unwrap();
+        assert_eq!((&*usage.id, usage.pid, usage.memory_mib), ("a", 7, 512));
+        assert_eq!(usage.exits, inspection().exits);
+        assert!(usage.rss_kib > 0 && usage.uptime_ms > 0, "{usage:?}");
         assert_eq!(
             client.stop().await.unwrap(),
             ExitReason::PowerOff.to_string()

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -14,14 +14,16 @@ use tracing::Level;
 
 use super::bootstrap::{self, DAEMON_UP, Flags};
 use super::events::{Publisher, TtrpcWay};
+use super::log;
 use super::namespaces::{self, Network};
+use super::settings::Patience;
 use super::task::{self, Identity, Shim};
-use super::{log, stdio};
 use crate::config::Config;
 use crate::control;
 use crate::record::{self, Owner, PidFile, Record, Resource};
+use crate::sandbox::annotations::Overrides;
 use crate::sandbox::{
-    ConsoleSink, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
+    ConsoleSink, ExitReason, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
 };
 
 /// How long a predecessor with the same id may take to be gone.
@@ -43,6 +45,7 @@ struct Place {
     identity: Identity,
     record: Record,
     lock: PidFile,
+    begun_ns: Option<u64>,
 }
 
 /// Runs the daemon; returns when it has ended in order. `bundle` is the working directory.
@@ -106,6 +109,8 @@ fn take_place(
 ) -> Result<Place, String> {
     let config = Config::load().map_err(|error| chain(&error))?;
     let spec = bootstrap::load_spec(bundle)?;
+    let overrides =
+        Overrides::of(&spec, &config.allowed_annotations).map_err(|error| error.to_string())?;
     namespaces::enter(&Network::of(&spec)).map_err(|error| error.to_string())?;
 
     let socket = listener
@@ -133,6 +138,7 @@ fn take_place(
     let size = size::boot_size(&size::Limits::of(&spec), &config.size, size::host_cpus());
     sandbox.vcpus = size.vcpus;
     sandbox.memory_mib = size.memory_mib;
+    overrides.apply(&mut sandbox);
     sandbox.console = ConsoleSink {
         lines: Some(Arc::new(guest_line)),
         ..ConsoleSink::default()
@@ -141,7 +147,9 @@ fn take_place(
     let identity = Identity {
         namespace: flags.namespace.clone(),
         sandbox: id,
+        container: flags.id.clone(),
         pid: std::process::id(),
+        overrides,
     };
     Ok(Place {
         listener,
@@ -152,6 +160,7 @@ fn take_place(
         identity,
         record,
         lock,
+        begun_ns: flags.begun_ns,
     })
 }
 
@@ -179,18 +188,15 @@ async fn serve(place: Place, mut up: std::fs::File) {
         identity,
         record,
         lock,
+        begun_ns,
     } = place;
     let way = TtrpcWay::new(&std::env::var("TTRPC_ADDRESS").unwrap_or_default());
     let publisher = Publisher::start(&identity.namespace, way);
     let pid = identity.pid;
     let control_socket = record.directory().join(control::SOCKET);
     let recorded = record.add(Resource::Socket(control_socket.clone()));
-    let limits = stdio::Limits {
-        stuck_reader: config.reader_timeout,
-        ..stdio::Limits::default()
-    };
-    let idle = config.idle_timeout;
-    let shim = Shim::new(identity, config, record, limits, publisher);
+    let patience = Patience::of(&config);
+    let shim = Shim::new(identity, config, record, patience.stdio, publisher);
 
     // The boot begins before anything else.
     tokio::spawn(shim.clone().boot(sandbox, control_socket));
@@ -207,6 +213,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
         Ok(()) => vec![DAEMON_UP],
         Err(error) => format!("Cannot serve: {error}").into_bytes(),
     };
+    shim.serves(begun_ns);
     // If start has gone, nobody will call, and that ends us too.
     let _ = up.write_all(&word);
     drop(up);
@@ -217,7 +224,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
     tracing::info!(pid, version = crate::BUILD_ID, "the shim serves");
 
     tokio::spawn(heed_signals(shim.clone()));
-    tokio::spawn(heed_silence(shim.clone(), idle));
+    tokio::spawn(heed_silence(shim.clone(), patience.idle));
     shim.ending().await;
 
     std::thread::spawn(|| {
@@ -260,6 +267,27 @@ async fn heed_silence(shim: Arc<Shim>, limit: Duration) {
     }
 }
 
+/// What the control socket shows: the VM, and what the shim knows of its containers. The shim holds the socket.
+struct ControlTarget {
+    sandbox: Sandbox,
+    shim: Weak<Shim>,
+}
+
+#[async_trait::async_trait]
+impl control::Target for ControlTarget {
+    fn inspect(&self) -> control::Inspection {
+        let timings = self.shim.upgrade().map(|shim| shim.timings());
+        control::Inspection {
+            timings: timings.unwrap_or_default(),
+            ..self.sandbox.inspect()
+        }
+    }
+
+    async fn stop(&self) -> ExitReason {
+        self.sandbox.shutdown().await
+    }
+}
+
 impl Shim {
     /// Makes the VM and follows it; its control socket is there as long as it is.
     async fn boot(self: Arc<Self>, config: SandboxConfig, control_socket: PathBuf) {
@@ -270,10 +298,18 @@ impl Shim {
             Err(error) => Err(format!("Making the VM broke off: {error}")),
         };
         match &made {
-            Ok(sandbox) => match control::serve(&control_socket, Arc::new(sandbox.clone())).await {
-                Ok(served) => self.keep_control(served),
-                Err(error) => tracing::warn!(error = chain(&error), "there is no control socket"),
-            },
+            Ok(sandbox) => {
+                let target = ControlTarget {
+                    sandbox: sandbox.clone(),
+                    shim: Arc::downgrade(&self),
+                };
+                match control::serve(&control_socket, Arc::new(target)).await {
+                    Ok(served) => self.keep_control(served),
+                    Err(error) => {
+                        tracing::warn!(error = chain(&error), "there is no control socket");
+                    }
+                }
+            }
             Err(error) => tracing::error!(%error, "there is no VM"),
         }
         self.booted(made).await;

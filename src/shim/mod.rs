@@ -9,6 +9,7 @@ pub mod lifecycle;
 mod log;
 mod namespaces;
 mod rootfs;
+pub(crate) mod settings;
 pub mod stdio;
 pub mod task;
 

@@ -1,10 +1,8 @@
 //! `vmctl inspect`: one VM, as its control socket tells.
 
-use anyhow::bail;
-
-use super::list::entries;
+use super::list;
 use crate::config::Config;
-use crate::control::Inspection;
+use crate::control::{Inspection, Timings, ms};
 use crate::sandbox::BootPhases;
 
 #[derive(Debug, clap::Args)]
@@ -17,32 +15,7 @@ pub(super) struct Args {
 }
 
 pub(super) async fn inspect(config: &Config, args: &Args) -> anyhow::Result<u8> {
-    let mut found = entries(config).await?;
-    found.retain(|entry| {
-        args.id == entry.id || args.id == format!("{}/{}", entry.namespace, entry.id)
-    });
-    let mut found = found.into_iter();
-    let entry = match (found.next(), found.next()) {
-        (None, _) => bail!(
-            "There is no VM {}: `vmctl list` shows those that are",
-            args.id
-        ),
-        (Some(one), None) => one,
-        (Some(one), Some(two)) => bail!(
-            "{} is ambiguous: {}/{} or {}/{}?",
-            args.id,
-            one.namespace,
-            one.id,
-            two.namespace,
-            two.id
-        ),
-    };
-    let Some(vm) = entry.vm else {
-        let why = entry
-            .error
-            .unwrap_or_else(|| "its process is gone; `vmctl list --prune` frees it".to_owned());
-        bail!("The VM {} is {}: {why}", args.id, entry.state);
-    };
+    let (_, vm) = list::one(config, &args.id).await?;
     if args.json {
         super::say_json(&vm)?;
     } else {
@@ -94,6 +67,28 @@ fn text(vm: &Inspection) -> String {
     }
     text.push_str("boot\n");
     text.push_str(&phases_text(&vm.phases));
+    for timings in &vm.timings {
+        text.push_str(&timings_text(timings));
+    }
+    text
+}
+
+/// The phases of a container's life as lines.
+fn timings_text(timings: &Timings) -> String {
+    let deleted = if timings.deleted { " (deleted)" } else { "" };
+    let mut text = format!("life of {}{deleted}\n", timings.container);
+    for (name, phase) in timings.reached() {
+        text.push_str(&format!("  {name:<16} {:>10.3} ms\n", ms(phase.took_ns)));
+    }
+    for (name, series) in timings.repeated() {
+        text.push_str(&format!(
+            "  {name:<16} {:>10.3} ms, {} times, {:.3} to {:.3} ms\n",
+            ms(series.last_ns),
+            series.count,
+            ms(series.min_ns),
+            ms(series.max_ns)
+        ));
+    }
     text
 }
 
@@ -123,6 +118,24 @@ pub(super) fn phases_text(phases: &BootPhases) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Phase;
+
+    #[test]
+    fn a_life_is_told_in_milliseconds() {
+        let mut timings = Timings::of("c");
+        timings.start = Some(Phase::between(1_000_000, 3_500_000));
+        timings.kill.add(2_000_000);
+        timings.kill.add(1_000_000);
+        let text = timings_text(&timings);
+        assert!(
+            text.contains("2.500 ms") && !text.contains("create"),
+            "{text}"
+        );
+        assert!(
+            text.contains("1.000 ms, 2 times, 1.000 to 2.000 ms"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn phases_are_told_from_the_first() {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
@@ -87,6 +87,32 @@ pub(super) async fn entries(config: &Config) -> anyhow::Result<Vec<Entry>> {
         entries.extend(entry(directory).await);
     }
     Ok(entries)
+}
+
+/// The one that is named by its id, or by NAMESPACE/ID: its state directory, and what it says of itself.
+pub(super) async fn one(config: &Config, name: &str) -> anyhow::Result<(PathBuf, Inspection)> {
+    let mut found = entries(config).await?;
+    found.retain(|entry| name == entry.id || name == format!("{}/{}", entry.namespace, entry.id));
+    let mut found = found.into_iter();
+    match (found.next(), found.next()) {
+        (None, _) => bail!("There is no VM {name}: `vmctl list` shows those that are"),
+        (Some(one), None) => match one.vm {
+            Some(vm) => Ok((one.directory, vm)),
+            None => {
+                let why = one.error.unwrap_or_else(|| {
+                    "its process is gone; `vmctl list --prune` frees it".to_owned()
+                });
+                bail!("The VM {name} is {}: {why}", one.state)
+            }
+        },
+        (Some(one), Some(two)) => bail!(
+            "{name} is ambiguous: {}/{} or {}/{}?",
+            one.namespace,
+            one.id,
+            two.namespace,
+            two.id
+        ),
+    }
 }
 
 async fn entry(directory: PathBuf) -> Option<Entry> {

@@ -3,6 +3,7 @@
 //! The command line is here; each command has its file.
 
 mod boot;
+mod config;
 mod disk;
 mod doctor;
 mod inspect;
@@ -11,6 +12,7 @@ mod probe;
 mod run;
 mod session;
 mod terminal;
+mod top;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -33,8 +35,8 @@ const RUN_FAILED: u8 = 125;
 #[command(
     name = "vmctl",
     version = crate::BUILD_ID,
-    after_help = "Configuration: /etc/nacre/config.toml, or the file that NACRE_CONFIG names. NACRE_KERNEL and \
-                  NACRE_INITRD override its guest kernel and initrd. NACRE_LOG sets what is logged to \
+    after_help = "Configuration: /etc/nacre/config.toml, or the file that NACRE_CONFIG names; `vmctl config` prints \
+                  every key. NACRE_KERNEL and NACRE_INITRD override its guest kernel and initrd. NACRE_LOG sets what is logged to \
                   standard error (error, warn, info, debug, or filters such as nacre_vmm=debug)."
 )]
 struct Cli {
@@ -50,10 +52,14 @@ enum Command {
     Boot(boot::Args),
     /// Run a command in a container in a VM, from a root file system directory
     Run(run::Args),
-    /// Show one VM: its size, boot phases, exits and devices
+    /// Show one VM: its size, boot phases, exits, devices, and the phases of its containers' lives
     Inspect(inspect::Args),
+    /// Show what VMs cost on the host: memory, CPU time, exits
+    Top(top::Args),
     /// Say whether this host can run guests, and what to do where it cannot
     Doctor(doctor::Args),
+    /// Print the reference of the configuration file, every key with its default; or check a file
+    Config(config::Args),
 }
 
 /// Runs the program; the process ends with the returned code. `main_ns`: when `main` began.
@@ -83,9 +89,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn dispatch(command: Command, main_ns: u64) -> anyhow::Result<u8> {
-    if let Command::Doctor(args) = command {
-        // It has to work where the configuration does not, and says so itself.
-        return doctor::doctor(&args);
+    // These two have to work where the configuration does not, and say so themselves.
+    match &command {
+        Command::Doctor(args) => return doctor::doctor(args),
+        Command::Config(args) => return config::config(args),
+        _ => {}
     }
     let config = Config::load()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -99,7 +107,8 @@ fn dispatch(command: Command, main_ns: u64) -> anyhow::Result<u8> {
             Command::Boot(args) => boot::boot(&config, &args, main_ns).await,
             Command::Run(args) => run::run(&config, &args, main_ns).await,
             Command::Inspect(args) => inspect::inspect(&config, &args).await,
-            Command::Doctor(_) => Ok(0),
+            Command::Top(args) => top::top(&config, &args).await,
+            Command::Doctor(_) | Command::Config(_) => Ok(0),
         }
     });
     // A thread may still be reading the terminal; it ends with the process.

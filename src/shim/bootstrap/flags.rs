@@ -33,6 +33,8 @@ pub struct Flags {
     pub bundle: Option<PathBuf>,
     /// Log more.
     pub debug: bool,
+    /// Of the daemon: when its `start` began, CLOCK_MONOTONIC in nanoseconds.
+    pub begun_ns: Option<u64>,
     /// What to do.
     pub action: Action,
 }
@@ -72,7 +74,7 @@ pub enum Error {
     },
 }
 
-/// The hidden action by which `start` runs the daemon.
+/// The hidden action by which `start` runs the daemon; the time at which `start` began follows it.
 pub const DAEMON_ACTION: &str = "daemon";
 
 /// Parses the arguments after the program's name.
@@ -87,6 +89,7 @@ pub fn parse(args: &[String]) -> Result<Flags, Error> {
         publish_binary: None,
         bundle: None,
         debug: false,
+        begun_ns: None,
         action: Action::Version,
     };
     let (mut version, mut info) = (false, false);
@@ -136,7 +139,10 @@ pub fn parse(args: &[String]) -> Result<Flags, Error> {
         _ if info => Action::Info,
         "start" => Action::Start,
         "delete" => Action::Delete,
-        DAEMON_ACTION => Action::Daemon,
+        DAEMON_ACTION => {
+            flags.begun_ns = rest.next().and_then(|ns| ns.parse().ok());
+            Action::Daemon
+        }
         other => return Err(Error::Action(other.to_owned())),
     };
     if matches!(
@@ -204,6 +210,14 @@ mod tests {
         assert!(!flags.debug);
         assert_eq!(flags.action, Action::Delete);
         assert_eq!(flags.publish_binary, None);
+    }
+
+    #[test]
+    fn the_daemon_is_told_when_its_start_began() {
+        let flags = parse(&args("-namespace n -id i daemon 77")).unwrap();
+        assert_eq!((flags.action, flags.begun_ns), (Action::Daemon, Some(77)));
+        let flags = parse(&args("-namespace n -id i daemon")).unwrap();
+        assert_eq!(flags.begun_ns, None);
     }
 
     #[test]

@@ -17,6 +17,8 @@ use super::flags::{DAEMON_ACTION, Flags};
 use super::{ADDRESS_FILE, DAEMON_UP, PID_FILE, dialect};
 use crate::config::Config;
 use crate::record::{self, Holder};
+use crate::sandbox::annotations::{self, Overrides};
+use crate::sandbox::monotonic_ns;
 use crate::shim::namespaces;
 
 /// How long the daemon may take to come up.
@@ -34,6 +36,9 @@ pub enum Error {
     /// The bundle's spec cannot be read.
     #[error("{0}")]
     Spec(String),
+    /// The spec asks for what it may not, or cannot.
+    #[error(transparent)]
+    Annotation(#[from] annotations::Error),
     /// There is no socket.
     #[error(transparent)]
     Address(#[from] address::Error),
@@ -93,11 +98,13 @@ impl Drop for Daemon {
 /// # Errors
 /// Anything that keeps the shim from coming up; nothing is left then.
 pub fn start(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
+    let begun_ns = monotonic_ns();
     let stdin = dialect::read_stdin(io::stdin().lock()).map_err(Error::Stdin)?;
     let max_version = std::env::var("MAX_SHIM_VERSION").ok();
     let request = dialect::recognise(&stdin, max_version.as_deref(), &flags.namespace, &flags.id);
     let config = Config::load().map_err(|error| Error::Config(crate::sandbox::chain(&error)))?;
     let spec = super::load_spec(bundle).map_err(Error::Spec)?;
+    Overrides::of(&spec, &config.allowed_annotations)?;
     let sandbox = super::sandbox_id(&spec, &flags.id);
 
     let directory = request
@@ -122,8 +129,8 @@ pub fn start(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
             path: Some(path),
             inode,
         };
-        let (child, mut up) =
-            spawn(flags, &request, bundle, OwnedFd::from(listener)).map_err(Error::Spawn)?;
+        let (child, mut up) = spawn(flags, &request, bundle, OwnedFd::from(listener), begun_ns)
+            .map_err(Error::Spawn)?;
         let pid = child.id();
         let mut daemon = Daemon {
             child: Some(child),
@@ -156,6 +163,7 @@ fn spawn(
     request: &dialect::Request,
     bundle: &Path,
     listener: OwnedFd,
+    begun_ns: u64,
 ) -> io::Result<(Child, PipeReader)> {
     let (up, theirs) = io::pipe()?;
     let program = std::env::current_exe()?;
@@ -174,7 +182,7 @@ fn spawn(
     if flags.debug || request.debug {
         command.arg("-debug");
     }
-    command.arg(DAEMON_ACTION);
+    command.arg(DAEMON_ACTION).arg(begun_ns.to_string());
     if let Some(address) = &request.ttrpc_address
         && std::env::var_os("TTRPC_ADDRESS").is_none_or(|address| address.is_empty())
     {

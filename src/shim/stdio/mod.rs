@@ -2,6 +2,7 @@
 //! of the guest on the other. What bytes mean is nobody's business here; when
 //! they are all delivered is.
 
+mod first;
 mod input;
 mod logger;
 mod opener;
@@ -17,6 +18,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::sandbox::{GuestStream, Sandbox, Stdio, StdioListener};
+
+use first::First;
 
 pub use input::Input;
 pub use logger::Logger;
@@ -66,6 +69,7 @@ pub struct ProcessIo {
     outputs: Vec<Output>,
     logger: Option<Logger>,
     moved: Arc<AtomicU64>,
+    first_output: First,
     exited: watch::Sender<bool>,
 }
 
@@ -147,6 +151,7 @@ impl Prepared {
     /// Waits for the guest's connections in the background and moves bytes from then on.
     pub fn run(self, limits: Limits) -> ProcessIo {
         let moved = Arc::new(AtomicU64::new(0));
+        let first_output = First::default();
         let (exited, exit) = watch::channel(false);
         let stdin = self
             .stdin
@@ -159,7 +164,7 @@ impl Prepared {
             .outputs
             .into_iter()
             .map(|(name, target, listener)| {
-                let stream = accept(name, listener);
+                let stream = first_output.note(accept(name, listener));
                 let pipe = match &target {
                     Target::Binary { .. } => pipes.take(name),
                     Target::Fifo(_) | Target::File(_) => None,
@@ -176,6 +181,7 @@ impl Prepared {
             outputs,
             logger,
             moved,
+            first_output,
             exited,
         }
     }
@@ -195,6 +201,11 @@ impl ProcessIo {
     /// Bytes moved so far, in both directions.
     pub fn moved(&self) -> u64 {
         self.moved.load(Ordering::Relaxed)
+    }
+
+    /// When the guest brought the first byte of output, CLOCK_MONOTONIC in nanoseconds, if it has.
+    pub fn first_output_ns(&self) -> Option<u64> {
+        self.first_output.ns()
     }
 
     /// CloseIO: stdin ends after what has been written to its FIFO so far.

@@ -12,8 +12,10 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use protobuf::{Message, MessageField};
 
 use super::{Container, Error, Process, Shim};
+use crate::control::Timings;
 use crate::record::{Record, Resource};
-use crate::sandbox::{DiskConfig, Sandbox, chain, spec, storage};
+use crate::sandbox::annotations::Overrides;
+use crate::sandbox::{DiskConfig, Sandbox, chain, monotonic_ns, spec, storage};
 use crate::shim::bootstrap;
 use crate::shim::events::TaskEvent;
 use crate::shim::lifecycle::{self, ContainerEvent, SandboxEvent};
@@ -50,6 +52,7 @@ struct Made {
 impl Shim {
     /// Makes a container, and answers with its host pid.
     pub(super) async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        let begun_ns = monotonic_ns();
         let id = request.id.clone();
         check(&request)?;
         for option in odd_options(&request) {
@@ -71,6 +74,7 @@ impl Shim {
         match self.make(&request, &paths).await {
             Ok(made) => {
                 self.created(request, made);
+                self.note_create(&id, begun_ns);
                 Ok(self.identity.pid)
             }
             Err(error) => {
@@ -104,6 +108,7 @@ impl Shim {
             window: None,
             image: None,
             guest_pid: 0,
+            timings: Timings::of(id),
         };
         state.containers.insert(id.to_owned(), container);
         Ok(())
@@ -127,6 +132,12 @@ impl Shim {
         let id = request.id.as_str();
         let bundle = PathBuf::from(&request.bundle);
         let spec = bootstrap::load_spec(&bundle).map_err(Error::Failed)?;
+        let overrides = Overrides::of(&spec, &self.config.allowed_annotations)
+            .map_err(|error| Error::Invalid(error.to_string()))?;
+        // Their start was answered by the shim that runs; here alone is known which VM that has.
+        overrides
+            .fits(&self.identity.overrides)
+            .map_err(|error| Error::Invalid(error.to_string()))?;
         let guest = spec::for_guest(&spec, id).map_err(|error| Error::Invalid(chain(&error)))?;
         for warning in &guest.warnings {
             tracing::warn!(container = id, "{warning}");
@@ -148,7 +159,7 @@ impl Shim {
             .join(format!("root-{}.img", file_name(id)));
         let image = Image::new(self.record.clone(), image_path.clone())?;
         let make_image = {
-            let (mounts, headroom) = (request.rootfs.clone(), self.config.rootfs.headroom.0);
+            let (mounts, headroom) = (request.rootfs.clone(), overrides.headroom(&self.config));
             let image_path = image_path.clone();
             tokio::task::spawn_blocking(move || {
                 make_image(&bundle, &root, &mounts, &image_path, headroom)

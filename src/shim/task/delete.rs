@@ -7,7 +7,7 @@ use containerd_shim_protos::events::task::TaskDelete;
 
 use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container};
 use crate::record::Resource;
-use crate::sandbox::chain;
+use crate::sandbox::{chain, monotonic_ns};
 use crate::shim::events::{TaskEvent, timestamp};
 use crate::shim::lifecycle::{self, ContainerEvent, Process};
 
@@ -23,6 +23,7 @@ impl Shim {
         if !exec_id.is_empty() {
             return self.delete_exec(id, exec_id).await;
         }
+        let begun_ns = monotonic_ns();
         let exit = self.ended_or_never_started(id).await?;
         let held = {
             let mut state = self.lock();
@@ -30,6 +31,7 @@ impl Shim {
                 .containers
                 .get_mut(id)
                 .ok_or_else(|| no_container(id))?;
+            container.keep_first_output();
             // Late readers of its output have had their time.
             container.init.io = None;
             // And what is left of its execs goes with it.
@@ -45,7 +47,7 @@ impl Shim {
         if let Some((window, image)) = held {
             self.free(id, window, image).await;
         }
-        {
+        let timings = {
             let mut state = self.lock();
             let mut container = state
                 .containers
@@ -63,8 +65,9 @@ impl Shim {
             event.exit_status = exit.status;
             event.exited_at = timestamp(exit.at);
             self.publisher.publish(&TaskEvent::Delete(event));
-        }
-        tracing::info!(container = id, "deleted");
+            container.timings
+        };
+        self.note_delete(timings, begun_ns);
         Ok(self.answer(exit))
     }
 

@@ -11,7 +11,7 @@ use super::{
     AGENT_PATIENCE, Container, Error, Exit, Process, Shim, State, no_container, no_process,
 };
 use crate::sandbox::spec::{self, GuestProcess};
-use crate::sandbox::{Sandbox, chain};
+use crate::sandbox::{Sandbox, chain, monotonic_ns};
 use crate::shim::events::TaskEvent;
 use crate::shim::lifecycle::{self, ProcessEvent};
 use crate::shim::stdio::{Paths, Prepared, ProcessIo};
@@ -22,6 +22,7 @@ const LONGEST_ID: usize = 256;
 impl Shim {
     /// Adds a process to a container, whose own program may be started later.
     pub(super) async fn exec(self: Arc<Self>, request: ExecProcessRequest) -> Result<(), Error> {
+        let begun_ns = monotonic_ns();
         let (id, exec_id) = (request.id.as_str(), request.exec_id.as_str());
         check(&request)?;
         let process = spec::process_for_guest(&request.spec.value).map_err(|error| {
@@ -52,7 +53,7 @@ impl Shim {
         }
         let added = self.add(id, exec_id, process, &paths).await;
         let (sandbox, refused) = match added {
-            Ok((sandbox, io)) => match self.added(id, exec_id, io) {
+            Ok((sandbox, io)) => match self.added(id, exec_id, io, begun_ns) {
                 Ok(()) => return Ok(()),
                 Err(error) => (Some(sandbox), error),
             },
@@ -97,7 +98,7 @@ impl Shim {
     }
 
     /// The agent has it: makes it known, unless its container has ended meanwhile.
-    fn added(&self, id: &str, exec_id: &str, io: ProcessIo) -> Result<(), Error> {
+    fn added(&self, id: &str, exec_id: &str, io: ProcessIo, begun_ns: u64) -> Result<(), Error> {
         let mut state = self.lock();
         let container = taking_execs(&mut state, id, "add an exec")?;
         let exec = container
@@ -106,6 +107,7 @@ impl Shim {
             .ok_or_else(|| no_process(id, exec_id))?;
         exec.life = exec.life.after(ProcessEvent::Added)?;
         exec.io = Some(io);
+        exec.adding_ns = monotonic_ns().saturating_sub(begun_ns);
         let mut event = TaskExecAdded::new();
         event.container_id = id.to_owned();
         event.exec_id = exec_id.to_owned();
@@ -121,6 +123,7 @@ impl Shim {
         id: &str,
         exec_id: &str,
     ) -> Result<DeleteResponse, Error> {
+        let begun_ns = monotonic_ns();
         let (life, mut exit) = {
             let state = self.lock();
             let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
@@ -167,7 +170,11 @@ impl Shim {
             }
         };
         match (removed, exit) {
-            (Some(_), Some(exit)) => Ok(self.answer(exit)),
+            (Some(_), Some(exit)) => {
+                let took_ns = monotonic_ns().saturating_sub(begun_ns);
+                self.note(id, |timings| timings.delete.add(took_ns));
+                Ok(self.answer(exit))
+            }
             _ => Err(no_process(id, exec_id)),
         }
     }

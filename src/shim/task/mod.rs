@@ -13,9 +13,9 @@ mod process;
 mod service;
 #[cfg(test)]
 mod tests;
+mod timings;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -26,9 +26,12 @@ use super::events::Publisher;
 use super::lifecycle::{self, SandboxEvent};
 use super::stdio::{Limits, Paths, ProcessIo};
 use crate::config::Config;
-use crate::control;
+use crate::control::{self, Timings};
 use crate::record::{Record, Resource};
 use crate::sandbox::Sandbox;
+use crate::sandbox::annotations::Overrides;
+
+use timings::{Past, Startup};
 
 pub use ending::Ending;
 pub use error::Error;
@@ -67,6 +70,8 @@ struct Process {
     held: Option<Exit>,
     /// Its program ran, or may have.
     ran: bool,
+    /// How long its Exec took, nanoseconds.
+    adding_ns: u64,
     /// Set once, when all output is delivered and the exit event is queued.
     exit: watch::Sender<Option<Exit>>,
 }
@@ -79,6 +84,7 @@ impl Process {
             io: None,
             held: None,
             ran: false,
+            adding_ns: 0,
             exit: watch::channel(None).0,
         }
     }
@@ -96,6 +102,7 @@ struct Container {
     image: Option<Resource>,
     /// Its init in the guest, 0 until it is made.
     guest_pid: u32,
+    timings: Timings,
 }
 
 impl Container {
@@ -150,6 +157,7 @@ impl Container {
 struct State {
     life: lifecycle::Sandbox,
     containers: HashMap<String, Container>,
+    past: Past,
 }
 
 impl State {
@@ -180,8 +188,12 @@ pub struct Identity {
     pub namespace: String,
     /// Id of the sandbox: the container that it was started for, or its pod.
     pub sandbox: String,
+    /// Id of the container that it was started for.
+    pub container: String,
     /// The pid that containerd and its plug-ins are told: ours, since its network namespace is the container's.
     pub pid: u32,
+    /// What the annotations asked for of the container that it was started for.
+    pub overrides: Overrides,
 }
 
 /// The sandbox as its boot left it: none yet, there, or why not.
@@ -197,7 +209,7 @@ pub struct Shim {
     boot: watch::Sender<Boot>,
     control: Mutex<Option<control::Served>>,
     publisher: Publisher,
-    called: AtomicBool,
+    startup: Startup,
     end: watch::Sender<bool>,
     cleanup: Cleanup,
 }
@@ -219,11 +231,12 @@ impl Shim {
             state: Mutex::new(State {
                 life: lifecycle::Sandbox::Booting,
                 containers: HashMap::new(),
+                past: Past::default(),
             }),
             boot: watch::channel(None).0,
             control: Mutex::default(),
             publisher,
-            called: AtomicBool::new(false),
+            startup: Startup::default(),
             end: watch::channel(false).0,
             cleanup: Cleanup::default(),
         })
@@ -235,12 +248,12 @@ impl Shim {
 
     /// Whether any call has come in.
     pub fn called(&self) -> bool {
-        self.called.load(Ordering::Relaxed)
+        self.startup.called()
     }
 
     /// Takes note of a call.
     fn touch(&self) {
-        self.called.store(true, Ordering::Relaxed);
+        self.startup.touch();
     }
 
     /// Told to end, by whomever: nothing new begins from here on. Idempotent.

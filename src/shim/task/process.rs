@@ -10,7 +10,7 @@ use protobuf::well_known_types::any::Any;
 use ttrpc::Code;
 
 use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container, no_process};
-use crate::sandbox;
+use crate::sandbox::{self, monotonic_ns};
 use crate::shim::events::{TaskEvent, timestamp};
 use crate::shim::lifecycle::{self, ProcessEvent};
 
@@ -23,6 +23,7 @@ const SIGKILL: u32 = libc::SIGKILL as u32;
 impl Shim {
     /// Runs the program of a created process.
     pub(super) async fn start(self: Arc<Self>, id: &str, exec_id: &str) -> Result<u32, Error> {
+        let begun_ns = monotonic_ns();
         {
             let mut state = self.lock();
             if !exec_id.is_empty() && state.containers.contains_key(id) {
@@ -47,6 +48,9 @@ impl Shim {
             Ok(_) => (ProcessEvent::Started, None),
             Err(_) => (ProcessEvent::Fail, Some(self.exit_without_start())),
         };
+        if started.is_ok() {
+            self.note_start(id, exec_id, begun_ns);
+        }
         let held = {
             let mut state = self.lock();
             let process = state.made(id, exec_id)?;
@@ -77,7 +81,6 @@ impl Shim {
             (None, _) => {}
         }
         started?;
-        tracing::info!(container = id, exec = exec_id, "started");
         Ok(self.identity.pid)
     }
 
@@ -96,8 +99,23 @@ impl Shim {
         }
     }
 
-    /// Sends a signal. A SIGKILL works whatever the guest does: one that is not answered, or has no effect, stops the VM.
+    /// [`Self::signal`], with note of how long it took.
     pub(super) async fn kill(
+        self: Arc<Self>,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), Error> {
+        let begun_ns = monotonic_ns();
+        self.clone().signal(id, exec_id, signal, all).await?;
+        let took_ns = monotonic_ns().saturating_sub(begun_ns);
+        self.note(id, |timings| timings.kill.add(took_ns));
+        Ok(())
+    }
+
+    /// Sends a signal. A SIGKILL works whatever the guest does: one that is not answered, or has no effect, stops the VM.
+    async fn signal(
         self: Arc<Self>,
         id: &str,
         exec_id: &str,

@@ -4,6 +4,7 @@
 mod dying;
 mod races;
 mod running;
+mod timings;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -384,7 +385,9 @@ impl Stage {
         let identity = Identity {
             namespace: "ns".into(),
             sandbox: "c1".into(),
+            container: "c1".into(),
             pid: 4711,
+            overrides: Default::default(),
         };
         let publisher = Publisher::start("ns", heard.clone());
         let shim = Shim::new(

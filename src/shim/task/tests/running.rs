@@ -15,7 +15,7 @@ fn any(text: &str) -> MessageField<Any> {
     MessageField::some(any)
 }
 
-fn exec_request(exec_id: &str) -> ExecProcessRequest {
+pub(super) fn exec_request(exec_id: &str) -> ExecProcessRequest {
     let mut request = ExecProcessRequest::new();
     request.id = "c1".into();
     request.exec_id = exec_id.into();

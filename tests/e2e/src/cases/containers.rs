@@ -46,6 +46,12 @@ pub(crate) const CASES: &[Case] = &[
         seconds: (60, 60),
         run: other_kernel,
     },
+    Case {
+        name: "annotations choose the size of the VM",
+        subject: Subject::Nacre,
+        seconds: (60, 60),
+        run: sized,
+    },
 ];
 
 fn echo(context: &Context) -> Result<()> {
@@ -272,4 +278,25 @@ fn contains(file: &Path, bytes: &[u8]) -> Result<bool> {
         .iter()
         .enumerate()
         .any(|(at, &byte)| byte == first && content[at..].starts_with(bytes)))
+}
+
+fn sized(context: &Context) -> Result<()> {
+    let flags = [
+        "--annotation",
+        "io.nacre.vcpus=2",
+        "--annotation",
+        "io.nacre.memory=384M",
+    ];
+    let script = "grep -c ^processor /proc/cpuinfo; grep MemTotal /proc/meminfo";
+    let output = Ctr::new(context)?.script(&context.id("sized"), &flags, script)?;
+    output.expect_code(0)?;
+    let out = output.out();
+    let words: Vec<&str> = out.split_whitespace().collect();
+    let ["2", "MemTotal:", kib, "kB"] = words[..] else {
+        bail!("the guest has {out:?}");
+    };
+    // The kernel keeps some for itself; without the annotation it would have 512 MiB.
+    let mib = kib.parse::<u64>()? / 1024;
+    ensure!((300..=384).contains(&mib), "the guest has {mib} MiB");
+    Ok(())
 }

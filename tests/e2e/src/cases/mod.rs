@@ -7,6 +7,7 @@ mod containers;
 mod dying;
 mod exec;
 mod group;
+mod inspect;
 mod lifecycle;
 mod pause;
 mod races;
@@ -36,6 +37,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         pause::CASES,
         stats::CASES,
         group::CASES,
+        inspect::CASES,
     ]
     .into_iter()
     .flatten()

@@ -43,6 +43,11 @@ pub(crate) const CASES: &[Case] = &[
     ),
     nacre("no /dev/kvm is told and leaves nothing", 90, no_kvm),
     nacre("a host bind mount is refused by name", 90, bind_mount),
+    nacre(
+        "annotations that cannot be are refused with what is allowed",
+        60,
+        annotations,
+    ),
 ];
 
 /// A runtime of this name whose shim is a script that ends in ours.
@@ -172,4 +177,34 @@ fn bind_mount(context: &Context) -> Result<()> {
         &["/from-host", &folder.to_string_lossy(), "mount"],
     )?;
     expect_nothing(context, &ctr, &id)
+}
+
+fn annotations(context: &Context) -> Result<()> {
+    let ctr = Ctr::new(context)?;
+    let id = context.id("annotated");
+    for (annotation, words) in [
+        (
+            "io.nacre.kernel=/elsewhere",
+            [
+                "io.nacre.kernel",
+                "/elsewhere",
+                "not allowed",
+                "io.nacre.vcpus",
+            ],
+        ),
+        (
+            "io.nacre.vcpu=2",
+            ["io.nacre.vcpu ", "\"2\"", "not known", "io.nacre.vcpus"],
+        ),
+        (
+            "io.nacre.vcpus=0",
+            ["io.nacre.vcpus", "\"0\"", "cannot be", "1 to 254"],
+        ),
+    ] {
+        let output = ctr.run(&id, &["--annotation", annotation], &["true"])?;
+        ensure!(output.code != 0, "the container ran with {annotation}");
+        expect_words(&output.err(), &words)?;
+        expect_nothing(context, &ctr, &id)?;
+    }
+    Ok(())
 }

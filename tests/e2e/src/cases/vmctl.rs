@@ -54,6 +54,11 @@ pub(crate) const CASES: &[Case] = &[
         too_much_memory,
     ),
     alone("vmctl boot names a missing kernel", 20, boot_missing_kernel),
+    alone(
+        "vmctl config prints a reference that is right, and names what is wrong",
+        20,
+        configuration,
+    ),
     alone("vmctl run prints what the program prints", 90, run_echo),
     alone("vmctl run passes the exit code on", 240, run_exit_codes),
     alone(
@@ -206,6 +211,34 @@ fn boot_missing_kernel(context: &Context) -> Result<()> {
     let output = call(context, &["boot", "--kernel", &path.to_string_lossy()])?;
     ensure!(output.code != 0, "it booted");
     expect_words(&output.err(), &[&path.to_string_lossy(), "kernel"])
+}
+
+fn configuration(context: &Context) -> Result<()> {
+    let path = context.path("nacre.toml");
+    let name = path.to_string_lossy();
+    let reference = call(context, &["config"])?;
+    reference.expect_code(0)?;
+    expect_words(&reference.out(), &["#default_vcpus = 1", "[rootfs]"])?;
+    std::fs::write(&path, &reference.stdout)?;
+    call(context, &["config", "--check", &name])?.expect_code(0)?;
+    let wrong = reference
+        .out()
+        .replace("#default_vcpus = 1", "default_vcpus = 0");
+    let line = wrong
+        .lines()
+        .position(|line| line.starts_with("default_vcpus"));
+    let line = format!("line {}", line.context("no default_vcpus")? + 1);
+    std::fs::write(&path, wrong)?;
+    let output = call(context, &["config", "--check", &name])?;
+    output.expect_code(1)?;
+    expect_words(
+        &output.err(),
+        &[&name, &line, "`size.default_vcpus`", "1 to 254"],
+    )?;
+    // And so does whoever reads it to use it.
+    let output = ctr::run(vmctl(context, &["list"]).env("NACRE_CONFIG", &path))?;
+    output.expect_code(1)?;
+    expect_words(&output.err(), &[&name, &line])
 }
 
 fn rootfs(context: &Context) -> Result<PathBuf> {

@@ -1,0 +1,294 @@
+//! The configuration file: TOML at `/etc/nacre/config.toml`, or where
+//! `NACRE_CONFIG` points. It is optional and so is every key; an unknown key or
+//! a bad value is an error that names file, line, key and what would be right.
+//! What each key means is said on its field alone: `docs/nacre.toml`, which
+//! `vmctl config` prints, is made from there.
+
+mod reference;
+pub(crate) mod value;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use documented::DocumentedFields;
+use serde::{Deserialize, Serialize};
+use toml::de::{DeTable, DeValue};
+
+use crate::sandbox::Timeouts;
+use crate::sandbox::annotations::Annotation;
+
+pub use reference::reference;
+pub use value::{ByteSize, parse_duration};
+
+/// Where the configuration is unless `NACRE_CONFIG` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/nacre/config.toml";
+
+/// The configuration is wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read.
+    #[error("Cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file says something that is not understood.
+    #[error("The configuration {}, line {line}: {message}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// 1-based.
+        line: usize,
+        /// What is wrong and what is allowed.
+        message: String,
+    },
+}
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, DocumentedFields)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Guest kernel: an ELF vmlinux with a PVH note, or a bzImage. An absolute path.
+    #[serde(deserialize_with = "value::file")]
+    pub kernel: PathBuf,
+    /// initramfs with the agent and the kernel's modules. An absolute path.
+    #[serde(deserialize_with = "value::file")]
+    pub initrd: PathBuf,
+    /// Words added to the guest's kernel command line: one line of at most 1024 bytes.
+    #[serde(deserialize_with = "value::cmdline")]
+    pub cmdline: String,
+    /// Directory below which each VM has one of its own, `vms/KEY`, with its control socket, cleanup record and disk
+    /// images. An absolute path of at most 56 bytes, so that the sockets below it have room.
+    #[serde(deserialize_with = "value::state_dir")]
+    pub state_dir: PathBuf,
+    /// From the VM's start to the agent's hello. This and the other time limits are numbers with ms, s or m, above 0
+    /// and at most a year.
+    #[serde(with = "value::duration")]
+    pub boot_timeout: Duration,
+    /// Each call to the agent.
+    #[serde(with = "value::duration")]
+    pub agent_timeout: Duration,
+    /// The call that mounts a container's root and makes its first process.
+    #[serde(with = "value::duration")]
+    pub create_timeout: Duration,
+    /// Until the guest has dialled a stdio stream.
+    #[serde(with = "value::duration")]
+    pub stdio_timeout: Duration,
+    /// A shim that nobody has called since its start ends itself.
+    #[serde(with = "value::duration")]
+    pub idle_timeout: Duration,
+    /// A reader of output that takes nothing after its process's exit is given up.
+    #[serde(with = "value::duration")]
+    pub reader_timeout: Duration,
+    /// Annotations of a container's OCI specification that may override the configuration: any of io.nacre.vcpus,
+    /// io.nacre.memory, io.nacre.rootfs.headroom, io.nacre.kernel, io.nacre.initrd, io.nacre.cmdline,
+    /// io.nacre.boot_timeout and io.nacre.create_timeout. The default lets sizes be chosen. Whoever may write
+    /// specifications can have the kernel, initrd and kernel words of their choice where those are added.
+    #[serde(deserialize_with = "value::annotations")]
+    pub allowed_annotations: Vec<Annotation>,
+    /// Sizes of VMs.
+    pub size: Size,
+    /// Roots that are made from directories.
+    pub rootfs: Rootfs,
+}
+
+/// Sizes of VMs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, DocumentedFields)]
+#[serde(default, deny_unknown_fields, expecting = "a table, [size]")]
+pub struct Size {
+    /// vCPUs without a CPU limit, 1 to 254, but never more than the host has CPUs.
+    #[serde(deserialize_with = "value::vcpus")]
+    pub default_vcpus: u8,
+    /// Memory without a memory limit, 96M to 1023G.
+    #[serde(deserialize_with = "value::memory")]
+    pub default_memory: ByteSize,
+    /// The least memory with a limit, however small that is, 96M to 1023G.
+    #[serde(deserialize_with = "value::memory")]
+    pub minimum_memory: ByteSize,
+    /// What the guest itself needs: added to a memory limit. Up to 1023G.
+    #[serde(deserialize_with = "value::guest_memory")]
+    pub guest_memory: ByteSize,
+}
+
+/// Roots that are made from directories.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, DocumentedFields)]
+#[serde(default, deny_unknown_fields, expecting = "a table, [rootfs]")]
+pub struct Rootfs {
+    /// Room for writing beyond the directory's content, up to 16T. The image is sparse: room costs nothing until it is
+    /// used.
+    #[serde(deserialize_with = "value::headroom")]
+    pub headroom: ByteSize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            kernel: "/usr/share/nacre/vmlinux".into(),
+            initrd: "/usr/share/nacre/initrd".into(),
+            cmdline: String::new(),
+            state_dir: "/run/nacre".into(),
+            boot_timeout: Duration::from_secs(60),
+            agent_timeout: Duration::from_secs(10),
+            create_timeout: Duration::from_secs(30),
+            stdio_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(30),
+            reader_timeout: Duration::from_secs(30),
+            allowed_annotations: Annotation::SIZES.to_vec(),
+            size: Size::default(),
+            rootfs: Rootfs::default(),
+        }
+    }
+}
+
+impl Default for Size {
+    fn default() -> Self {
+        Self {
+            default_vcpus: 1,
+            default_memory: ByteSize::from_mib(512),
+            minimum_memory: ByteSize::from_mib(256),
+            guest_memory: ByteSize::from_mib(128),
+        }
+    }
+}
+
+impl Default for Rootfs {
+    fn default() -> Self {
+        Self {
+            headroom: ByteSize::from_mib(1024),
+        }
+    }
+}
+
+impl Config {
+    /// Reads the file that `NACRE_CONFIG` names (it must exist), else [`DEFAULT_PATH`] (it need not),
+    /// and applies `NACRE_KERNEL` and `NACRE_INITRD`.
+    pub fn load() -> Result<Self, Error> {
+        let set = |name| {
+            std::env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
+        let mut config = match set("NACRE_CONFIG") {
+            Some(path) => Self::read(&path)?,
+            None => match Self::read(Path::new(DEFAULT_PATH)) {
+                Err(Error::Read { source, .. })
+                    if source.kind() == std::io::ErrorKind::NotFound =>
+                {
+                    Self::default()
+                }
+                read => read?,
+            },
+        };
+        if let Some(kernel) = set("NACRE_KERNEL") {
+            config.kernel = kernel;
+        }
+        if let Some(initrd) = set("NACRE_INITRD") {
+            config.initrd = initrd;
+        }
+        Ok(config)
+    }
+
+    /// Reads one file.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, Error> {
+        toml::from_str(text).map_err(|error: toml::de::Error| {
+            let span = error.span().unwrap_or(0..0);
+            let start = span.start.min(text.len());
+            let line = 1 + text.as_bytes()[..start]
+                .iter()
+                .filter(|byte| **byte == b'\n')
+                .count();
+            let said = error.message().replace("unknown field", "unknown key");
+            let message = match key_at(text, &span) {
+                Some(key) => format!("`{key}`: {said}"),
+                None => said,
+            };
+            Error::Parse {
+                path: path.to_owned(),
+                line,
+                message,
+            }
+        })
+    }
+
+    /// The deadlines of a sandbox.
+    pub fn timeouts(&self) -> Timeouts {
+        Timeouts {
+            boot: self.boot_timeout,
+            agent: self.agent_timeout,
+            create: self.create_timeout,
+            stdio: self.stdio_timeout,
+        }
+    }
+
+    /// The directory that holds one directory for each VM.
+    pub fn vms_dir(&self) -> PathBuf {
+        self.state_dir.join("vms")
+    }
+
+    /// The state directory of one VM: `<namespace>-<id>` with each `-` of the namespace doubled, so that no two
+    /// pairs of names share one; or a hash of it where the control socket's path would not fit in 107 bytes or
+    /// the names cannot be in a path.
+    pub fn vm_dir(&self, namespace: &str, id: &str) -> PathBuf {
+        let vms = self.vms_dir();
+        let plain = format!("{}-{id}", namespace.replace('-', "--"));
+        let length = vms.as_os_str().len() + 1 + plain.len() + 1 + crate::control::SOCKET.len();
+        // An id that begins with a dash could be taken for the namespace's end.
+        let safe = !plain.contains('/')
+            && !plain.contains('\0')
+            && !plain.starts_with('.')
+            && !id.starts_with('-');
+        if safe && length <= 107 {
+            return vms.join(plain);
+        }
+        let exact = format!("{} {plain}", namespace.len());
+        vms.join(format!("x{:016x}{:016x}", fnv(0, &exact), fnv(1, &exact)))
+    }
+}
+
+/// FNV-1a, seeded; names a directory, so it only has to be stable and spread.
+fn fnv(seed: u64, text: &str) -> u64 {
+    text.bytes().fold(
+        0xcbf2_9ce4_8422_2325 ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3),
+    )
+}
+
+/// The key that an error at `span` is about, with its table: `size.default_vcpus`.
+fn key_at(text: &str, span: &Range<usize>) -> Option<String> {
+    // A tree is made even of a text that is not quite TOML.
+    let (tree, _) = DeTable::parse_recoverable(text);
+    key_in(tree.get_ref(), span).or_else(|| {
+        let line = text.get(..span.start)?.rfind('\n').map_or(0, |end| end + 1);
+        let (key, _) = text[line..].lines().next()?.split_once('=')?;
+        let key = key.trim();
+        (!key.is_empty() && !key.starts_with('#')).then(|| key.to_owned())
+    })
+}
+
+fn key_in(table: &DeTable<'_>, span: &Range<usize>) -> Option<String> {
+    let holds = |outer: Range<usize>| outer.start <= span.start && span.end <= outer.end;
+    table.iter().find_map(|(key, value)| {
+        let name = key.get_ref();
+        if let DeValue::Table(inner) = value.get_ref()
+            && let Some(inner) = key_in(inner, span)
+        {
+            return Some(format!("{name}.{inner}"));
+        }
+        (holds(key.span()) || holds(value.span())).then(|| name.to_string())
+    })
+}
+
+#[cfg(test)]
+mod tests;
