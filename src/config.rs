@@ -23,6 +23,7 @@
 //!
 //! [rootfs]
 //! headroom = "1G"                       # room for writing in a root made of a directory (sparse)
+//! copy_timeout = "10m"                  # for copying the directory into it
 //! ```
 
 use std::fmt;
@@ -117,6 +118,9 @@ pub struct Size {
 pub struct Rootfs {
     /// Room for writing beyond the directory's content; the image is sparse.
     pub headroom: ByteSize,
+    /// For copying the directory into its image.
+    #[serde(deserialize_with = "duration")]
+    pub copy_timeout: Duration,
 }
 
 impl Default for Config {
@@ -153,6 +157,7 @@ impl Default for Rootfs {
     fn default() -> Self {
         Self {
             headroom: ByteSize::from_mib(1024),
+            copy_timeout: Duration::from_secs(600),
         }
     }
 }
