@@ -19,10 +19,24 @@ use crate::shim::events::timestamp;
 
 /// Names under which the one service is served.
 const SERVICES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
+/// Services that a shim may have and this one has not: each of their calls is answered with UNIMPLEMENTED, which clients take for
+/// just that. Of a service that is not even named ttrpc says INVALID_ARGUMENT.
+const ABSENT: [&str; 3] = [
+    "containerd.runtime.sandbox.v1.Sandbox",
+    "containerd.services.streaming.v1.Streaming",
+    "containerd.services.transfer.v1.Transfer",
+];
 
 /// The services of a shim, by name.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
-    let mut services = HashMap::new();
+    let absent = ABSENT.iter().map(|name| {
+        let service = Service {
+            methods: HashMap::new(),
+            streams: HashMap::new(),
+        };
+        ((*name).to_owned(), service)
+    });
+    let mut services: HashMap<String, Service> = absent.collect();
     for name in SERVICES {
         let tasks: Arc<dyn Task + Send + Sync> = Arc::new(Tasks(shim.clone()));
         // The generated map has the one service, under the name that it was generated from.

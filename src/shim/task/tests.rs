@@ -2,6 +2,7 @@
 //! mortal as each case wants it. Time is paused: a limit that passes costs nothing.
 
 mod running;
+mod service;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
