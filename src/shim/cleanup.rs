@@ -44,13 +44,14 @@ impl Phase {
     ];
 
     /// Its share of the time, and what those before it have left of theirs is its too. Together they stay
-    /// under the five seconds in which Shutdown must end the process.
+    /// under the five seconds in which Shutdown must end the process. Most of it is for output, which is lost
+    /// with the guest; a guest that does not power off in its time loses nothing that would be kept.
     pub const fn share(self) -> Duration {
         Duration::from_millis(match self {
-            Self::Stdio => 1500,
-            Self::Guest => 2000,
-            Self::Connections | Self::Vm | Self::Mounts => 300,
-            Self::Events => 500,
+            Self::Stdio => 2800,
+            Self::Guest => 1000,
+            Self::Connections | Self::Vm | Self::Mounts => 250,
+            Self::Events => 350,
             Self::Hotplug | Self::Network => 50,
         })
     }

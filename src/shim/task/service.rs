@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api;
@@ -48,6 +49,9 @@ pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     }
     services
 }
+
+/// How long the answer to Shutdown may wait for output on its way: its phase, and a little for the start of the end.
+const SHUTDOWN_ANSWERS: Duration = Duration::from_millis(3200);
 
 struct Tasks(Arc<Shim>);
 
@@ -193,6 +197,8 @@ impl Task for Tasks {
         if request.now || !self.0.serves_others(&request.id) {
             tracing::info!("told to shut down");
             self.0.shut_down();
+            // Who waits for the answer finds all output at its readers.
+            let _ = tokio::time::timeout(SHUTDOWN_ANSWERS, self.0.drained()).await;
         }
         Ok(Empty::new())
     }

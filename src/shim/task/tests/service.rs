@@ -122,3 +122,58 @@ async fn a_guest_that_answers_nothing_is_killed_and_deleted_in_five_seconds_each
     assert!(began.elapsed() <= Duration::from_secs(5));
     assert_eq!(stage.images(), 0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_answers_when_the_output_on_its_way_is_delivered() {
+    let stage = Stage::set(Manners::default()).await;
+    let fifo = stage.directory.path().join("stdout");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Not a blocking task of the runtime, which would hold its paused time.
+    let reading = {
+        let fifo = fifo.clone();
+        std::thread::spawn(move || std::fs::read(fifo).unwrap())
+    };
+    let mut request = stage.request("c1");
+    request.stdout = fifo.to_str().unwrap().to_owned();
+    stage.shim.clone().create(request).await.unwrap();
+    stage.shim.clone().start("c1", "").await.unwrap();
+    let mut stdout = stage.acting.stdout.lock().unwrap().take().unwrap();
+    let acting = stage.acting.clone();
+    let program = tokio::spawn(async move {
+        // Slow to begin and with pauses, and gone right after its last word.
+        for word in ["a", "b", "c"] {
+            tokio::time::sleep(Duration::from_millis(700)).await;
+            stdout.write_all(word.as_bytes()).await.unwrap();
+        }
+        drop(stdout);
+        acting.exit("c1", 0).await;
+    });
+    stage.shim.shut_down();
+    let began = tokio::time::Instant::now();
+    let answered = async {
+        stage.shim.drained().await;
+        began.elapsed()
+    };
+    let (failures, answered) = tokio::join!(stage.shim.clean_up(), answered);
+    assert!(failures.is_empty(), "{failures}");
+    program.await.unwrap();
+    assert_eq!(reading.join().unwrap(), b"abc");
+    let expected = Duration::from_millis(2100)..Duration::from_millis(2900);
+    assert!(expected.contains(&answered), "{answered:?}");
+    assert_eq!(stage.heard().await, ["create", "start", "exit c1 0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_does_not_wait_for_a_program_that_is_silent() {
+    let stage = Stage::set(Manners::default()).await;
+    stage.running("c1").await;
+    stage.shim.shut_down();
+    let began = tokio::time::Instant::now();
+    let answered = async {
+        stage.shim.drained().await;
+        began.elapsed()
+    };
+    let (failures, answered) = tokio::join!(stage.shim.clean_up(), answered);
+    assert!(failures.is_empty(), "{failures}");
+    assert!(answered < Duration::from_millis(1200), "{answered:?}");
+}

@@ -6,6 +6,7 @@ mod containers;
 mod exec;
 mod group;
 mod lifecycle;
+mod mute;
 mod pause;
 mod refusals;
 mod stats;
@@ -21,6 +22,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         bootstrap::CASES,
         containers::CASES,
         lifecycle::CASES,
+        mute::CASES,
         refusals::CASES,
         exec::CASES,
         tty::CASES,
