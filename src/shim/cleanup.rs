@@ -48,10 +48,10 @@ impl Phase {
     /// with the guest; a guest that does not power off in its time loses nothing that would be kept.
     pub const fn share(self) -> Duration {
         Duration::from_millis(match self {
-            Self::Stdio => 2800,
-            Self::Guest => 1000,
-            Self::Connections | Self::Vm | Self::Mounts => 250,
-            Self::Events => 350,
+            Self::Stdio => 3500,
+            Self::Guest => 500,
+            Self::Connections | Self::Vm | Self::Mounts => 200,
+            Self::Events => 300,
             Self::Hotplug | Self::Network => 50,
         })
     }

@@ -51,7 +51,7 @@ pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
 }
 
 /// How long the answer to Shutdown may wait for output on its way: its phase, and a little for the start of the end.
-const SHUTDOWN_ANSWERS: Duration = Duration::from_millis(3200);
+const SHUTDOWN_ANSWERS: Duration = Duration::from_millis(3800);
 
 struct Tasks(Arc<Shim>);
 
