@@ -122,6 +122,9 @@ pub struct Rootfs {
     /// used.
     #[serde(deserialize_with = "value::headroom")]
     pub headroom: ByteSize,
+    /// For copying the directory into its image.
+    #[serde(with = "value::duration")]
+    pub copy_timeout: Duration,
 }
 
 impl Default for Config {
@@ -159,6 +162,7 @@ impl Default for Rootfs {
     fn default() -> Self {
         Self {
             headroom: ByteSize::from_mib(1024),
+            copy_timeout: Duration::from_secs(600),
         }
     }
 }

@@ -125,6 +125,7 @@ const KEYS: &[Key] = &[
             ("1", "up to 16T"),
         ],
     ),
+    key("rootfs", "copy_timeout", "\"1m\"", DURATIONS),
 ];
 
 fn file(key: &Key, value: &str) -> (String, usize) {
@@ -159,7 +160,7 @@ fn effect(config: &Config) -> String {
             size::boot_size(&size::Limits::default(), &config.size, 1000),
             config.vm_dir("n", "i"),
             Patience::of(config),
-            Overrides::default().headroom(config),
+            Overrides::default().rootfs(config),
             Overrides::of(&annotated, &config.allowed_annotations).is_ok(),
         )
     )

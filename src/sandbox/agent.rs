@@ -14,6 +14,7 @@ use ttrpc::context::Context;
 
 use super::console::Tail;
 use super::error::Error;
+use super::gate::Gate;
 use super::host::bounded;
 use super::machine::{GuestStream, Machine};
 
@@ -33,7 +34,7 @@ pub(crate) struct Agent {
 impl Agent {
     /// Takes the accepted connection. Needs a tokio runtime.
     pub(crate) fn new(stream: GuestStream, machine: Arc<dyn Machine>, tail: Tail) -> Self {
-        let client = AgentClient::new(Client::new(Socket::new(stream)));
+        let client = AgentClient::new(Client::new(Socket::new(Gate::calling(stream))));
         Self {
             client,
             machine,

@@ -11,7 +11,7 @@ use oci_spec::runtime::Spec;
 use serde::{Serialize, Serializer};
 
 use super::{SandboxConfig, cmdline};
-use crate::config::{ByteSize, Config, value};
+use crate::config::{ByteSize, Config, Rootfs, value};
 
 /// What the names of all our annotations begin with.
 const PREFIX: &str = "io.nacre.";
@@ -287,9 +287,12 @@ impl Overrides {
         }
     }
 
-    /// Bytes of room in the container's root.
-    pub fn headroom(&self, config: &Config) -> u64 {
-        self.headroom.unwrap_or(config.rootfs.headroom).0
+    /// How the container's root is made.
+    pub fn rootfs(&self, config: &Config) -> Rootfs {
+        Rootfs {
+            headroom: self.headroom.unwrap_or(config.rootfs.headroom),
+            ..config.rootfs.clone()
+        }
     }
 }
 
@@ -322,7 +325,7 @@ mod tests {
         let config = Config::default();
         let mut sandbox = SandboxConfig::new(&config, "n", "i", PathBuf::new());
         overrides.apply(&mut sandbox);
-        format!("{:?} {}", sandbox, overrides.headroom(&config))
+        format!("{:?} {}", sandbox, overrides.rootfs(&config).headroom)
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use nacre_protocol::agent_ttrpc::create_host;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -20,6 +21,9 @@ use super::host::{Containers, EVENT_QUEUE, Hello, HostService};
 use super::machine::{GuestStream, Machine, PortListener};
 use super::phases::monotonic_ns;
 use super::{AgentEvent, Parts, Ready};
+
+/// How long the VM's own end may follow the end of its events connection, which it brings about.
+const END_FOLLOWS: Duration = Duration::from_secs(2);
 
 /// How far the boot has come.
 #[derive(Clone)]
@@ -78,7 +82,8 @@ pub(crate) fn start(
         last_sequence: Mutex::new(0),
         complaints: AtomicU32::new(0),
     };
-    tasks.spawn(serve_host(ports.events, service, machine.clone()));
+    let id = parts.id.clone();
+    tasks.spawn(serve_host(ports.events, service, machine.clone(), id));
     let sink = lines.unwrap_or_else(|| Arc::new(|_| {}));
     tasks.spawn(take_log(ports.log, sink));
     let (calls, calls_seen) = oneshot::channel();
@@ -166,16 +171,19 @@ async fn said_hello(
     Ok((ready, agent, connected_ns))
 }
 
-/// Serves `Host` on the first connection to the port, until the VM has ended.
+/// Serves `Host` on the first connection to the port, until the VM has ended. A VM without that connection is stopped:
+/// nothing that ends in it would be told any more.
 async fn serve_host(
     listener: Box<dyn PortListener>,
     service: HostService,
     machine: Arc<dyn Machine>,
+    id: String,
 ) {
     let Some(stream) = first(listener).await else {
         return;
     };
-    let one = futures::stream::once(async move { Ok(Gate::new(stream)) });
+    let (over, why) = oneshot::channel();
+    let one = futures::stream::once(async move { Ok(Gate::serving(stream, over)) });
     let mut server = Server::new()
         .add_listener(Listener::new(one))
         .register_service(create_host(Arc::new(service)));
@@ -184,7 +192,23 @@ async fn serve_host(
         return;
     }
     // The server ends its connection when it is dropped; the service and its event sender go with it.
-    machine.ended().await;
+    let cause = tokio::select! {
+        biased;
+        _ = machine.ended() => return,
+        cause = why => cause.unwrap_or_else(|_| "it was dropped".to_owned()),
+    };
+    if tokio::time::timeout(END_FOLLOWS, machine.ended())
+        .await
+        .is_err()
+    {
+        tracing::error!(
+            id,
+            cause,
+            "the agent's events connection is over; the VM is stopped"
+        );
+        machine.stop();
+        machine.ended().await;
+    }
 }
 
 async fn take_log(listener: Box<dyn PortListener>, sink: LineSink) {

@@ -117,8 +117,9 @@ const COMMON_DEVICES: [(i64, i64); 9] = [
 ];
 
 /// Adapts a spec for the container `id` in the guest: network namespace path and `cgroupsPath` are
-/// replaced by the guest's own (`/nacre/ID`), CPU sets taken out (the VM's size honours them), security
-/// labels dropped with a warning (the guest's kernel has none), the OOM score and the seccomp profile kept.
+/// replaced by the guest's own (`/nacre/ID`); what names things of the host (CPU sets, memory nodes, network
+/// classes) is taken out and security labels are dropped (the guest's kernel has none), each with a warning; the OOM
+/// score and the seccomp profile are kept.
 pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
     let mut spec = spec.clone();
     let mut warnings = Vec::new();
@@ -150,7 +151,10 @@ pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
         warnings.push("the SELinux label is not applied in the guest".to_owned());
     }
     process.set_selinux_label(None);
-    process.set_exec_cpu_affinity(None);
+    if process.exec_cpu_affinity().is_some() {
+        warnings.push("the CPU affinity of execs names host CPUs and is not applied".to_owned());
+        process.set_exec_cpu_affinity(None);
+    }
     let mut linux = spec.linux().clone().unwrap_or_default();
     adapt_linux(&mut linux, id, &mut warnings)?;
     spec.set_linux(Some(linux));
@@ -181,7 +185,7 @@ pub fn console_size(process: &Process) -> Option<(u32, u32)> {
     Some((number(size.width())?, number(size.height())?)).filter(|size| *size != (0, 0))
 }
 
-/// Adapts new limits as [`for_guest`] does those of a spec. `cpus` and `mems` name the host's and are taken out.
+/// Adapts new limits as [`for_guest`] does those of a spec.
 pub fn resources_for_guest(
     resources: &LinuxResources,
 ) -> Result<GuestResources, serde_json::Error> {
@@ -283,7 +287,13 @@ fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Resul
         warnings.push("the host's network devices are not moved into the guest".to_owned());
     }
     linux.set_net_devices(None);
-    linux.set_memory_policy(None);
+    if linux.memory_policy().is_some() {
+        warnings.push(
+            "the memory policy (memoryPolicy) names host memory nodes and is not applied"
+                .to_owned(),
+        );
+        linux.set_memory_policy(None);
+    }
     if let Some(resources) = linux.resources_mut() {
         adapt_resources(resources, warnings);
     }
@@ -292,7 +302,18 @@ fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Resul
 
 fn adapt_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) {
     if let Some(cpu) = resources.cpu_mut() {
-        // Numbers of host CPUs and nodes; the VM's size honours their count.
+        // Numbers of host CPUs and nodes.
+        let named = |set: &Option<String>| set.clone().filter(|set| !set.trim().is_empty());
+        if let Some(set) = named(cpu.cpus()) {
+            warnings.push(format!(
+                "the CPU set (cpus) {set:?} names host CPUs and is not applied; their number is the VM's vCPUs if there is no quota"
+            ));
+        }
+        if let Some(set) = named(cpu.mems()) {
+            warnings.push(format!(
+                "the memory nodes (mems) {set:?} are the host's and are not applied"
+            ));
+        }
         cpu.set_cpus(None);
         cpu.set_mems(None);
     }
@@ -305,8 +326,21 @@ fn adapt_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) {
         warnings.push("RDMA limits are not applied in the guest".to_owned());
         resources.set_rdma(None);
     }
-    if resources.network().is_some() {
-        // cgroup v1 only, and of host interfaces.
+    if let Some(network) = resources.network() {
+        // Of cgroup v1, and of host interfaces.
+        if network.class_id().is_some() {
+            warnings.push("the network class (network.classID) is not applied".to_owned());
+        }
+        if network
+            .priorities()
+            .as_ref()
+            .is_some_and(|all| !all.is_empty())
+        {
+            warnings.push(
+                "the network priorities (network.priorities) name host interfaces and are not applied"
+                    .to_owned(),
+            );
+        }
         resources.set_network(None);
     }
 }
@@ -388,11 +422,44 @@ mod tests {
             spec["linux"]["resources"] =
                 json!({"cpu": {"cpus": "4-5", "quota": 1000}, "devices": []});
         });
-        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert_eq!(warnings.len(), 3, "{warnings:?}");
         assert_eq!(value["process"]["oomScoreAdj"], -500);
         assert_eq!(value["process"].get("apparmorProfile"), None);
         assert_eq!(value["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
         assert_eq!(value["linux"]["resources"]["cpu"], json!({"quota": 1000}));
+    }
+
+    #[test]
+    fn what_names_things_of_the_host_goes_with_one_warning_each() {
+        let (value, warnings) = adapted(|spec| {
+            spec["process"]["execCPUAffinity"] = json!({"initial": "0", "final": "1"});
+            spec["linux"]["memoryPolicy"] = json!({"mode": "MPOL_BIND", "nodes": "0"});
+            spec["linux"]["resources"] = json!({
+                "cpu": {"cpus": "2-3", "mems": "0-1"},
+                "network": {"classID": 7, "priorities": [{"name": "eth0", "priority": 1}]},
+            });
+        });
+        for word in [
+            "affinity",
+            "memoryPolicy",
+            "\"2-3\"",
+            "\"0-1\"",
+            "network.classID",
+            "network.priorities",
+        ] {
+            let about: Vec<_> = warnings.iter().filter(|w| w.contains(word)).collect();
+            assert_eq!(about.len(), 1, "{word}: {warnings:?}");
+        }
+        assert_eq!(warnings.len(), 6, "{warnings:?}");
+        assert_eq!(value["process"].get("execCPUAffinity"), None);
+        assert_eq!(value["linux"].get("memoryPolicy"), None);
+        assert_eq!(value["linux"]["resources"].get("network"), None);
+        assert_eq!(value["linux"]["resources"]["cpu"], json!({}));
+        // Docker's clients set them empty.
+        let (_, warnings) = adapted(|spec| {
+            spec["linux"]["resources"] = json!({"cpu": {"cpus": "", "mems": ""}, "network": {}});
+        });
+        assert_eq!(warnings, Vec::<String>::new());
     }
 
     #[test]
@@ -457,6 +524,11 @@ mod tests {
         let value: Value = serde_json::from_slice(&guest.json).unwrap();
         assert_eq!(value["cpu"], json!({"quota": 1000}));
         assert_eq!(value["pids"]["limit"], 7);
+        assert!(
+            matches!(&guest.warnings[..], [warning] if warning.contains("\"4-5\"")),
+            "{:?}",
+            guest.warnings
+        );
     }
 
     #[test]

@@ -3,18 +3,27 @@
 //! VM). Owners, modes, links, device nodes and xattrs are kept.
 
 use std::collections::HashSet;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{OnceLock, mpsc};
+use std::time::{Duration, Instant};
 
 use nacre_protocol::agent::GuestMount;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::config::Rootfs;
 
 /// ext4 block size of the images.
 const BLOCK: u64 = 4096;
 /// Directories in which the tools of e2fsprogs are looked for besides PATH, which a daemon's may leave out.
 const SBIN: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"];
+/// How long a killed tool is waited for. One that waits for a dead disk or file server is beyond SIGKILL.
+const ENDS_KILLED: Duration = Duration::from_secs(1);
+/// Most that is kept of what a tool says.
+const WORDS: u64 = 64 << 10;
 
 /// A root image cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +57,20 @@ pub enum Error {
         /// What it said, or its status.
         message: String,
     },
+    /// The tool took longer than it may.
+    #[error(
+        "Cannot make the root image {} from {}: {tool} was not done within {limit:?}; rootfs.copy_timeout in the configuration gives it longer", image.display(), from.display()
+    )]
+    TooSlow {
+        /// The program.
+        tool: &'static str,
+        /// The image.
+        image: PathBuf,
+        /// The directory.
+        from: PathBuf,
+        /// What it was given.
+        limit: Duration,
+    },
     /// The directory does not fit in an ext4 file system.
     #[error("Cannot make a root image from {}: {bytes} bytes are too many", from.display())]
     TooBig {
@@ -75,11 +98,11 @@ pub fn find_tool(tool: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
-/// Makes the ext4 image `image` (mode 0600) of the directory `from`, with `headroom` bytes or as much
-/// again as it holds, whichever is more, to write in. Takes as long as copying the directory does;
-/// call it where blocking is allowed. On failure no file is left. The caller has recorded the image
-/// (see [`crate::record`]) before.
-pub fn rootfs_image(from: &Path, image: &Path, headroom: u64) -> Result<(), Error> {
+/// Makes the ext4 image `image` (mode 0600) of the directory `from`, with the configured headroom or as much
+/// again as it holds, whichever is more, to write in. Takes as long as copying the directory does, up to the
+/// configured limit; call it where blocking is allowed. On failure no file is left. The caller has recorded the
+/// image (see [`crate::record`]) before.
+pub fn rootfs_image(from: &Path, image: &Path, config: &Rootfs) -> Result<(), Error> {
     let mkfs = find_tool("mkfs.ext4").ok_or(Error::NoTool { tool: "mkfs.ext4" })?;
     let debugfs = find_tool("debugfs").ok_or(Error::NoTool { tool: "debugfs" })?;
     let root = std::fs::metadata(from).map_err(io_error("read the rootfs", from))?;
@@ -88,7 +111,26 @@ pub fn rootfs_image(from: &Path, image: &Path, headroom: u64) -> Result<(), Erro
         return Err(io_error("read the rootfs", from)(source));
     }
     let usage = Usage::of(from)?;
-    let size = usage.image_size(headroom).ok_or(Error::TooBig {
+    let until = Instant::now() + config.copy_timeout;
+    let run = |command, tool, input: &str| {
+        let failed = |message| Error::Tool {
+            tool,
+            image: image.to_owned(),
+            from: from.to_owned(),
+            message,
+        };
+        match run(command, tool, input, until) {
+            Ok(Some(())) => Ok(()),
+            Ok(None) => Err(Error::TooSlow {
+                tool,
+                image: image.to_owned(),
+                from: from.to_owned(),
+                limit: config.copy_timeout,
+            }),
+            Err(message) => Err(failed(message)),
+        }
+    };
+    let size = usage.image_size(config.headroom.0).ok_or(Error::TooBig {
         from: from.to_owned(),
         bytes: usage.bytes,
     })?;
@@ -113,7 +155,7 @@ pub fn rootfs_image(from: &Path, image: &Path, headroom: u64) -> Result<(), Erro
             .arg(from)
             .arg(image)
             .stdin(Stdio::null());
-        run(command, "mkfs.ext4", image, from, "")?;
+        run(command, "mkfs.ext4", "")?;
         // mkfs.ext4 takes the directory's content, not its own owner and mode, and adds a lost+found.
         let script = format!(
             "set_inode_field <2> mode 0{:o}\nset_inode_field <2> uid {}\nset_inode_field <2> gid {}\n{}",
@@ -131,7 +173,7 @@ pub fn rootfs_image(from: &Path, image: &Path, headroom: u64) -> Result<(), Erro
             .args(["-w", "-f", "-"])
             .arg(image)
             .stdin(Stdio::piped());
-        run(command, "debugfs", image, from, &script)
+        run(command, "debugfs", &script)
     })();
     if made.is_err() {
         // Nothing half-made is left; the record still names it, in vain.
@@ -169,46 +211,77 @@ fn knows_pdeathsig(setpriv: &Path) -> bool {
         .is_ok_and(|status| status.success())
 }
 
+/// Runs a tool to its end; None if that did not come in time. The error is what it said.
 fn run(
     mut command: Command,
     tool: &'static str,
-    image: &Path,
-    from: &Path,
     input: &str,
-) -> Result<(), Error> {
-    let failed = |message: String| Error::Tool {
-        tool,
-        image: image.to_owned(),
-        from: from.to_owned(),
-        message,
-    };
+    until: Instant,
+) -> Result<Option<()>, String> {
     let mut child = command
         .env("LC_ALL", "C")
-        .stdout(Stdio::piped())
+        .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| failed(format!("it does not start: {error}")))?;
+        .map_err(|error| format!("it does not start: {error}"))?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A tool that ends early says why by itself.
+        // A tool that ends early says why by itself. The script is smaller than a pipe.
         let _ = stdin.write_all(input.as_bytes());
     }
-    let output = child
-        .wait_with_output()
-        .map_err(|error| failed(error.to_string()))?;
-    let said = String::from_utf8_lossy(&output.stderr);
+    let (sender, words) = mpsc::channel();
+    if let Some(mut stderr) = child.stderr.take() {
+        std::thread::spawn(move || {
+            let mut said = Vec::new();
+            let _ = stderr.by_ref().take(WORDS).read_to_end(&mut said);
+            // Nobody hears it once the tool is given up.
+            let _ = sender.send(said);
+            let _ = io::copy(&mut stderr, &mut io::sink());
+        });
+    }
+    let Some(status) = wait_until(&mut child, until).map_err(|error| error.to_string())? else {
+        let _ = child.kill();
+        if !matches!(
+            wait_until(&mut child, Instant::now() + ENDS_KILLED),
+            Ok(Some(_))
+        ) {
+            std::thread::spawn(move || child.wait());
+        }
+        return Ok(None);
+    };
+    let said = words.recv_timeout(ENDS_KILLED).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
     let said = said
         .lines()
         .filter(|line| !line.trim().is_empty() && !is_banner(line));
     let said = said.take(20).collect::<Vec<_>>().join("; ");
     // debugfs exits 0 whatever became of its commands: what it says on stderr tells.
-    if output.status.success() && (said.is_empty() || tool != "debugfs") {
-        return Ok(());
+    if status.success() && (said.is_empty() || tool != "debugfs") {
+        return Ok(Some(()));
     }
-    Err(failed(if said.is_empty() {
-        output.status.to_string()
+    Err(if said.is_empty() {
+        status.to_string()
     } else {
         said
-    }))
+    })
+}
+
+/// The end of a child, unless it does not come in time.
+fn wait_until(child: &mut Child, until: Instant) -> io::Result<Option<ExitStatus>> {
+    let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(&process, PollFlags::IN)];
+        let limit = Timespec {
+            tv_sec: left.as_secs().cast_signed(),
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        match rustix::event::poll(&mut fds, Some(&limit)) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return child.wait().map(Some),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
 }
 
 /// The version line that the tools of e2fsprogs begin with, such as `debugfs 1.47.0 (5-Feb-2023)`.
@@ -376,9 +449,48 @@ mod tests {
     fn a_rootfs_that_is_not_there_is_named_and_leaves_nothing() {
         let root = tempfile::tempdir().unwrap();
         let image = root.path().join("i.img");
-        let error = rootfs_image(&root.path().join("none"), &image, 0).unwrap_err();
+        let config = Rootfs::default();
+        let error = rootfs_image(&root.path().join("none"), &image, &config).unwrap_err();
         assert!(error.to_string().contains("none"), "{error}");
         assert!(!image.exists());
+    }
+
+    #[test]
+    fn a_tool_that_is_not_done_in_time_is_killed_and_what_it_made_is_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let image = root.path().join("i.img");
+        let from = root.path().join("root");
+        std::fs::create_dir(&from).unwrap();
+        // Longer than no time at all it takes always.
+        let config = Rootfs {
+            copy_timeout: Duration::ZERO,
+            ..Rootfs::default()
+        };
+        let error = rootfs_image(&from, &image, &config).unwrap_err();
+        assert!(matches!(error, Error::TooSlow { .. }), "{error}");
+        assert!(error.to_string().contains("rootfs.copy_timeout"), "{error}");
+        assert!(!image.exists());
+        let mut sleeper = Command::new("sleep");
+        sleeper.arg("600");
+        let began = Instant::now();
+        let until = began + Duration::from_millis(50);
+        assert_eq!(run(sleeper, "sleep", "", until), Ok(None));
+        assert!(began.elapsed() < Duration::from_secs(60));
+    }
+
+    #[test]
+    fn what_a_tool_says_at_its_end_is_told() {
+        let shell = |script: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]).stdin(Stdio::null());
+            let until = Instant::now() + Duration::from_secs(60);
+            run(command, "sh", "", until)
+        };
+        assert_eq!(shell("echo no >&2; exit 3"), Err("no".to_owned()));
+        assert!(shell("exit 3").unwrap_err().contains('3'));
+        // More than a pipe holds, of either kind, keeps no tool from its end.
+        let flood = "head -c 200000 /dev/zero; head -c 200000 /dev/zero >&2";
+        assert_eq!(shell(flood), Ok(Some(())));
     }
 
     #[test]
@@ -389,7 +501,11 @@ mod tests {
         std::fs::write(from.join("hello"), "there").unwrap();
         std::fs::set_permissions(&from, std::fs::Permissions::from_mode(0o711)).unwrap();
         let image = root.path().join("i.img");
-        rootfs_image(&from, &image, 64 << 20).unwrap();
+        let config = Rootfs {
+            headroom: crate::config::ByteSize::from_mib(64),
+            ..Rootfs::default()
+        };
+        rootfs_image(&from, &image, &config).unwrap();
         let metadata = std::fs::metadata(&image).unwrap();
         assert_eq!(metadata.mode() & 0o777, 0o600);
         assert!(metadata.blocks() * 512 < metadata.len() / 4, "it is sparse");

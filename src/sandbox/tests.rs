@@ -2,6 +2,8 @@
 //! which is as hostile as each case wants it. Time is paused: a deadline that
 //! passes costs nothing.
 
+mod hostile;
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -430,54 +432,6 @@ async fn a_refusal_carries_the_agents_code_and_printable_words() {
     assert_eq!(error.code(), Some(ttrpc::Code::INTERNAL));
     let text = error.to_string();
     assert!(text.contains("room") && !text.contains('\x1b'), "{text:?}");
-}
-
-/// Says hello properly, but answers calls with the given bytes, one by one a second.
-async fn broken_agent(fake: &Fake, answer: Vec<u8>) -> HostClient {
-    let mut calls = fake.dial(PORT_CALLS).unwrap();
-    let host = HostClient::new(Client::new(Socket::new(fake.dial(PORT_EVENTS).unwrap())));
-    host.ready(context(), &hello()).await.unwrap();
-    tokio::spawn(async move {
-        let mut request = [0; 10];
-        calls.read_exact(&mut request).await.unwrap();
-        for byte in answer {
-            if calls.write_all(&[byte]).await.is_err() {
-                return;
-            }
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-        std::future::pending::<()>().await;
-    });
-    host
-}
-
-#[tokio::test(start_paused = true)]
-async fn garbage_from_the_agent_ends_in_a_typed_error_by_the_deadline() {
-    let answers: [&[u8]; 6] = [
-        &[],
-        // length, stream, type, flags: too long; of an unknown stream; of length 0; no known type; not protobuf
-        &[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, 2, 0, 1, 2, 3],
-        &[0, 0, 0, 1, 0, 0, 9, 9, 2, 0, 7],
-        &[0, 0, 0, 0, 0, 0, 0, 1, 2, 0],
-        &[0, 0, 0, 0, 0, 0, 0, 1, 9, 9],
-        &[0, 0, 0, 3, 0, 0, 0, 1, 2, 0, 0xff, 0xff, 0xff],
-    ];
-    for answer in answers {
-        let (sandbox, fake, _) = boot();
-        let _host = broken_agent(&fake, answer.to_vec()).await;
-        let began = tokio::time::Instant::now();
-        let called = create(&sandbox, "c").await;
-        assert!(
-            began.elapsed() <= TIMEOUTS.create + Duration::from_secs(2),
-            "{answer:?}"
-        );
-        match called {
-            // An empty response message is a valid answer with all defaults.
-            Ok(pid) => assert_eq!(pid, 0, "{answer:?}"),
-            Err(Error::Timeout { .. } | Error::Disconnected { .. }) => {}
-            Err(error) => panic!("{answer:?}: {error}"),
-        }
-    }
 }
 
 #[tokio::test(start_paused = true)]

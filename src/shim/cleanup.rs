@@ -44,13 +44,14 @@ impl Phase {
     ];
 
     /// Its share of the time, and what those before it have left of theirs is its too. Together they stay
-    /// under the five seconds in which Shutdown must end the process, with room for a machine that is busy: where no
-    /// containerd takes the events, all of it is used.
+    /// well under the five seconds in which Shutdown must end the process, since a machine may be busy and all of it is
+    /// used where no containerd takes the events. Most of it is for output, which is lost
+    /// with the guest; a guest that does not power off in its time loses nothing that would be kept.
     pub const fn share(self) -> Duration {
         Duration::from_millis(match self {
-            Self::Stdio => 1200,
-            Self::Guest => 2000,
-            Self::Connections | Self::Vm | Self::Mounts => 300,
+            Self::Stdio => 3000,
+            Self::Guest => 500,
+            Self::Connections | Self::Vm | Self::Mounts => 200,
             Self::Events => 300,
             Self::Hotplug | Self::Network => 50,
         })

@@ -224,8 +224,8 @@ impl Container {
         let image = session.directory().join("root.img");
         session.record.add(Resource::File(image.clone()))?;
         let (from, to) = (args.rootfs.clone(), image.clone());
-        let headroom = config.rootfs.headroom.0;
-        let making = tokio::task::spawn_blocking(move || rootfs_image(&from, &to, headroom));
+        let rootfs = config.rootfs.clone();
+        let making = tokio::task::spawn_blocking(move || rootfs_image(&from, &to, &rootfs));
         // A VM that does not come up need not wait for the image.
         tokio::select! {
             made = making => made.context("Making the root image failed")??,

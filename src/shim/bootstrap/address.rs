@@ -2,17 +2,25 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use sha2::{Digest, Sha256};
 
 /// Longest path that fits `sun_path` with its final NUL.
 const PATH_LIMIT: usize = 107;
 /// Fewest hexadecimal digits of a name: 80 bits.
 const SHORTEST_NAME: usize = 20;
+/// How long [`release`] waits for the directory's lock, which is held for moments only.
+pub const RELEASE_PATIENCE: Duration = Duration::from_millis(400);
+/// How often a lock that another holds is tried.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -83,8 +91,8 @@ pub enum Claim {
 /// releases of sockets in it come one after another. Dropping the lock frees it.
 ///
 /// # Errors
-/// The directory cannot be made, opened or locked.
-pub fn lock_directory(directory: &Path) -> Result<Flock<File>, Error> {
+/// The directory cannot be made or opened, or not be locked within `patience`.
+pub fn lock_directory(directory: &Path, patience: Duration) -> Result<Flock<File>, Error> {
     let error = |doing| {
         move |source: io::Error| Error::System {
             doing,
@@ -97,9 +105,35 @@ pub fn lock_directory(directory: &Path) -> Result<Flock<File>, Error> {
         .mode(0o711)
         .create(directory)
         .map_err(error("make the socket directory"))?;
-    let file = File::open(directory).map_err(error("open the socket directory"))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| error("lock the socket directory")(errno.into()))
+    let mut file = File::open(directory).map_err(error("open the socket directory"))?;
+    let until = Instant::now() + patience;
+    loop {
+        let held_by_another = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, Errno::EWOULDBLOCK | Errno::EINTR)) => back,
+            Err((_, errno)) => return Err(error("lock the socket directory")(errno.into())),
+        };
+        if Instant::now() >= until {
+            let cause = format!("another shim has held the lock for {patience:?}");
+            return Err(error("lock the socket directory")(io::Error::new(
+                io::ErrorKind::TimedOut,
+                cause,
+            )));
+        }
+        file = held_by_another;
+        std::thread::sleep(RETRY);
+    }
+}
+
+/// Whether anybody listens on a socket, however busy. Does not wait.
+fn is_served(path: &Path) -> bool {
+    let dialled = || {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
+    };
+    // EAGAIN: connections that the listener has not accepted fill its queue.
+    matches!(dialled(), Ok(()) | Err(Errno::EAGAIN))
 }
 
 /// Binds and listens, unless a running shim already does. A socket that nobody
@@ -117,7 +151,7 @@ pub fn claim(path: &Path) -> Result<Claim, Error> {
     };
     let listener = match UnixListener::bind(path) {
         Err(failure) if failure.kind() == io::ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).is_ok() {
+            if is_served(path) {
                 return Ok(Claim::Taken);
             }
             fs::remove_file(path).map_err(error("remove the dead socket"))?;
@@ -136,11 +170,11 @@ pub fn release(path: &Path, inode: Option<u64>) {
     let Some(directory) = path.parent() else {
         return;
     };
-    let lock = lock_directory(directory);
+    let lock = lock_directory(directory, RELEASE_PATIENCE);
     let ours = match (fs::symlink_metadata(path), inode) {
         (Ok(found), Some(inode)) => found.ino() == inode,
         // Without an inode to compare with, only a socket that nobody answers on is ours to remove.
-        (Ok(_), None) => UnixStream::connect(path).is_err(),
+        (Ok(_), None) => !is_served(path),
         (Err(_), _) => false,
     };
     if ours {
@@ -186,7 +220,7 @@ mod tests {
     fn a_live_socket_is_taken_a_dead_one_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let lock = lock_directory(directory.path()).unwrap();
+        let lock = lock_directory(directory.path(), Duration::ZERO).unwrap();
         let Claim::Ours(listener) = claim(&path).unwrap() else {
             panic!("fresh socket taken")
         };
@@ -196,6 +230,32 @@ mod tests {
             panic!("dead socket taken")
         };
         drop(lock);
+    }
+
+    #[test]
+    fn a_listener_that_accepts_nothing_keeps_nobody_waiting() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let silent = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        nix::sys::socket::bind(silent.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        nix::sys::socket::listen(&silent, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+        // One connection fills a queue of none; a blocking one would wait here for ever.
+        let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        assert!(matches!(claim(&path).unwrap(), Claim::Taken));
+        release(&path, None);
+        assert!(path.exists());
+        drop(silent);
+        assert!(matches!(claim(&path).unwrap(), Claim::Ours(_)));
+    }
+
+    #[test]
+    fn a_lock_that_another_keeps_is_an_error_in_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let _held = lock_directory(directory.path(), Duration::ZERO).unwrap();
+        let error = lock_directory(directory.path(), Duration::from_millis(20)).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("lock") && text.contains("20ms"), "{text}");
     }
 
     #[test]

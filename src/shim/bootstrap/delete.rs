@@ -4,7 +4,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message;
@@ -20,11 +20,11 @@ use crate::shim::events::timestamp;
 
 /// Exit status of a task whose shim is gone: 128 + SIGKILL.
 const KILLED: u32 = 137;
-/// How long a daemon that ends by itself is waited for. containerd gives `delete` five seconds in all.
-const ENDS_BY_ITSELF: Duration = Duration::from_millis(2800);
-/// How long it may take to say what it serves.
+/// How long a daemon may take to say what it serves. containerd gives `delete` five seconds for all of this.
 const SAYS: Duration = Duration::from_millis(500);
-/// How long a killed one is waited for.
+/// How long one that ends by itself is waited for.
+const ENDS_BY_ITSELF: Duration = Duration::from_millis(2400);
+/// How long a killed one is waited for, until it has given up its record and is gone.
 const ENDS_KILLED: Duration = Duration::from_millis(1000);
 
 /// Why not everything is free.
@@ -102,6 +102,7 @@ fn free(
 ) -> Result<Option<i32>, Error> {
     let failed = |error: record::Error| Error::Record(crate::sandbox::chain(&error));
     let mut last = record::wait_unlocked(directory, ENDS_BY_ITSELF);
+    let until = Instant::now() + ENDS_KILLED;
     if matches!(last, Err(record::Error::Held { .. })) {
         if !ours {
             // The sandbox is another container's, and so is its end.
@@ -119,7 +120,7 @@ fn free(
     let last = last.map_err(failed)?;
     if let Some(daemon) = daemon.filter(|_| ours) {
         // It gives its record up before it is quite gone.
-        daemon.wait(ENDS_KILLED);
+        daemon.wait(until.saturating_duration_since(Instant::now()));
     }
     record::cleanup(directory).map_err(failed)?;
     Ok(last)
@@ -192,6 +193,13 @@ mod tests {
         assert!(!is_daemon(line, "other"));
         assert!(!is_daemon(b"vi\0-namespace\0ns\0notes\0", "ns"));
         assert!(!is_daemon(b"", "ns"));
+    }
+
+    #[test]
+    fn all_waits_together_leave_time_to_free_within_five_seconds() {
+        let waits = [SAYS, ENDS_BY_ITSELF, ENDS_KILLED, address::RELEASE_PATIENCE];
+        let total: Duration = waits.iter().sum();
+        assert!(total <= Duration::from_millis(4500), "{total:?}");
     }
 
     #[test]

@@ -21,6 +21,8 @@ use crate::sandbox::annotations::{self, Overrides};
 use crate::sandbox::monotonic_ns;
 use crate::shim::namespaces;
 
+/// How long the lock on the socket directory is waited for, which others hold for moments only.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the daemon may take to come up.
 const DAEMON_COMES_UP: Duration = Duration::from_secs(20);
 
@@ -120,7 +122,7 @@ pub fn start(flags: &Flags, bundle: &Path) -> Result<Vec<u8>, Error> {
     let url = format!("unix://{}", path.display());
 
     // Held for the claim alone: the shims of others have their sockets here too.
-    let lock = address::lock_directory(&directory)?;
+    let lock = address::lock_directory(&directory, LOCK_PATIENCE)?;
     let claim = address::claim(&path)?;
     drop(lock);
     if let Claim::Ours(listener) = claim {

@@ -12,6 +12,7 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use protobuf::{Message, MessageField};
 
 use super::{Container, Error, Process, Shim};
+use crate::config::Rootfs;
 use crate::control::Timings;
 use crate::record::{Record, Resource};
 use crate::sandbox::annotations::Overrides;
@@ -71,13 +72,17 @@ impl Shim {
         if let Err(error) = self.reserve(&id, &request.bundle, paths.clone()) {
             return Err(self.why_not(&id, error).await);
         }
-        match self.make(&request, &paths).await {
+        let mut image = None;
+        match self.make(&request, &paths, &mut image).await {
             Ok(made) => {
                 self.created(request, made);
                 self.note_create(&id, begun_ns);
                 Ok(self.identity.pid)
             }
             Err(error) => {
+                if let Some(image) = image {
+                    image.free().await;
+                }
                 self.failed(&id).await;
                 Err(match error {
                     Error::Invalid(text) => Error::Invalid(text),
@@ -128,7 +133,13 @@ impl Shim {
         })
     }
 
-    async fn make(&self, request: &CreateTaskRequest, paths: &Paths) -> Result<Made, Error> {
+    /// Makes all of a container. `image` holds the root image from when it is recorded until all is made.
+    async fn make(
+        &self,
+        request: &CreateTaskRequest,
+        paths: &Paths,
+        image: &mut Option<Image>,
+    ) -> Result<Made, Error> {
         let id = request.id.as_str();
         let bundle = PathBuf::from(&request.bundle);
         let spec = bootstrap::load_spec(&bundle).map_err(Error::Failed)?;
@@ -157,12 +168,12 @@ impl Shim {
             .record
             .directory()
             .join(format!("root-{}.img", file_name(id)));
-        let image = Image::new(self.record.clone(), image_path.clone())?;
+        let recorded = image.insert(Image::new(self.record.clone(), image_path.clone()).await?);
         let make_image = {
-            let (mounts, headroom) = (request.rootfs.clone(), overrides.headroom(&self.config));
+            let (mounts, config) = (request.rootfs.clone(), overrides.rootfs(&self.config));
             let image_path = image_path.clone();
             tokio::task::spawn_blocking(move || {
-                make_image(&bundle, &root, &mounts, &image_path, headroom)
+                make_image(&bundle, &root, &mounts, &image_path, &config)
             })
         };
         // The guest boots while the image is made. Both are waited for, so that no file appears after a failure.
@@ -201,7 +212,7 @@ impl Shim {
         };
         Ok(Made {
             window: disk.window,
-            image: image.keep(),
+            image: recorded.keep(),
             io,
             guest_pid,
         })
@@ -278,7 +289,7 @@ impl Shim {
     }
 }
 
-/// A root image that is freed unless it is kept.
+/// A root image that is freed unless it is kept. Recording and freeing it block.
 struct Image {
     record: Arc<Record>,
     resource: Resource,
@@ -286,21 +297,34 @@ struct Image {
 }
 
 impl Image {
-    fn new(record: Arc<Record>, path: PathBuf) -> Result<Self, Error> {
-        let resource = Resource::File(path);
-        record
-            .add(resource.clone())
-            .map_err(|error| Error::Failed(chain(&error)))?;
-        Ok(Self {
-            record,
-            resource,
-            kept: false,
-        })
+    /// Records it. The record is synced to its disk, which may take long, so not on a worker of the runtime; a call
+    /// that is dropped meanwhile leaves nothing recorded.
+    async fn new(record: Arc<Record>, path: PathBuf) -> Result<Self, Error> {
+        let recording = tokio::task::spawn_blocking(move || {
+            let resource = Resource::File(path);
+            record.add(resource.clone()).map(|()| Self {
+                record,
+                resource,
+                kept: false,
+            })
+        });
+        match recording.await {
+            Ok(recorded) => recorded.map_err(|error| Error::Failed(chain(&error))),
+            Err(error) => Err(Error::Failed(format!(
+                "Recording the root image broke off: {error}"
+            ))),
+        }
     }
 
-    fn keep(mut self) -> Resource {
+    fn keep(&mut self) -> Resource {
         self.kept = true;
         self.resource.clone()
+    }
+
+    /// Frees it now, where blocking is allowed: large files take their time to go.
+    async fn free(self) {
+        // Broken off only when the runtime ends, and then the clean-up frees it by the record.
+        let _ = tokio::task::spawn_blocking(move || drop(self)).await;
     }
 }
 
@@ -337,13 +361,12 @@ fn make_image(
     root: &Path,
     mounts: &[Mount],
     image: &Path,
-    headroom: u64,
+    config: &Rootfs,
 ) -> Result<(), Error> {
     // `join` keeps an absolute root.
     let root = Root::mount(&bundle.join(root), mounts)
         .map_err(|error| Error::Failed(error.to_string()))?;
-    storage::rootfs_image(root.path(), image, headroom)
-        .map_err(|error| Error::Failed(chain(&error)))
+    storage::rootfs_image(root.path(), image, config).map_err(|error| Error::Failed(chain(&error)))
 }
 
 /// A container id as part of a file name.
@@ -434,6 +457,27 @@ mod tests {
         let mut relative = request("c1");
         relative.bundle = "bundle".into();
         assert!(matches!(check(&relative), Err(Error::Invalid(_))));
+    }
+
+    #[tokio::test]
+    async fn recording_an_image_keeps_no_worker_of_the_runtime() {
+        let state = tempfile::tempdir().unwrap();
+        let record = Record::create(state.path(), Default::default()).unwrap();
+        // The record's next write waits until someone reads from here.
+        let slow = state.path().join("record.json.new");
+        nix::unistd::mkfifo(&slow, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (go_on, other_work) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            let went_on = other_work.recv_timeout(Duration::from_secs(10)).is_ok();
+            let _ = std::fs::read(slow);
+            went_on
+        });
+        let image = Image::new(Arc::new(record), state.path().join("i.img"));
+        let work = async { go_on.send(()) };
+        // A pipe cannot be synced, so the record fails; it is about who waits for it.
+        let (_, worked) = tokio::join!(image, work);
+        worked.unwrap();
+        assert!(reader.join().unwrap(), "the worker waited for the disk");
     }
 
     #[test]

@@ -4,14 +4,18 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::time::Instant;
 
 use super::{Exit, Shim};
 use crate::sandbox::chain;
 use crate::shim::cleanup::{Phase, Steps};
 use crate::shim::lifecycle;
 
-/// Output of a process that still runs is waited for as long as it keeps coming: it may be about to exit.
-const OUTPUT_PAUSE: Duration = Duration::from_millis(400);
+/// Output of a process that still runs is waited for as long as it keeps coming, with pauses of up to this: it may be
+/// about to exit. One that has just been started has its program to load first.
+const OUTPUT_PAUSE: Duration = Duration::from_millis(1000);
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// For the exits that are left to be queued, before the queue is waited for.
 const LAST_EXITS: Duration = Duration::from_millis(100);
@@ -50,19 +54,24 @@ impl Ending {
     }
 
     async fn stdio(&self) {
-        let (mut last, mut running, mut draining) = self.activity();
-        while running + draining > 0 {
-            // An exit ends the wait at once; a pause in the output of what runs ends it too.
-            let exits = tokio::time::timeout(OUTPUT_PAUSE, self.shim.all_exits()).await;
+        let mut seen = self.activity();
+        let mut since = Instant::now();
+        loop {
+            let (_, running, draining) = seen;
+            if running + draining == 0 {
+                return;
+            }
+            // An exit of all ends the wait at once; a pause in the output of what runs ends it too.
+            let exits = tokio::time::timeout(LOOK, self.shim.all_exits()).await;
             if exits.is_ok() {
                 return;
             }
-            let moved;
-            (moved, running, draining) = self.activity();
-            if moved == last && draining == 0 {
+            let now = self.activity();
+            if now != seen || draining > 0 {
+                (seen, since) = (now, Instant::now());
+            } else if since.elapsed() >= OUTPUT_PAUSE {
                 return;
             }
-            last = moved;
         }
     }
 }
@@ -71,6 +80,10 @@ impl Ending {
 impl Steps for Ending {
     async fn run(&self, phase: Phase) -> Result<(), String> {
         let shim = &self.shim;
+        if !matches!(phase, Phase::Hotplug | Phase::Stdio) {
+            // All of it, or its time is over.
+            shim.drained.send_replace(true);
+        }
         match phase {
             // Controllers and interfaces come with their features.
             Phase::Hotplug | Phase::Network => Ok(()),

@@ -211,6 +211,8 @@ pub struct Shim {
     publisher: Publisher,
     startup: Startup,
     end: watch::Sender<bool>,
+    /// The end has got beyond the output of processes.
+    drained: watch::Sender<bool>,
     cleanup: Cleanup,
 }
 
@@ -238,6 +240,7 @@ impl Shim {
             publisher,
             startup: Startup::default(),
             end: watch::channel(false).0,
+            drained: watch::channel(false).0,
             cleanup: Cleanup::default(),
         })
     }
@@ -278,6 +281,13 @@ impl Shim {
     pub async fn ending(&self) {
         // The sender is in self, so it cannot be gone.
         let _ = self.end.subscribe().wait_for(|end| *end).await;
+    }
+
+    /// Completes when the output that processes had written is delivered, or its time is over. Only of use once the
+    /// shim was told to end.
+    async fn drained(&self) {
+        // The sender is in self, so it cannot be gone.
+        let _ = self.drained.subscribe().wait_for(|drained| *drained).await;
     }
 
     /// Keeps the control socket served until the end.

@@ -192,12 +192,17 @@ impl Shim {
         exit.ok_or_else(|| no_container(id))
     }
 
-    /// What there is to know, without asking the guest.
+    /// What there is to know, without asking the guest. What is still being made is not there yet, as with runc's shim.
     pub(super) fn state(&self, id: &str, exec_id: &str) -> Result<StateResponse, Error> {
         let state = self.lock();
-        let container = state.containers.get(id).ok_or_else(|| no_container(id))?;
+        let container = state
+            .containers
+            .get(id)
+            .filter(|container| container.is_made())
+            .ok_or_else(|| no_container(id))?;
         let process = container
             .process(exec_id)
+            .filter(|process| process.life != lifecycle::Process::Adding)
             .ok_or_else(|| no_process(id, exec_id))?;
         let mut response = StateResponse::new();
         response.id = id.to_owned();

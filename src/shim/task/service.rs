@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api;
@@ -19,10 +20,24 @@ use crate::shim::events::timestamp;
 
 /// Names under which the one service is served.
 const SERVICES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
+/// Services that a shim may have and this one has not: each of their calls is answered with UNIMPLEMENTED, which clients take for
+/// just that. Of a service that is not even named ttrpc says INVALID_ARGUMENT.
+const ABSENT: [&str; 3] = [
+    "containerd.runtime.sandbox.v1.Sandbox",
+    "containerd.services.streaming.v1.Streaming",
+    "containerd.services.transfer.v1.Transfer",
+];
 
 /// The services of a shim, by name.
 pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
-    let mut services = HashMap::new();
+    let absent = ABSENT.iter().map(|name| {
+        let service = Service {
+            methods: HashMap::new(),
+            streams: HashMap::new(),
+        };
+        ((*name).to_owned(), service)
+    });
+    let mut services: HashMap<String, Service> = absent.collect();
     for name in SERVICES {
         let tasks: Arc<dyn Task + Send + Sync> = Arc::new(Tasks(shim.clone()));
         // The generated map has the one service, under the name that it was generated from.
@@ -34,6 +49,9 @@ pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     }
     services
 }
+
+/// How long the answer to Shutdown may wait for output on its way: its phase, and a little for the start of the end.
+const SHUTDOWN_ANSWERS: Duration = Duration::from_millis(3800);
 
 struct Tasks(Arc<Shim>);
 
@@ -179,6 +197,8 @@ impl Task for Tasks {
         if request.now || !self.0.serves_others(&request.id) {
             tracing::info!("told to shut down");
             self.0.shut_down();
+            // Who waits for the answer finds all output at its readers.
+            let _ = tokio::time::timeout(SHUTDOWN_ANSWERS, self.0.drained()).await;
         }
         Ok(Empty::new())
     }

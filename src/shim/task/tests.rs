@@ -4,6 +4,7 @@
 mod dying;
 mod races;
 mod running;
+mod service;
 mod timings;
 
 use std::path::Path;

@@ -356,7 +356,7 @@ fn guest_dies(context: &Context, name: &str, key: &str, word: &str) -> Result<()
 }
 
 /// containerd's own log: its standard error.
-fn log_of(context: &Context) -> Result<std::path::PathBuf> {
+pub(super) fn log_of(context: &Context) -> Result<std::path::PathBuf> {
     let pid = context.daemon()?.pid;
     Ok(std::fs::read_link(format!("/proc/{pid}/fd/2"))?)
 }

@@ -9,6 +9,7 @@ mod exec;
 mod group;
 mod inspect;
 mod lifecycle;
+mod mute;
 mod pause;
 mod races;
 mod refusals;
@@ -30,6 +31,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         containers::CASES,
         lifecycle::CASES,
         restart::CASES,
+        mute::CASES,
         refusals::CASES,
         exec::CASES,
         tty::CASES,
