@@ -6,6 +6,8 @@
 
 pub mod config;
 pub mod control;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod record;
 pub mod sandbox;
 pub mod shim;
