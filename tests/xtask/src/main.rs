@@ -1,6 +1,7 @@
 //! `cargo xtask`: nacre's demo, its tests, and the machinery under them.
 
 mod apt;
+mod bench;
 mod daemons;
 mod demo;
 mod fuzz;
@@ -42,6 +43,8 @@ enum Command {
     Test(test::TestArgs),
     /// Run the end-to-end cases with big counts; resumable, result in target/nacre/soak/RESULT.md
     Soak(soak::SoakArgs),
+    /// Measure the shim next to runc's: life of a container, execs, a stream, what many execs leave
+    Bench(bench::BenchArgs),
     /// Fuzz what a hostile guest can send: libFuzzer on the targets of tests/fuzz
     Fuzz(fuzz::FuzzArgs),
     /// Make the guest kernel and initrd
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Command::Demo { nested } => demo::run(nested),
         Command::Test(args) => test::run(&args),
         Command::Soak(args) => soak::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Image(args) => image::run(&args).map(|()| 0),
         Command::Testbed(args) => run_testbed(args),
