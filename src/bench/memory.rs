@@ -93,7 +93,7 @@ VmFlags: rd wr mr mw me gd ac
     #[test]
     fn this_process_holds_something() {
         let held = Held::of(std::process::id() as i32).unwrap();
-        assert!(held.own_kib > 0 && held.own_kib <= held.rss_kib + 1024);
+        assert!(held.own_kib > 0 && held.rss_kib > 0);
         assert!(held.descriptors > 0 && held.threads > 0);
     }
 }

@@ -238,9 +238,9 @@ pub(super) fn both_ways(fifo: &Path) -> Result<File> {
         .with_context(|| format!("opening {}", fifo.display()))
 }
 
-/// Stdio of a process, as FIFOs; empty: none.
+/// FIFOs for the stdio of a process; none: it has none.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Stdio3 {
+pub(super) struct Fifos {
     pub stdin: Option<PathBuf>,
     pub stdout: Option<PathBuf>,
 }
@@ -364,7 +364,7 @@ impl<'s> Container<'s> {
     }
 
     /// Create, with the shared root bound to the bundle's.
-    pub fn create(&self, stdio: &Stdio3) -> Result<()> {
+    pub fn create(&self, stdio: &Fifos) -> Result<()> {
         let mut request = CreateTaskRequest::new();
         request.id.clone_from(&self.id);
         request.bundle = self.folder.display().to_string();
@@ -389,7 +389,7 @@ impl<'s> Container<'s> {
     }
 
     /// Adds an exec.
-    pub fn exec(&self, exec: &str, args: &[&str], stdio: &Stdio3) -> Result<()> {
+    pub fn exec(&self, exec: &str, args: &[&str], stdio: &Fifos) -> Result<()> {
         let mut request = ExecProcessRequest::new();
         request.id.clone_from(&self.id);
         request.exec_id = exec.to_owned();
@@ -467,7 +467,7 @@ impl<'s> Container<'s> {
         let mut container = Self::bundle(around, peer, args)?;
         let answer = container.start_shim()?;
         container.connect(&answer)?;
-        container.create(&Stdio3::default())?;
+        container.create(&Fifos::default())?;
         container.start("")?;
         Ok(container)
     }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
 use super::memory::Held;
-use super::peers::{Container, Peer, Stdio3, Surroundings, both_ways};
+use super::peers::{Container, Fifos, Peer, Surroundings, both_ways};
 use super::report::{Report, Unit};
 
 const MIB: usize = 1 << 20;
@@ -97,7 +97,7 @@ fn one_life(around: &Surroundings, peer: &Peer, report: &mut Report, counts: boo
     let mut container = Container::bundle(around, peer, &STAYS)?;
     let stdout = container.fifo("stdout")?;
     let mut reader = both_ways(&stdout)?;
-    let stdio = Stdio3 {
+    let stdio = Fifos {
         stdin: None,
         stdout: Some(stdout),
     };
@@ -156,7 +156,7 @@ fn end(containers: Vec<Container<'_>>) -> Result<()> {
 
 fn one_exec(container: &Container<'_>, id: &str, laps: &mut Laps<'_>) -> Result<()> {
     let began = Instant::now();
-    container.exec(id, &["true"], &Stdio3::default())?;
+    container.exec(id, &["true"], &Fifos::default())?;
     laps.lap("exec");
     container.start(id)?;
     laps.lap("start");
@@ -201,7 +201,7 @@ fn one_cat(
     let stdin = container.fifo(&format!("{id}-in"))?;
     let stdout = container.fifo(&format!("{id}-out"))?;
     let mut reader = both_ways(&stdout)?;
-    let stdio = Stdio3 {
+    let stdio = Fifos {
         stdin: Some(stdin.clone()),
         stdout: Some(stdout.clone()),
     };
