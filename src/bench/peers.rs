@@ -243,6 +243,8 @@ pub(super) fn both_ways(fifo: &Path) -> Result<File> {
 pub(super) struct Fifos {
     pub stdin: Option<PathBuf>,
     pub stdout: Option<PathBuf>,
+    /// runc's shim wants it where there is a stdout.
+    pub stderr: Option<PathBuf>,
 }
 
 fn path(fifo: Option<&PathBuf>) -> String {
@@ -370,6 +372,7 @@ impl<'s> Container<'s> {
         request.bundle = self.folder.display().to_string();
         request.stdin = path(stdio.stdin.as_ref());
         request.stdout = path(stdio.stdout.as_ref());
+        request.stderr = path(stdio.stderr.as_ref());
         let mut root = Mount::new();
         root.type_ = "bind".to_owned();
         root.source = self.around.root.display().to_string();
@@ -395,6 +398,7 @@ impl<'s> Container<'s> {
         request.exec_id = exec.to_owned();
         request.stdin = path(stdio.stdin.as_ref());
         request.stdout = path(stdio.stdout.as_ref());
+        request.stderr = path(stdio.stderr.as_ref());
         let spec = request.spec.mut_or_insert_default();
         spec.type_url = PROCESS_TYPE.to_owned();
         spec.value = serde_json::to_vec(&process(args))?;

@@ -96,10 +96,13 @@ pub(super) fn lifecycle(around: &Surroundings, peers: &[Peer], rounds: Rounds) -
 fn one_life(around: &Surroundings, peer: &Peer, report: &mut Report, counts: bool) -> Result<()> {
     let mut container = Container::bundle(around, peer, &STAYS)?;
     let stdout = container.fifo("stdout")?;
+    let stderr = container.fifo("stderr")?;
     let mut reader = both_ways(&stdout)?;
+    let _silent = both_ways(&stderr)?;
     let stdio = Fifos {
         stdin: None,
         stdout: Some(stdout),
+        stderr: Some(stderr),
     };
     let began = Instant::now();
     let mut laps = Laps::start(report, counts, peer.name);
@@ -200,10 +203,13 @@ fn one_cat(
     let id = format!("cat{round}");
     let stdin = container.fifo(&format!("{id}-in"))?;
     let stdout = container.fifo(&format!("{id}-out"))?;
+    let stderr = container.fifo(&format!("{id}-err"))?;
     let mut reader = both_ways(&stdout)?;
+    let _silent = both_ways(&stderr)?;
     let stdio = Fifos {
         stdin: Some(stdin.clone()),
         stdout: Some(stdout.clone()),
+        stderr: Some(stderr.clone()),
     };
     container.exec(&id, &["cat"], &stdio)?;
     container.start(&id)?;
@@ -239,7 +245,7 @@ fn one_cat(
     laps.lap("close-to-exit");
     ensure!(status == 0, "cat ended with {status}");
     container.delete(&id)?;
-    for fifo in [&stdin, &stdout] {
+    for fifo in [&stdin, &stdout, &stderr] {
         std::fs::remove_file(fifo)?;
     }
     Ok(())
