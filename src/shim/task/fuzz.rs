@@ -150,7 +150,7 @@ async fn play(data: &[u8]) {
     let mut calls = JoinSet::new();
     // What waits for an exec that is never started does so until the shim ends.
     let mut waiting = JoinSet::new();
-    let mut sequence = 0;
+    let mut sequence = 0_u64;
     while !input.is_empty() {
         let step = input.arbitrary::<u8>().unwrap_or(0);
         if step % 8 < 4 {
@@ -158,7 +158,7 @@ async fn play(data: &[u8]) {
                 break;
             };
             if step & 0x80 == 0 {
-                event.sequence = sequence + 1;
+                event.sequence = sequence.wrapping_add(1);
             }
             if guest.host.event(context(), &event).await.is_ok() {
                 sequence = sequence.max(event.sequence);
