@@ -23,7 +23,7 @@ type Scenario = (
     &'static [&'static str],
 );
 
-const SCENARIOS: [Scenario; 3] = [
+const SCENARIOS: [Scenario; 2] = [
     (
         "lifecycle",
         &["--count", "1", "--warm-up", "0"],
@@ -42,11 +42,6 @@ const SCENARIOS: [Scenario; 3] = [
         "cat",
         &["--count", "1", "--warm-up", "0", "--mib", "1"],
         &["round-trip", "rate"],
-    ),
-    (
-        "execs",
-        &["--count", "3", "--warm-up", "0"],
-        &["own RSS before", "own RSS growth", "descriptors growth"],
     ),
 ];
 
