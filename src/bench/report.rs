@@ -62,25 +62,27 @@ fn quantile(values: &[f64], percent: f64) -> f64 {
 }
 
 impl Report {
-    pub fn new(scenario: &'static str) -> Self {
+    /// An empty one about these shims, in the order in which they are shown.
+    pub fn new(scenario: &'static str, shims: impl IntoIterator<Item = &'static str>) -> Self {
+        let shims = shims.into_iter();
         Self {
             scenario,
-            shims: Vec::new(),
+            shims: shims
+                .map(|shim| Measured {
+                    shim,
+                    series: Vec::new(),
+                })
+                .collect(),
             notes: Vec::new(),
         }
     }
 
-    /// Adds a value to a series, which begins with its first.
+    /// Adds a value to a series of one of the shims.
     pub fn add(&mut self, shim: &'static str, name: &'static str, unit: Unit, value: f64) {
-        let at = self.shims.iter().position(|known| known.shim == shim);
-        let at = at.unwrap_or_else(|| {
-            self.shims.push(Measured {
-                shim,
-                series: Vec::new(),
-            });
-            self.shims.len() - 1
-        });
-        let all = &mut self.shims[at].series;
+        let Some(measured) = self.shims.iter_mut().find(|known| known.shim == shim) else {
+            return;
+        };
+        let all = &mut measured.series;
         match all.iter_mut().find(|known| known.name == name) {
             Some(series) => series.values.push(value),
             None => all.push(Series {
@@ -192,8 +194,8 @@ mod tests {
 
     #[test]
     fn the_table_has_the_ratio_of_medians_and_json_has_all_values() {
-        let mut report = Report::new("exec");
-        for (shim, values) in [("nacre", [6.0, 8.0, 7.0]), ("runc", [3.0, 4.0, 3.5])] {
+        let mut report = Report::new("exec", ["nacre", "runc"]);
+        for (shim, values) in [("runc", [3.0, 4.0, 3.5]), ("nacre", [6.0, 8.0, 7.0])] {
             for value in values {
                 report.add(shim, "cycle", Unit::Ms, value);
             }

@@ -52,6 +52,10 @@ fn ms(from: Instant, to: Instant) -> f64 {
     (to - from).as_secs_f64() * 1e3
 }
 
+fn names(peers: &[Peer]) -> impl Iterator<Item = &'static str> {
+    peers.iter().map(|peer| peer.name)
+}
+
 /// Which of `count` is whose turn: each is first every other round.
 fn turns(count: usize, round: u64) -> impl Iterator<Item = usize> {
     (0..count).map(move |turn| {
@@ -83,7 +87,7 @@ impl Rounds {
 
 /// A container's life by its phases.
 pub(super) fn lifecycle(around: &Surroundings, peers: &[Peer], rounds: Rounds) -> Result<Report> {
-    let mut report = Report::new("lifecycle");
+    let mut report = Report::new("lifecycle", names(peers));
     rounds.each(peers.len(), |at, _, counts| {
         let peer = &peers[at];
         one_life(around, peer, &mut report, counts)
@@ -134,7 +138,7 @@ fn one_life(around: &Surroundings, peer: &Peer, report: &mut Report, counts: boo
 
 /// `true` as an exec: added, started, waited for, deleted.
 pub(super) fn exec(around: &Surroundings, peers: &[Peer], rounds: Rounds) -> Result<Report> {
-    let mut report = Report::new("exec");
+    let mut report = Report::new("exec", names(peers));
     let containers = containers(around, peers)?;
     rounds.each(peers.len(), |at, round, counts| {
         let mut laps = Laps::start(&mut report, counts, peers[at].name);
@@ -179,7 +183,7 @@ pub(super) fn cat(
     rounds: Rounds,
     mib: usize,
 ) -> Result<Report> {
-    let mut report = Report::new("cat");
+    let mut report = Report::new("cat", names(peers));
     let containers = containers(around, peers)?;
     let sent = noise(mib * MIB);
     let digest = Sha256::digest(&sent);
@@ -267,7 +271,7 @@ fn noise(len: usize) -> Vec<u8> {
 
 /// Many execs one after another in one container, and what its shim holds before and after.
 pub(super) fn execs(around: &Surroundings, peers: &[Peer], rounds: Rounds) -> Result<Report> {
-    let mut report = Report::new("execs");
+    let mut report = Report::new("execs", names(peers));
     for peer in peers {
         let container = containers(around, std::slice::from_ref(peer))?;
         let pid = container[0]
