@@ -2,10 +2,13 @@
 //!
 //! [`sandbox`] is one VM with its agent; [`shim`] serves containerd's task
 //! service on it, [`vmctl`] runs VMs and containers by hand. The programs in
-//! `src/bin` only call [`shim`] and [`vmctl`].
+//! `src/bin` only call [`shim`], [`vmctl`] and [`bench`], which measures.
 
+pub mod bench;
 pub mod config;
 pub mod control;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod record;
 pub mod sandbox;
 pub mod shim;

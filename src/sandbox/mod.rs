@@ -11,6 +11,10 @@ mod bring_up;
 mod calls;
 mod console;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fake;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod gate;
 mod host;
 mod machine;

@@ -248,10 +248,10 @@ fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Resul
         let Some(path) = namespace.path().clone() else {
             continue;
         };
-        if namespace.typ() == LinuxNamespaceType::Network {
-            // The host's netns is the VM's; the container has the guest's own.
+        if namespace.typ() == LinuxNamespaceType::Network || path.as_os_str().is_empty() {
+            // The host's netns is the VM's; the container has the guest's own. An empty path is a new namespace.
             namespace.set_path(None);
-        } else if !path.as_os_str().is_empty() {
+        } else {
             let kind = namespace.typ().to_string();
             return Err(Error::Namespace {
                 kind,
@@ -410,6 +410,17 @@ mod tests {
         });
         assert!(error.contains("/proc/7/ns/ipc"), "{error}");
         LinuxNamespaceBuilder::default().build().unwrap();
+    }
+
+    #[test]
+    fn a_namespace_with_an_empty_path_is_a_new_one() {
+        let (value, _) = adapted(|spec| {
+            spec["linux"]["namespaces"] = json!([{"type": "ipc", "path": ""}, {"type": "pid"}]);
+        });
+        assert_eq!(
+            value["linux"]["namespaces"],
+            json!([{"type": "ipc"}, {"type": "pid"}])
+        );
     }
 
     #[test]

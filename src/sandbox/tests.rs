@@ -4,215 +4,26 @@
 
 mod hostile;
 
-use std::collections::HashMap;
-use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use nacre_protocol::agent::event_request::Event;
 use nacre_protocol::agent::{
     BindDiskRequest, BindDiskResponse, CreateContainerRequest, CreateContainerResponse, Empty,
-    EventRequest, Exit, ReadyRequest, ShutdownRequest,
+    EventRequest, Exit, ShutdownRequest,
 };
-use nacre_protocol::agent_ttrpc::{Agent as AgentService, HostClient, create_agent};
-use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG, PROTOCOL_VERSION};
+use nacre_protocol::agent_ttrpc::{Agent as AgentService, HostClient};
+use nacre_protocol::{PORT_CALLS, PORT_EVENTS};
 use nacre_vmm::{DiskConfig, ExitReason};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-use tokio::sync::{mpsc, watch};
-use ttrpc::asynchronous::transport::{Listener, Socket};
-use ttrpc::asynchronous::{Client, Server, TtrpcContext};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::asynchronous::{Client, TtrpcContext};
 
-use super::bring_up::Ports;
-use super::console::{ConsoleWriter, Tail};
-use super::machine::{GuestStream, Machine, PortListener};
-use super::phases::MachinePhases;
+use super::console::ConsoleWriter;
+use super::fake::TIMEOUTS;
+pub(crate) use super::fake::{Fake, Guest, agent, boot, context, hello};
 use super::*;
-
-/// A machine whose guest is the test.
-pub(crate) struct Fake {
-    end: watch::Sender<Option<ExitReason>>,
-    ports: Arc<Mutex<HashMap<u32, mpsc::Sender<GuestStream>>>>,
-    plugged: AtomicUsize,
-    unplugged: Mutex<Vec<u8>>,
-}
-
-impl Fake {
-    fn new() -> Arc<Self> {
-        let (end, _) = watch::channel(None);
-        Arc::new(Self {
-            end,
-            ports: Arc::default(),
-            plugged: AtomicUsize::new(0),
-            unplugged: Mutex::default(),
-        })
-    }
-
-    pub(crate) fn has_ended(&self) -> bool {
-        self.end.borrow().is_some()
-    }
-
-    /// Disks that were plugged and not unplugged since.
-    pub(crate) fn disks(&self) -> usize {
-        self.plugged.load(Ordering::Relaxed) - self.unplugged.lock().unwrap().len()
-    }
-
-    pub(crate) fn end(&self, reason: ExitReason) {
-        self.end.send_if_modified(|end| {
-            let first = end.is_none();
-            end.get_or_insert(reason);
-            first
-        });
-    }
-
-    /// The guest dials a port; refused if nobody listens.
-    pub(crate) fn dial(&self, port: u32) -> io::Result<DuplexStream> {
-        let (guest, host) = tokio::io::duplex(1 << 16);
-        let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
-        let listener = self
-            .ports
-            .lock()
-            .unwrap()
-            .get(&port)
-            .cloned()
-            .ok_or_else(refused)?;
-        listener
-            .try_send(GuestStream::new(host))
-            .map_err(|_| refused())?;
-        Ok(guest)
-    }
-
-    fn listener(&self, port: u32) -> Box<dyn PortListener> {
-        let (sender, receiver) = mpsc::channel(4);
-        self.ports.lock().unwrap().insert(port, sender);
-        Box::new(FakeListener(receiver))
-    }
-}
-
-struct FakeListener(mpsc::Receiver<GuestStream>);
-
-#[async_trait]
-impl PortListener for FakeListener {
-    async fn accept(&mut self) -> io::Result<GuestStream> {
-        self.0
-            .recv()
-            .await
-            .ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset))
-    }
-}
-
-#[async_trait]
-impl Machine for Fake {
-    async fn ended(&self) -> ExitReason {
-        let mut end = self.end.subscribe();
-        let ended = end.wait_for(Option::is_some).await.unwrap();
-        ended.clone().unwrap()
-    }
-
-    fn exit_reason(&self) -> Option<ExitReason> {
-        self.end.borrow().clone()
-    }
-
-    fn stop(&self) {
-        self.end(ExitReason::Stopped);
-    }
-
-    fn listen(&self, port: u32) -> Result<Box<dyn PortListener>, Error> {
-        Ok(self.listener(port))
-    }
-
-    fn plug_disk(&self, _disk: DiskConfig) -> Result<u8, Error> {
-        self.plugged.fetch_add(1, Ordering::Relaxed);
-        Ok(2)
-    }
-
-    fn unplug(&self, window: u8) -> Result<(), Error> {
-        self.unplugged.lock().unwrap().push(window);
-        Ok(())
-    }
-
-    fn phases(&self) -> MachinePhases {
-        MachinePhases {
-            start_ns: 1,
-            ..MachinePhases::default()
-        }
-    }
-
-    fn exits(&self) -> Vec<(String, u64)> {
-        Vec::new()
-    }
-}
-
-const TIMEOUTS: Timeouts = Timeouts {
-    boot: Duration::from_secs(60),
-    agent: Duration::from_secs(10),
-    create: Duration::from_secs(30),
-    stdio: Duration::from_secs(5),
-};
-
-/// A sandbox over a machine whose guest is the caller.
-pub(crate) fn boot() -> (Sandbox, Arc<Fake>, Tail) {
-    let fake = Fake::new();
-    let tail = Tail::default();
-    let parts = Parts {
-        id: "s".to_owned(),
-        namespace: "test".to_owned(),
-        hostname: "guest".to_owned(),
-        kernel: "/k".into(),
-        initrd: None,
-        vcpus: 1,
-        memory_mib: 256,
-        disks: Vec::new(),
-        timeouts: TIMEOUTS,
-        main_ns: None,
-    };
-    let ports = Ports {
-        calls: fake.listener(PORT_CALLS),
-        events: fake.listener(PORT_EVENTS),
-        log: fake.listener(PORT_LOG),
-    };
-    let sandbox = Sandbox::over(parts, fake.clone(), Some(ports), tail.clone(), None);
-    (sandbox, fake, tail)
-}
-
-fn hello() -> ReadyRequest {
-    let mut hello = ReadyRequest::new();
-    hello.protocol_version = PROTOCOL_VERSION;
-    hello.build_id = "theirs".to_owned();
-    hello.kernel_release = "6.1".to_owned();
-    hello
-}
-
-pub(crate) fn context() -> ttrpc::context::Context {
-    ttrpc::context::with_duration(Duration::from_secs(100))
-}
-
-/// The guest's side of the two connections.
-pub(crate) struct Guest {
-    /// Calls of the guest to its host.
-    pub(crate) host: HostClient,
-    _server: Server,
-}
-
-/// Dials, serves the agent, and says hello.
-pub(crate) async fn agent(fake: &Fake, service: impl AgentService + Send + 'static) -> Guest {
-    let calls = fake.dial(PORT_CALLS).unwrap();
-    let one = futures::stream::once(async move { Ok::<_, io::Error>(calls) });
-    let mut server = Server::new()
-        .add_listener(Listener::new(one))
-        .register_service(create_agent(Arc::new(service)));
-    server.start().await.unwrap();
-    let events = fake.dial(PORT_EVENTS).unwrap();
-    let host = HostClient::new(Client::new(Socket::new(events)));
-    let answer = host.ready(context(), &hello()).await.unwrap();
-    assert_eq!(answer.hostname, "guest");
-    assert!(answer.realtime_ns > 0);
-    Guest {
-        host,
-        _server: server,
-    }
-}
 
 /// An agent that makes containers, refuses disks and powers off.
 struct Good(Arc<Fake>);

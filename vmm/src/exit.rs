@@ -1,6 +1,8 @@
 //! How a VM ended: one typed reason, whoever noticed it first.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -75,7 +77,9 @@ enum Progress {
 #[derive(Debug, Default)]
 struct State {
     progress: Progress,
-    wakers: Vec<Waker>,
+    /// Of the waits that are under way, by their number.
+    wakers: HashMap<u64, Waker>,
+    next: u64,
 }
 
 impl Ending {
@@ -132,7 +136,7 @@ impl Ending {
             self.changed.notify_all();
             std::mem::take(&mut state.wakers)
         };
-        wakers.into_iter().for_each(Waker::wake);
+        wakers.into_values().for_each(Waker::wake);
     }
 
     /// Blocks until everything is given back.
@@ -149,20 +153,13 @@ impl Ending {
         }
     }
 
-    /// [`Self::wait_down`] for a future.
-    pub fn poll_down(&self, context: &Context<'_>) -> Poll<ExitReason> {
-        let mut state = self.lock();
-        if let Progress::Down(reason) = &state.progress {
-            return Poll::Ready(reason.clone());
+    /// [`Self::wait_down`] as a future. Dropped before its end it leaves nothing behind: whoever waits for a call waits for this
+    /// too, and there is no end to calls.
+    pub fn down(&self) -> Down<'_> {
+        Down {
+            ending: self,
+            number: None,
         }
-        if !state
-            .wakers
-            .iter()
-            .any(|waker| waker.will_wake(context.waker()))
-        {
-            state.wakers.push(context.waker().clone());
-        }
-        Poll::Pending
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -170,8 +167,48 @@ impl Ending {
     }
 }
 
+/// See [`Ending::down`].
+#[derive(Debug)]
+pub struct Down<'e> {
+    ending: &'e Ending,
+    /// Of its waker, once it has waited.
+    number: Option<u64>,
+}
+
+impl Future for Down<'_> {
+    type Output = ExitReason;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<ExitReason> {
+        let mut state = self.ending.lock();
+        if let Progress::Down(reason) = &state.progress {
+            return Poll::Ready(reason.clone());
+        }
+        let number = self.number.unwrap_or(state.next);
+        if self.number.is_none() {
+            state.next += 1;
+        }
+        let former = state.wakers.insert(number, context.waker().clone());
+        drop(state);
+        // Not under the lock: a waker may be the last to hold a task.
+        drop(former);
+        self.number = Some(number);
+        Poll::Pending
+    }
+}
+
+impl Drop for Down<'_> {
+    fn drop(&mut self) {
+        if let Some(number) = self.number {
+            let former = self.ending.lock().wakers.remove(&number);
+            drop(former);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use super::*;
 
     #[test]
@@ -181,16 +218,20 @@ mod tests {
         assert!(ending.report(ExitReason::Panic));
         assert!(!ending.report(ExitReason::Reboot));
         assert_eq!(ending.wait_reason(), ExitReason::Panic);
-        let context = Context::from_waker(Waker::noop());
-        assert_eq!(ending.poll_down(&context), Poll::Pending);
+        let mut context = Context::from_waker(Waker::noop());
+        let mut down = pin!(ending.down());
+        assert_eq!(down.as_mut().poll(&mut context), Poll::Pending);
         ending.finish();
-        assert_eq!(ending.poll_down(&context), Poll::Ready(ExitReason::Panic));
+        assert_eq!(
+            down.as_mut().poll(&mut context),
+            Poll::Ready(ExitReason::Panic)
+        );
         assert_eq!(ending.wait_down(), ExitReason::Panic);
         assert!(!ending.report(ExitReason::Stopped));
     }
 
     #[test]
-    fn a_wait_that_was_cancelled_and_repeated_keeps_one_waker() {
+    fn a_wait_that_was_cancelled_leaves_nothing_and_the_others_are_woken_once() {
         struct Counted(std::sync::atomic::AtomicUsize);
         impl std::task::Wake for Counted {
             fn wake(self: std::sync::Arc<Self>) {
@@ -198,11 +239,26 @@ mod tests {
             }
         }
         let counted = std::sync::Arc::new(Counted(0.into()));
-        let waker = Waker::from(std::sync::Arc::clone(&counted));
-        let context = Context::from_waker(&waker);
         let ending = Ending::default();
         for _ in 0..100 {
-            assert!(ending.poll_down(&context).is_pending());
+            // As of so many tasks.
+            let waker = Waker::from(std::sync::Arc::clone(&counted));
+            let mut down = pin!(ending.down());
+            assert!(
+                down.as_mut()
+                    .poll(&mut Context::from_waker(&waker))
+                    .is_pending()
+            );
+        }
+        assert_eq!(std::sync::Arc::strong_count(&counted), 1, "wakers are kept");
+        let waker = Waker::from(std::sync::Arc::clone(&counted));
+        let mut down = pin!(ending.down());
+        for _ in 0..2 {
+            assert!(
+                down.as_mut()
+                    .poll(&mut Context::from_waker(&waker))
+                    .is_pending()
+            );
         }
         ending.finish();
         assert_eq!(counted.0.load(Ordering::SeqCst), 1);

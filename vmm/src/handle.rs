@@ -1,6 +1,5 @@
 //! What others hold of a running VM.
 
-use std::future::poll_fn;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ThreadId};
@@ -147,7 +146,7 @@ impl Vm {
 
     /// Completes when the VM has ended and all its threads are joined; runs on any executor.
     pub async fn ended(&self) -> ExitReason {
-        poll_fn(|context| self.shared.progress.ending.poll_down(context)).await
+        self.shared.progress.ending.down().await
     }
 
     /// The reason, once the VM ends; its threads may still be on their way out.

@@ -10,6 +10,8 @@ pub mod bus;
 pub mod config;
 pub mod event_loop;
 pub mod exit;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod handle;
 pub mod interrupt;
 pub mod kvm;

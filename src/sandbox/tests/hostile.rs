@@ -2,9 +2,14 @@
 //! other call anything, and comes out as a typed error or as a bounded answer.
 
 use std::future::Future;
+use std::io;
 
 use nacre_protocol::agent::{PidsResponse, StatsResponse};
+use nacre_protocol::agent_ttrpc::create_agent;
 use protobuf::Message;
+use tokio::io::DuplexStream;
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
 use ttrpc::proto::Response;
 
 use super::super::gate::{LONGEST_ANSWER, LONGEST_REQUEST};

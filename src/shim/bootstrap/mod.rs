@@ -3,7 +3,7 @@
 
 mod address;
 mod delete;
-mod dialect;
+pub(crate) mod dialect;
 mod flags;
 mod info;
 mod start;

@@ -8,6 +8,8 @@ mod ending;
 mod error;
 mod exec;
 mod exits;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod limits;
 mod process;
 mod service;

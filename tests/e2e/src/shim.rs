@@ -6,14 +6,14 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use containerd_shim_protos::Client;
+use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api::{
     ConnectRequest, ConnectResponse, DeleteResponse, ShutdownRequest,
 };
-use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
-use containerd_shim_protos::ttrpc::{Code, Request};
+use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use nacre::bench::shim::{self, Answer};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
@@ -25,6 +25,9 @@ use crate::ctr::{self, Output};
 use crate::image;
 use crate::poll;
 use crate::processes::{self, Process};
+
+/// How long a call may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How containerd says what it wants on `start`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,77 +229,41 @@ impl Drop for Bundle<'_> {
 
 /// The socket's path in what `start` answered, in the dialect that was asked for.
 pub(crate) fn address_in(dialect: Dialect, answer: &[u8]) -> Result<String> {
-    let text = || String::from_utf8_lossy(answer).into_owned();
-    let url = match dialect {
-        Dialect::Bare => text().trim_end().to_owned(),
-        Dialect::Version2 => json_address(answer, 2)?,
-        Dialect::Params if answer.first() == Some(&b'{') => json_address(answer, 3)?,
-        Dialect::Params => {
-            let result = BootstrapResult::parse_from_bytes(answer)
-                .with_context(|| format!("start answered with {:?}", text()))?;
-            ensure!(
-                result.version == 3,
-                "version {} instead of 3",
-                result.version
-            );
-            ensure!(result.protocol == "ttrpc", "protocol {:?}", result.protocol);
-            result.address
-        }
+    let (form, version) = match dialect {
+        Dialect::Bare => (answer.starts_with(b"unix://"), 2),
+        Dialect::Version2 => (answer.starts_with(b"{"), 2),
+        Dialect::Params => (!answer.starts_with(b"unix://"), 3),
     };
-    match url.strip_prefix("unix://") {
-        Some(path) if path.starts_with('/') => Ok(path.to_owned()),
-        _ => bail!("the address {url:?} is no unix:// URL of an absolute path"),
-    }
-}
-
-fn json_address(answer: &[u8], version: u64) -> Result<String> {
-    let value: serde_json::Value = serde_json::from_slice(answer)
-        .with_context(|| format!("start answered with {:?}", String::from_utf8_lossy(answer)))?;
     ensure!(
-        value["version"] == version,
+        form,
+        "a containerd of {dialect:?} gets {:?}",
+        String::from_utf8_lossy(answer)
+    );
+    let answer = Answer::parse(answer)?;
+    ensure!(
+        answer.version == version,
         "version {} instead of {version}",
-        value["version"]
+        answer.version
     );
-    ensure!(
-        value["protocol"] == "ttrpc",
-        "protocol {}",
-        value["protocol"]
-    );
-    Ok(value["address"]
-        .as_str()
-        .context("there is no address")?
-        .to_owned())
+    Ok(answer.socket)
 }
 
 /// A connection to a shim.
-pub(crate) struct Connection(Client);
+pub(crate) struct Connection(shim::Connection);
 
 impl Connection {
     /// Dials once, as containerd does.
     pub fn dial(path: &str) -> Result<Self> {
-        let client = Client::connect(&format!("unix://{path}"))
-            .with_context(|| format!("dialling {path}"))?;
-        Ok(Connection(client))
+        let answer = Answer {
+            socket: path.to_owned(),
+            version: 3,
+        };
+        shim::Connection::dial(&answer, PATIENCE).map(Connection)
     }
 
     /// A call by the name of its service.
     pub fn call(&self, service: &str, method: &str, payload: Vec<u8>) -> Result<Vec<u8>> {
-        let mut request = Request::new();
-        request.service = service.to_owned();
-        request.method = method.to_owned();
-        request.payload = payload;
-        request.timeout_nano = 10_000_000_000;
-        let response = self
-            .0
-            .request(request)
-            .with_context(|| format!("calling {service}/{method}"))?;
-        let code = response.status.code.enum_value_or_default();
-        ensure!(
-            code == Code::OK,
-            "{service}/{method}: {}",
-            response.status.message
-        );
-        Ok(response.payload)
+        self.0.call(service, method, payload)
     }
 
     /// Connect of this service; the answer has the shim's pid.

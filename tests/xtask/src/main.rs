@@ -1,8 +1,10 @@
 //! `cargo xtask`: nacre's demo, its tests, and the machinery under them.
 
 mod apt;
+mod bench;
 mod daemons;
 mod demo;
+mod fuzz;
 mod image;
 mod kvm;
 mod oci;
@@ -41,6 +43,10 @@ enum Command {
     Test(test::TestArgs),
     /// Run the end-to-end cases with big counts; resumable, result in target/nacre/soak/RESULT.md
     Soak(soak::SoakArgs),
+    /// Measure the shim next to runc's: life of a container, execs, a stream, what many execs leave
+    Bench(bench::BenchArgs),
+    /// Fuzz what a hostile guest can send: libFuzzer on the targets of tests/fuzz
+    Fuzz(fuzz::FuzzArgs),
     /// Make the guest kernel and initrd
     Image(image::ImageArgs),
     /// Run a command where guests can run: in an emulated machine with SVM, or on this one if its KVM runs stock kernels
@@ -82,6 +88,8 @@ fn main() -> ExitCode {
         Command::Demo { nested } => demo::run(nested),
         Command::Test(args) => test::run(&args),
         Command::Soak(args) => soak::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Image(args) => image::run(&args).map(|()| 0),
         Command::Testbed(args) => run_testbed(args),
     };

@@ -47,7 +47,7 @@ pub struct Report {
 
 /// Builds what the suite runs: programs, agent, image.
 pub fn build() -> Result<()> {
-    step("building the shim, vmctl and the end-to-end suite");
+    step("building the shim, vmctl, nacre-bench and the end-to-end suite");
     run::run(run::cargo().args([
         "build",
         "--package",
@@ -329,7 +329,13 @@ pub fn count(cases: &BTreeMap<String, Verdict>) -> (usize, usize) {
 pub fn identity() -> Result<String> {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
-    let programs = ["nacre-e2e", "containerd-shim-nacre-v1", "vmctl"].map(paths::debug);
+    let programs = [
+        "nacre-e2e",
+        "containerd-shim-nacre-v1",
+        "vmctl",
+        "nacre-bench",
+    ]
+    .map(paths::debug);
     for file in programs
         .into_iter()
         .chain(["vmlinux", "initrd"].map(paths::image))

@@ -1,6 +1,7 @@
 //! The cases, by what they are about.
 
 mod attach;
+mod bench;
 mod bootstrap;
 mod calls;
 mod containers;
@@ -40,6 +41,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         stats::CASES,
         group::CASES,
         inspect::CASES,
+        bench::CASES,
     ]
     .into_iter()
     .flatten()

@@ -315,8 +315,13 @@ fn tools() -> Result<Stage> {
 /// The disk that changes with every build: our programs, the guest image, and what the caller brings along.
 fn payload(request: &Request) -> Result<Stage> {
     let mut stage = Stage::default();
-    for program in ["vmctl", "containerd-shim-nacre-v1", "nacre-e2e"] {
-        let source = paths::debug(program);
+    for program in [
+        "vmctl",
+        "containerd-shim-nacre-v1",
+        "nacre-bench",
+        "nacre-e2e",
+    ] {
+        let source = request.programs.join(program);
         if source.exists() {
             stage.program(&source, Path::new("/usr/local/bin").join(program), &[])?;
         }

@@ -25,6 +25,8 @@ pub struct Request {
     pub argv: Vec<String>,
     /// Environment beside the usual one.
     pub env: Vec<(String, String)>,
+    /// Folder of the built programs that are there.
+    pub programs: PathBuf,
     /// Files and folders to bring along: from where, to where.
     pub copies: Vec<(PathBuf, PathBuf)>,
     /// Memory of the outer guest in MiB.
@@ -48,6 +50,7 @@ impl Request {
         Request {
             argv,
             env: Vec::new(),
+            programs: paths::target().join("debug"),
             copies: Vec::new(),
             memory: 4096,
             cpus: 2,
@@ -159,14 +162,13 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 
 fn on_host(request: &Request, daemons: &[(String, String)], sink: &mut dyn Sink) -> Result<i32> {
     let path = std::env::var("PATH").unwrap_or_default();
-    let debug = paths::target().join("debug");
     let mut command = Command::new(&request.argv[0]);
     command
         .args(&request.argv[1..])
-        .env("PATH", format!("{}:{path}", debug.display()));
+        .env("PATH", format!("{}:{path}", request.programs.display()));
     command
         .env("NACRE_OUT", &request.out)
-        .env("NACRE_BIN", &debug);
+        .env("NACRE_BIN", &request.programs);
     command
         .env("NACRE_KERNEL", paths::image("vmlinux"))
         .env("NACRE_INITRD", paths::image("initrd"));

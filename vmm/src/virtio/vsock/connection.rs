@@ -188,19 +188,19 @@ impl Connection {
     }
 
     /// Bytes that wait for the reader.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn unread(&self) -> usize {
         self.rx.len()
     }
 
     /// Bytes that wait for the guest's credit or buffers.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn unsent(&self) -> usize {
         self.tx.len()
     }
 
     /// Host memory that its buffers hold, in bytes.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn memory(&self) -> usize {
         self.rx.capacity() + self.tx.capacity()
     }

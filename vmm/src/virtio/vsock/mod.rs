@@ -23,6 +23,13 @@ pub use muxer::{BACKLOG, Counters, MAX_CONNECTIONS};
 pub use packet::HOST_CID;
 pub use stream::{VsockHost, VsockListener, VsockStream};
 
+/// What lies under the device, for fuzzing.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod seam {
+    pub(crate) use super::packet::Header;
+    pub(crate) use super::stream::Shared;
+}
+
 /// CID of the guest.
 pub const GUEST_CID: u64 = 3;
 

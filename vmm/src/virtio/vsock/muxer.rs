@@ -623,7 +623,7 @@ impl Muxer {
     }
 
     /// Holds the table to what it promises.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn check(&self) {
         use super::connection::{BUF_ALLOC, TX_BUFFER};
         assert!(self.connections.len() <= MAX_CONNECTIONS);

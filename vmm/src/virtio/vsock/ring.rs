@@ -42,7 +42,7 @@ impl ByteRing {
     }
 
     /// Host memory held, in bytes.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn capacity(&self) -> usize {
         self.buffer.len()
     }

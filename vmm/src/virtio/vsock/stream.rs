@@ -91,7 +91,7 @@ pub struct VsockHost {
 }
 
 impl VsockHost {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
         Self { shared }
     }
 

@@ -1,0 +1,285 @@
+//! `nacre-bench`: measures our shim, next to runc's in the same run, by driving
+//! both as containerd does. It prints and never judges: a time is no test.
+//!
+//! `scenarios` is what is measured, `peers` and `shim` how a shim is driven,
+//! `memory` what a process holds, `report` how it is shown.
+
+mod memory;
+mod peers;
+mod report;
+mod scenarios;
+pub mod shim;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Parser, Subcommand};
+
+use peers::{Peer, Surroundings};
+use report::Report;
+use scenarios::Rounds;
+
+/// Measures nacre's shim, and runc's beside it. Run it as root where guests run; `cargo xtask bench` does all of that.
+#[derive(Debug, Parser)]
+#[command(name = "nacre-bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    setting: Setting,
+}
+
+/// What every scenario needs.
+#[derive(Debug, Args)]
+struct Setting {
+    /// nacre's shim [default: containerd-shim-nacre-v1 beside this program, else in PATH]
+    #[arg(long, value_name = "PROGRAM", global = true)]
+    shim: Option<PathBuf>,
+    /// runc's shim [default: containerd-shim-runc-v2 in NACRE_CONTAINERD_2_1 or PATH, if there is one]
+    #[arg(long, value_name = "PROGRAM", global = true)]
+    runc_shim: Option<PathBuf>,
+    /// runc itself [default: NACRE_RUNC, else the one in PATH]
+    #[arg(long, value_name = "PROGRAM", global = true)]
+    runc: Option<PathBuf>,
+    /// Measure nacre's shim alone
+    #[arg(long, global = true)]
+    alone: bool,
+    /// Root file system of the containers, with sh, sleep, true and cat; runc's containers may write to it [default: one made of busybox]
+    #[arg(long, value_name = "DIR", global = true)]
+    rootfs: Option<PathBuf>,
+    /// A static busybox to make the root of [default: NACRE_BUSYBOX, else the one in PATH]
+    #[arg(long, value_name = "PROGRAM", global = true, conflicts_with = "rootfs")]
+    busybox: Option<PathBuf>,
+    /// Also write every value to this file, as JSON
+    #[arg(long, value_name = "FILE", global = true)]
+    json: Option<PathBuf>,
+    /// Longest time of one call, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, global = true)]
+    patience: u64,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// A container's life by its phases: shim-start, connect, create, start, first-output, kill, exit, delete, shutdown
+    Lifecycle {
+        /// Containers of each shim
+        #[arg(long, value_name = "N", default_value_t = 10)]
+        count: u64,
+        /// Containers of each shim before that, which do not count
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        warm_up: u64,
+    },
+    /// `true` as an exec in a running container: exec, start, wait, delete
+    Exec {
+        /// Execs of each shim
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        count: u64,
+        /// Execs of each shim before that, which do not count
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        warm_up: u64,
+    },
+    /// Bytes through `cat` and back, by FIFOs, with CloseIO for the end
+    Cat {
+        /// Times for each shim
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        count: u64,
+        /// Times before that, which do not count
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        warm_up: u64,
+        /// MiB each time
+        #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=1024))]
+        mib: u16,
+    },
+    /// Many execs one after another in one container, and what the shim holds before and after
+    Execs {
+        /// Execs
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        count: u64,
+        /// Execs before the first look
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        warm_up: u64,
+    },
+}
+
+/// The program. Measurements go to stdout; an error to stderr, and the exit code is then 1, or 2 for wrong arguments.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too; a closed stdout has no remedy.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nacre-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "Shims mount and make cgroups: run nacre-bench as root"
+    );
+    let setting = &cli.setting;
+    let peers = setting.peers()?;
+    let busybox = setting.busybox()?;
+    let patience = Duration::from_secs(setting.patience);
+    let around = Surroundings::new(setting.rootfs.as_deref(), &busybox, patience)?;
+    let report = match cli.command {
+        Command::Lifecycle { count, warm_up } => {
+            scenarios::lifecycle(&around, &peers, Rounds { warm_up, count })?
+        }
+        Command::Exec { count, warm_up } => {
+            scenarios::exec(&around, &peers, Rounds { warm_up, count })?
+        }
+        Command::Cat {
+            count,
+            warm_up,
+            mib,
+        } => scenarios::cat(&around, &peers, Rounds { warm_up, count }, mib.into())?,
+        Command::Execs { count, warm_up } => {
+            scenarios::execs(&around, &peers, Rounds { warm_up, count })?
+        }
+    };
+    println!("{}", machine());
+    println!("{}", report.table());
+    match &setting.json {
+        Some(file) => write(file, &report, &peers),
+        None => Ok(()),
+    }
+}
+
+/// Where it was measured, for people.
+fn machine() -> String {
+    let release = nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let emulated = if emulated() {
+        "; the machine is emulated: ratios and counts mean something, times do not"
+    } else {
+        ""
+    };
+    format!("Linux {release}, {cpus} CPUs{emulated}")
+}
+
+/// Whether this runs in the testbed of `cargo xtask`.
+fn emulated() -> bool {
+    std::env::var_os("NACRE_TESTBED").is_some()
+}
+
+fn write(file: &Path, report: &Report, peers: &[Peer]) -> Result<()> {
+    let mut value = report.json();
+    value["build"] = crate::BUILD_ID.into();
+    value["machine"] = machine().into();
+    value["emulated"] = emulated().into();
+    for peer in peers {
+        value["programs"][peer.name] = peer.program.display().to_string().into();
+    }
+    std::fs::write(file, serde_json::to_vec_pretty(&value)?)
+        .with_context(|| format!("writing {}", file.display()))
+}
+
+impl Setting {
+    fn peers(&self) -> Result<Vec<Peer>> {
+        let beside = std::env::current_exe()?.with_file_name("containerd-shim-nacre-v1");
+        let ours = match &self.shim {
+            Some(shim) => shim.clone(),
+            None if beside.is_file() => beside,
+            None => in_path("containerd-shim-nacre-v1").context(
+                "There is no containerd-shim-nacre-v1 beside this program or in PATH: --shim names it",
+            )?,
+        };
+        let mut peers = vec![Peer {
+            name: "nacre",
+            program: absolute(&ours)?,
+            path: None,
+        }];
+        if self.alone {
+            return Ok(peers);
+        }
+        let known = std::env::var_os("NACRE_CONTAINERD_2_1")
+            .map(|folder| PathBuf::from(folder).join("containerd-shim-runc-v2"))
+            .filter(|program| program.is_file());
+        let theirs = self.runc_shim.clone().or(known);
+        let Some(theirs) = theirs.or_else(|| in_path("containerd-shim-runc-v2")) else {
+            bail!(
+                "There is no containerd-shim-runc-v2 to compare with: --runc-shim names it, --alone measures without"
+            );
+        };
+        let runc = self.runc.clone().or_else(|| variable("NACRE_RUNC"));
+        let runc = match runc {
+            // A folder that holds it, or it.
+            Some(runc) if runc.is_dir() => Some(runc),
+            Some(runc) => absolute(&runc)?.parent().map(Path::to_owned),
+            None => None,
+        };
+        peers.push(Peer {
+            name: "runc",
+            program: absolute(&theirs)?,
+            path: runc,
+        });
+        Ok(peers)
+    }
+
+    fn busybox(&self) -> Result<PathBuf> {
+        if self.rootfs.is_some() {
+            return Ok(PathBuf::new());
+        }
+        let given = self.busybox.clone().or_else(|| variable("NACRE_BUSYBOX"));
+        given.or_else(|| in_path("busybox")).context(
+            "There is no busybox in PATH to make a root of: --busybox or --rootfs names one",
+        )
+    }
+}
+
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).map(PathBuf::from)
+}
+
+/// An existing program's absolute path: shims are started in another folder.
+fn absolute(program: &Path) -> Result<PathBuf> {
+    ensure!(
+        program.is_file(),
+        "There is no program {}",
+        program.display()
+    );
+    Ok(std::path::absolute(program)?)
+}
+
+fn in_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+        let cli = Cli::parse_from(["nacre-bench", "cat", "--mib", "3", "--alone"]);
+        assert!(cli.setting.alone);
+        assert!(matches!(cli.command, Command::Cat { mib: 3, .. }));
+        assert!(Cli::try_parse_from(["nacre-bench", "cat", "--mib", "0"]).is_err());
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_named() {
+        let error = absolute(Path::new("/nowhere/shim")).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/shim"));
+    }
+}

@@ -1,0 +1,433 @@
+//! A hostile driver: any access to a window's registers, any bytes in guest
+//! memory, and shortcuts past what only delays it (the order of
+//! initialization, the place of rings), for each device behind the transport.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use arbitrary::{Result, Unstructured};
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::config::DiskConfig;
+use crate::event_loop::{EventLoop, EventLoopHandle};
+use crate::virtio::block::Block;
+use crate::virtio::device::{GuestRam, VirtioDevice};
+use crate::virtio::mmio::{State, WINDOW_SIZE, Window};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{GUEST_CID, Vsock, VsockHost, VsockListener, VsockStream};
+
+/// Two regions that touch, a gap, and a third.
+const REGIONS: [(u64, usize); 3] = [(0, 0x4_0000), (0x4_0000, 0x4_0000), (0x10_0000, 0x4_0000)];
+/// Descriptors, available and used ring of queue `n` are this far apart, from [`RINGS`].
+const RINGS: u64 = 0x1000;
+const RING_STRIDE: u64 = 0x2000;
+const AVAILABLE: u64 = 0x1000;
+const USED: u64 = 0x1800;
+const QUEUE_SIZE: u16 = 16;
+/// Accesses of one input.
+const STEPS: usize = 512;
+
+// Registers (virtio 1.3 section 4.2.2).
+const DRIVER_FEATURES: u64 = 0x20;
+const DRIVER_FEATURES_SEL: u64 = 0x24;
+const QUEUE_SEL: u64 = 0x30;
+const QUEUE_NUM: u64 = 0x38;
+const QUEUE_READY: u64 = 0x44;
+const QUEUE_NOTIFY: u64 = 0x50;
+const STATUS: u64 = 0x70;
+const QUEUE_DESC: u64 = 0x80;
+const QUEUE_AVAIL: u64 = 0x90;
+const QUEUE_USED: u64 = 0xa0;
+
+/// The loop that serves all inputs' devices, and what panicked on it.
+struct Loop {
+    handle: EventLoopHandle,
+    failures: Arc<Mutex<Vec<String>>>,
+    _thread: EventLoop,
+}
+
+fn event_loop() -> &'static Loop {
+    static LOOP: OnceLock<Loop> = OnceLock::new();
+    LOOP.get_or_init(|| {
+        let failures = Arc::<Mutex<Vec<String>>>::default();
+        let heard = Arc::clone(&failures);
+        let (thread, handle) = EventLoop::start("fuzz-loop", move |message| {
+            heard
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(message);
+        })
+        .expect("an event loop");
+        Loop {
+            handle,
+            failures,
+            _thread: thread,
+        }
+    })
+}
+
+/// Runs nothing: when it has been added and removed, the loop has seen all kicks before it.
+struct Barrier;
+
+impl MutEventSubscriber for Barrier {
+    fn init(&mut self, _: &mut EventOps<'_>) {}
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+}
+
+struct Driver {
+    memory: GuestMemoryMmap,
+    window: Window,
+    queues: u16,
+    available: Vec<u16>,
+    host: Option<Host>,
+}
+
+/// The host's end of a socket device.
+struct Host {
+    host: VsockHost,
+    listener: Option<VsockListener>,
+    streams: Vec<VsockStream>,
+}
+
+pub(super) fn run(data: &[u8]) {
+    let mut input = Unstructured::new(data);
+    let Ok(kind) = input.arbitrary::<u8>() else {
+        return;
+    };
+    let ranges = REGIONS.map(|(start, len)| (GuestAddress(start), len));
+    let memory = GuestMemoryMmap::from_ranges(&ranges).expect("guest memory");
+    let mut window = Window::new(GuestRam::new(memory.clone())).expect("an eventfd");
+    let events = event_loop().handle.clone();
+    let mut host = None;
+    let device: Box<dyn VirtioDevice> = match kind % 4 {
+        0 => Box::new(Rng::new(events)),
+        1 => {
+            let (device, end) = Vsock::new(GUEST_CID, events).expect("an eventfd");
+            let listener = end.listen(1024).ok();
+            host = Some(Host {
+                host: end,
+                listener,
+                streams: Vec::new(),
+            });
+            Box::new(device)
+        }
+        writable => Box::new(disk(writable == 2, events)),
+    };
+    let queues = device.queue_sizes().len() as u16;
+    window.plug(device).expect("a spare window");
+    let mut driver = Driver {
+        memory,
+        window,
+        queues,
+        available: vec![0; usize::from(queues)],
+        host,
+    };
+    for _ in 0..STEPS {
+        if input.is_empty() || driver.step(&mut input).is_err() {
+            break;
+        }
+    }
+    let Driver {
+        mut window, host, ..
+    } = driver;
+    drop(window.unplug());
+    assert_eq!(window.state(), None);
+    if let Some(Host {
+        host,
+        listener,
+        streams,
+    }) = host
+    {
+        drop((listener, streams));
+        assert_eq!(host.connections(), 0, "connections outlive the device");
+    }
+    let failures = &event_loop().failures;
+    let failures = std::mem::take(&mut *failures.lock().unwrap_or_else(PoisonError::into_inner));
+    assert!(failures.is_empty(), "a device failed: {failures:?}");
+}
+
+/// A device over an image of 64 KiB that is gone with it.
+fn disk(writable: bool, events: EventLoopHandle) -> Block {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let path: PathBuf =
+        std::env::temp_dir().join(format!("nacre-fuzz-{}-{count}.img", std::process::id()));
+    let made = std::fs::File::create(&path).and_then(|file| file.set_len(64 << 10));
+    let config = DiskConfig {
+        path: path.clone(),
+        read_only: !writable,
+        id: "fuzz".to_owned(),
+    };
+    let device = made.map(|()| Block::new(&config, events));
+    let removed = std::fs::remove_file(&path);
+    let device = device.expect("an image").expect("a block device");
+    removed.expect("the image's name is ours");
+    device
+}
+
+impl Driver {
+    fn step(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
+        match input.arbitrary::<u8>()? % 16 {
+            0 => {
+                let mut data = [0; 8];
+                let len = usize::from(input.arbitrary::<u8>()? % 9);
+                let offset = u64::from(input.arbitrary::<u16>()?) % (WINDOW_SIZE + 16);
+                self.window.read(offset, &mut data[..len]);
+            }
+            1 => {
+                let len = usize::from(input.arbitrary::<u8>()? % 9);
+                let offset = u64::from(input.arbitrary::<u16>()?) % (WINDOW_SIZE + 16);
+                let data = input.bytes(len)?;
+                self.window.write(offset, data);
+            }
+            2 => {
+                let register = u64::from(input.arbitrary::<u8>()?) & !3;
+                self.register(register, input.arbitrary()?);
+            }
+            3 => {
+                let address = place(input)?;
+                let len = usize::from(input.arbitrary::<u8>()?);
+                let bytes = input.bytes(len.min(input.len()))?;
+                let _ = self.memory.write_slice(bytes, GuestAddress(address));
+            }
+            4 | 5 => self.bring_up(input)?,
+            6..=8 => {
+                let queue = self.queue(input)?;
+                let index = u64::from(input.arbitrary::<u8>()? % QUEUE_SIZE as u8);
+                let address = place(input)?;
+                let len = match input.arbitrary::<u8>()? {
+                    wide @ 0..32 => u32::from(wide) << 27,
+                    _ => u32::from(input.arbitrary::<u16>()?),
+                };
+                let flags = u16::from(input.arbitrary::<u8>()? % 9);
+                let next = u16::from(input.arbitrary::<u8>()?) % (QUEUE_SIZE + 1);
+                let at = ring(queue) + index * 16;
+                self.put(at, address);
+                self.put(at + 8, len);
+                self.put(at + 12, flags);
+                self.put(at + 14, next);
+            }
+            9 | 10 => {
+                let queue = self.queue(input)?;
+                let head = u16::from(input.arbitrary::<u8>()?) % (QUEUE_SIZE + 1);
+                let next = &mut self.available[usize::from(queue)];
+                let slot = ring(queue) + AVAILABLE + 4 + u64::from(*next % QUEUE_SIZE) * 2;
+                *next = next.wrapping_add(1);
+                let next = *next;
+                self.put(slot, head);
+                self.put(ring(queue) + AVAILABLE + 2, next);
+            }
+            11 => {
+                let queue = self.queue(input)?;
+                let index = input.arbitrary::<u16>()?;
+                self.available[usize::from(queue)] = index;
+                self.put(ring(queue) + AVAILABLE + 2, index);
+            }
+            12 | 13 => {
+                let queue = self.queue(input)?;
+                self.register(QUEUE_NOTIFY, queue.into());
+                settle();
+            }
+            14 => self.request(input)?,
+            _ => self.host(input)?,
+        }
+        Ok(())
+    }
+
+    fn queue(&self, input: &mut Unstructured<'_>) -> Result<u16> {
+        Ok(u16::from(input.arbitrary::<u8>()?) % self.queues)
+    }
+
+    fn register(&mut self, register: u64, value: u32) {
+        self.window.write(register, &value.to_le_bytes());
+        if let Some(State::Running) = self.window.state() {
+            let mut status = [0; 4];
+            self.window.read(STATUS, &mut status);
+            assert_ne!(
+                u32::from_le_bytes(status) & 4,
+                0,
+                "running without DRIVER_OK"
+            );
+        }
+    }
+
+    fn put<T: vm_memory::ByteValued>(&self, address: u64, value: T) {
+        self.memory
+            .write_obj(value, GuestAddress(address))
+            .expect("rings are in guest memory");
+    }
+
+    /// The driver's part of the initialization, with the features of the input's choice.
+    fn bring_up(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
+        let features: u8 = input.arbitrary()?;
+        for status in [0, 1, 3] {
+            self.register(STATUS, status);
+        }
+        self.register(DRIVER_FEATURES_SEL, 1);
+        self.register(DRIVER_FEATURES, 1);
+        self.register(DRIVER_FEATURES_SEL, 0);
+        // EVENT_IDX, INDIRECT_DESC, FLUSH.
+        let bits = u32::from(features & 3) << 28 | u32::from(features & 4) << 7;
+        self.register(DRIVER_FEATURES, bits);
+        self.register(STATUS, 11);
+        for queue in 0..self.queues {
+            self.register(QUEUE_SEL, queue.into());
+            self.register(QUEUE_NUM, QUEUE_SIZE.into());
+            for (register, address) in [
+                (QUEUE_DESC, ring(queue)),
+                (QUEUE_AVAIL, ring(queue) + AVAILABLE),
+                (QUEUE_USED, ring(queue) + USED),
+            ] {
+                self.register(register, address as u32);
+            }
+            self.register(QUEUE_READY, 1);
+            self.available[usize::from(queue)] = 0;
+            self.put(ring(queue) + AVAILABLE, 0_u32);
+            self.put(ring(queue) + USED, 0_u32);
+        }
+        self.register(STATUS, 15);
+        Ok(())
+    }
+
+    /// A chain as a well-meaning driver makes it: a header, a buffer either way, a status; offered and kicked.
+    fn request(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
+        let queue = self.queue(input)?;
+        let header_len = u32::from(input.arbitrary::<u8>()? % 64);
+        let header = input.bytes((header_len as usize).min(input.len()))?;
+        let address = 0x3_ffe0_u64;
+        let _ = self.memory.write_slice(header, GuestAddress(address));
+        let room = u32::from(input.arbitrary::<u16>()?);
+        let device_writes = input.arbitrary::<bool>()?;
+        let write = u16::from(device_writes) * 2;
+        let parts = [
+            (address, header_len, 1_u16),
+            (0x1_0000, room, 1 | write),
+            (0x10_0000, 1, 2),
+        ];
+        for (index, (address, len, flags)) in parts.into_iter().enumerate() {
+            let at = ring(queue) + index as u64 * 16;
+            self.put(at, address);
+            self.put(at + 8, len);
+            self.put(at + 12, flags);
+            self.put(at + 14, index as u16 + 1);
+        }
+        let next = &mut self.available[usize::from(queue)];
+        let slot = ring(queue) + AVAILABLE + 4 + u64::from(*next % QUEUE_SIZE) * 2;
+        *next = next.wrapping_add(1);
+        let next = *next;
+        self.put(slot, 0_u16);
+        self.put(ring(queue) + AVAILABLE + 2, next);
+        self.register(QUEUE_NOTIFY, queue.into());
+        settle();
+        Ok(())
+    }
+
+    fn host(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
+        let Some(host) = &mut self.host else {
+            return Ok(());
+        };
+        let mut cx = Context::from_waker(Waker::noop());
+        match input.arbitrary::<u8>()? % 4 {
+            0 => {
+                if host.streams.len() < 4
+                    && let Some(listener) = &mut host.listener
+                    && let Poll::Ready(Ok(stream)) = listener.poll_accept(&mut cx)
+                {
+                    host.streams.push(stream);
+                }
+            }
+            1 => {
+                let mut memory = [0; 4096];
+                if let Some(stream) = host.streams.last_mut() {
+                    let mut buf = ReadBuf::new(&mut memory);
+                    let _ = std::pin::Pin::new(stream).poll_read(&mut cx, &mut buf);
+                }
+            }
+            2 => {
+                let len = usize::from(input.arbitrary::<u16>()?);
+                if let Some(stream) = host.streams.last_mut() {
+                    let _ = std::pin::Pin::new(stream).poll_write(&mut cx, &vec![1; len]);
+                }
+            }
+            _ => drop(host.streams.pop()),
+        }
+        settle();
+        Ok(())
+    }
+}
+
+/// Mostly within memory or at its borders.
+fn place(input: &mut Unstructured<'_>) -> Result<u64> {
+    let base = match input.arbitrary::<u8>()? % 8 {
+        0 => return input.arbitrary(),
+        1 => 0x4_0000 - 8,
+        2 => 0x8_0000 - 8,
+        3 => 0x10_0000,
+        4 => RINGS,
+        _ => 0x1_0000,
+    };
+    Ok(base + u64::from(input.arbitrary::<u16>()?))
+}
+
+fn ring(queue: u16) -> u64 {
+    RINGS + u64::from(queue) * RING_STRIDE
+}
+
+fn settle() {
+    let events = &event_loop().handle;
+    let barrier = events.add(Arc::new(Mutex::new(Barrier)));
+    let barrier = barrier.expect("the loop runs");
+    events.remove(barrier).expect("it is there");
+}
+
+pub(super) fn seeds() -> Vec<Vec<u8>> {
+    let mut seeds = Vec::new();
+    // struct virtio_blk_req: read, write, flush and id of sector 0.
+    let request = |queue: u8, header: &[u8], room: u16, device_writes: bool| {
+        let mut bytes = vec![14, queue, header.len() as u8];
+        bytes.extend(header);
+        bytes.extend(room.to_le_bytes());
+        bytes.push(device_writes.into());
+        bytes
+    };
+    for (kind, op, writes) in [
+        (2, 0, true),
+        (2, 1, false),
+        (2, 4, false),
+        (3, 8, true),
+        (3, 1, false),
+    ] {
+        let mut header = [0; 16];
+        header[0] = op;
+        seeds.push([vec![kind, 4, 4], request(0, &header, 512, writes)].concat());
+    }
+    seeds.push([vec![0, 4, 3], request(0, &[], 64, true)].concat());
+    // A connection to port 1024, and bytes on it.
+    let mut header = [0; 44];
+    header[0] = 3;
+    header[8] = 2;
+    header[16] = 9;
+    header[21] = 4;
+    header[28] = 1;
+    header[30] = 1;
+    header[37] = 64;
+    let mut data = header;
+    data[25] = 1;
+    data[30] = 5;
+    let talk = [
+        vec![1, 4, 3],
+        request(1, &header, 0, false),
+        vec![15, 0],
+        request(0, &[], 4096, true),
+        request(1, &data, 256, false),
+        vec![15, 1, 15, 2, 200, 0],
+        request(0, &[], 4096, true),
+        vec![15, 3],
+    ];
+    seeds.push(talk.concat());
+    seeds
+}
