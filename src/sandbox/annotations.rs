@@ -345,7 +345,7 @@ mod tests {
             " debug\"",
             "boot: 90s",
             "create: 5s",
-            "2147483648",
+            " 2G",
         ] {
             assert!(all.contains(word), "{word} is not in {all}");
         }
