@@ -15,6 +15,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
+use crate::sandbox::cgroup;
+
 /// Name of the record in a VM's state directory.
 pub const RECORD: &str = "record.json";
 /// Name of the pid file in a VM's state directory.
@@ -87,14 +89,21 @@ pub enum Resource {
     Mount(PathBuf),
     /// A directory that is empty once the later resources are freed.
     Directory(PathBuf),
+    /// The cgroup of a VM; what is still in it is moved out of it.
+    Cgroup(PathBuf),
+    /// A cgroup that was made for the VM's to be in; it stays as long as others use it.
+    CgroupParent(PathBuf),
 }
 
 impl Resource {
     fn path(&self) -> &Path {
         match self {
-            Self::File(path) | Self::Socket(path) | Self::Mount(path) | Self::Directory(path) => {
-                path
-            }
+            Self::File(path)
+            | Self::Socket(path)
+            | Self::Mount(path)
+            | Self::Directory(path)
+            | Self::Cgroup(path)
+            | Self::CgroupParent(path) => path,
         }
     }
 
@@ -104,12 +113,22 @@ impl Resource {
             Self::File(path) | Self::Socket(path) => std::fs::remove_file(path),
             Self::Directory(path) => std::fs::remove_dir(path),
             Self::Mount(path) => return unmount_all(path),
+            Self::Cgroup(path) => {
+                return cgroup::remove(path).map_err(|error| self.failure(&error));
+            }
+            Self::CgroupParent(path) => {
+                return cgroup::remove_if_empty(path).map_err(|error| self.failure(&error));
+            }
         };
         match outcome {
             Ok(()) => Ok(true),
             Err(error) if absent(&error) => Ok(false),
-            Err(error) => Err(format!("{}: {error}", self.path().display())),
+            Err(error) => Err(self.failure(&error)),
         }
+    }
+
+    fn failure(&self, error: &io::Error) -> String {
+        format!("{}: {error}", self.path().display())
     }
 }
 

@@ -65,6 +65,13 @@ pub struct Config {
     /// images. An absolute path of at most 56 bytes, so that the sockets below it have room.
     #[serde(deserialize_with = "value::state_dir")]
     pub state_dir: PathBuf,
+    /// Path of a cgroup below which each VM has one of its own, in place of what `cgroupsPath` in the OCI specification
+    /// says; empty: none. An absolute path below the root of the cgroup file systems.
+    #[serde(deserialize_with = "value::cgroup_parent")]
+    pub cgroup_parent: PathBuf,
+    /// Whether a VM that cannot be put into its cgroup is refused. If not, it runs where its shim was started, with a
+    /// warning.
+    pub cgroup_required: bool,
     /// From the VM's start to the agent's hello. This and the other time limits are numbers with ms, s or m, above 0
     /// and at most a year.
     #[serde(with = "value::duration")]
@@ -112,6 +119,9 @@ pub struct Size {
     /// What the guest itself needs: added to a memory limit. Up to 1023G.
     #[serde(deserialize_with = "value::guest_memory")]
     pub guest_memory: ByteSize,
+    /// What the shim itself needs: added to the VM's memory in the maximum of its cgroup on the host. Up to 1023G.
+    #[serde(deserialize_with = "value::guest_memory")]
+    pub host_memory: ByteSize,
 }
 
 /// Roots that are made from directories.
@@ -134,6 +144,8 @@ impl Default for Config {
             initrd: "/usr/share/nacre/initrd".into(),
             cmdline: String::new(),
             state_dir: "/run/nacre".into(),
+            cgroup_parent: PathBuf::new(),
+            cgroup_required: true,
             boot_timeout: Duration::from_secs(60),
             agent_timeout: Duration::from_secs(10),
             create_timeout: Duration::from_secs(30),
@@ -154,6 +166,7 @@ impl Default for Size {
             default_memory: ByteSize::from_mib(512),
             minimum_memory: ByteSize::from_mib(256),
             guest_memory: ByteSize::from_mib(128),
+            host_memory: ByteSize::from_mib(128),
         }
     }
 }

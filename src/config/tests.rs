@@ -1,6 +1,7 @@
 use super::reference::sections;
 use super::*;
 use crate::sandbox::annotations::Overrides;
+use crate::sandbox::cgroup::Wish;
 use crate::sandbox::{SandboxConfig, size};
 use crate::shim::settings::Patience;
 
@@ -77,6 +78,18 @@ const KEYS: &[Key] = &[
             ),
         ],
     ),
+    key(
+        "",
+        "cgroup_parent",
+        "\"/machine\"",
+        &[("1", "absolute path"), ("\"machine\"", "absolute path")],
+    ),
+    key(
+        "",
+        "cgroup_required",
+        "false",
+        &[("1", "a boolean"), ("\"no\"", "a boolean")],
+    ),
     key("", "boot_timeout", "\"61s\"", DURATIONS),
     key("", "agent_timeout", "\"11s\"", DURATIONS),
     key("", "create_timeout", "\"1ms\"", DURATIONS),
@@ -113,6 +126,12 @@ const KEYS: &[Key] = &[
         "size",
         "guest_memory",
         "\"0\"",
+        &[("\"1T\"", "up to 1023G"), ("128", "up to 1023G")],
+    ),
+    key(
+        "size",
+        "host_memory",
+        "\"1G\"",
         &[("\"1T\"", "up to 1023G"), ("128", "up to 1023G")],
     ),
     key(
@@ -160,6 +179,7 @@ fn effect(config: &Config) -> String {
             size::boot_size(&size::Limits::default(), &config.size, 1000),
             config.vm_dir("n", "i"),
             Patience::of(config),
+            Wish::of(config, "n-i", &annotated, 512),
             Overrides::default().rootfs(config),
             Overrides::of(&annotated, &config.allowed_annotations).is_ok(),
         )

@@ -225,6 +225,10 @@ kinds! {
         Ok(path) if text.len() <= LONGEST_STATE_DIR => Ok(path),
         _ => Err(format!("{text:?} is not possible: {}", StateDir::ALLOWED)),
     }, "a string with an absolute path of at most 56 bytes";
+    CgroupParent, cgroup_parent: PathBuf = |text: &str| match text {
+        "" => Ok(PathBuf::new()),
+        text => parse_file(text).map_err(|_| format!("{text:?} is not possible: {}", CgroupParent::ALLOWED)),
+    }, "a string with an absolute path, or an empty one";
     Words, cmdline: String = parse_cmdline,
         "a string of at most 1024 bytes on one line";
 }

@@ -9,6 +9,7 @@ mod agent;
 pub mod annotations;
 mod bring_up;
 mod calls;
+pub mod cgroup;
 mod console;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]

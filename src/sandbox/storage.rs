@@ -101,8 +101,13 @@ pub fn find_tool(tool: &str) -> Option<PathBuf> {
 /// Makes the ext4 image `image` (mode 0600) of the directory `from`, with the configured headroom or as much
 /// again as it holds, whichever is more, to write in. Takes as long as copying the directory does, up to the
 /// configured limit; call it where blocking is allowed. On failure no file is left. The caller has recorded the
-/// image (see [`crate::record`]) before.
-pub fn rootfs_image(from: &Path, image: &Path, config: &Rootfs) -> Result<(), Error> {
+/// image (see [`crate::record`]) before. `sized` is told the image's size in bytes before anything is written.
+pub fn rootfs_image(
+    from: &Path,
+    image: &Path,
+    config: &Rootfs,
+    sized: impl FnOnce(u64) -> io::Result<()>,
+) -> Result<(), Error> {
     let mkfs = find_tool("mkfs.ext4").ok_or(Error::NoTool { tool: "mkfs.ext4" })?;
     let debugfs = find_tool("debugfs").ok_or(Error::NoTool { tool: "debugfs" })?;
     let root = std::fs::metadata(from).map_err(io_error("read the rootfs", from))?;
@@ -134,6 +139,7 @@ pub fn rootfs_image(from: &Path, image: &Path, config: &Rootfs) -> Result<(), Er
         from: from.to_owned(),
         bytes: usage.bytes,
     })?;
+    sized(size).map_err(io_error("find room for the root image", image))?;
     let made = (|| {
         let file = std::fs::OpenOptions::new()
             .write(true)
@@ -450,7 +456,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let image = root.path().join("i.img");
         let config = Rootfs::default();
-        let error = rootfs_image(&root.path().join("none"), &image, &config).unwrap_err();
+        let error =
+            rootfs_image(&root.path().join("none"), &image, &config, |_| Ok(())).unwrap_err();
         assert!(error.to_string().contains("none"), "{error}");
         assert!(!image.exists());
     }
@@ -466,7 +473,7 @@ mod tests {
             copy_timeout: Duration::ZERO,
             ..Rootfs::default()
         };
-        let error = rootfs_image(&from, &image, &config).unwrap_err();
+        let error = rootfs_image(&from, &image, &config, |_| Ok(())).unwrap_err();
         assert!(matches!(error, Error::TooSlow { .. }), "{error}");
         assert!(error.to_string().contains("rootfs.copy_timeout"), "{error}");
         assert!(!image.exists());
@@ -505,8 +512,14 @@ mod tests {
             headroom: crate::config::ByteSize::from_mib(64),
             ..Rootfs::default()
         };
-        rootfs_image(&from, &image, &config).unwrap();
+        let mut told = 0;
+        let sized = |size| {
+            told = size;
+            Ok(())
+        };
+        rootfs_image(&from, &image, &config, sized).unwrap();
         let metadata = std::fs::metadata(&image).unwrap();
+        assert_eq!(told, metadata.len());
         assert_eq!(metadata.mode() & 0o777, 0o600);
         assert!(metadata.blocks() * 512 < metadata.len() / 4, "it is sparse");
         let ask = |request: &str| {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use oci_spec::runtime::Spec;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::Level;
 
@@ -22,6 +23,7 @@ use crate::config::Config;
 use crate::control;
 use crate::record::{self, Owner, PidFile, Record, Resource};
 use crate::sandbox::annotations::Overrides;
+use crate::sandbox::cgroup::{Cpu, Tree, VmCgroup, Wish};
 use crate::sandbox::{
     ConsoleSink, ExitReason, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
 };
@@ -44,6 +46,7 @@ struct Place {
     sandbox: SandboxConfig,
     identity: Identity,
     record: Record,
+    cgroup: Option<Arc<VmCgroup>>,
     lock: PidFile,
     begun_ns: Option<u64>,
 }
@@ -134,11 +137,12 @@ fn take_place(
     let record = Record::create(&directory, owner).map_err(|error| chain(&error))?;
     let lock = PidFile::hold(&directory).map_err(|error| chain(&error))?;
 
-    let mut sandbox = SandboxConfig::new(&config, &flags.namespace, &id, directory);
     let size = size::boot_size(&size::Limits::of(&spec), &config.size, size::host_cpus());
+    let mut sandbox = SandboxConfig::new(&config, &flags.namespace, &id, directory);
     sandbox.vcpus = size.vcpus;
     sandbox.memory_mib = size.memory_mib;
     overrides.apply(&mut sandbox);
+    let cgroup = enter_cgroup(&config, &spec, &flags.id, sandbox.memory_mib, &record)?;
     sandbox.console = ConsoleSink {
         lines: Some(Arc::new(guest_line)),
         ..ConsoleSink::default()
@@ -159,9 +163,46 @@ fn take_place(
         sandbox,
         identity,
         record,
+        cgroup,
         lock,
         begun_ns: flags.begun_ns,
     })
+}
+
+/// Puts this process into the cgroup that is to hold the VM, if it has one.
+fn enter_cgroup(
+    config: &Config,
+    spec: &Spec,
+    id: &str,
+    memory_mib: u64,
+    record: &Record,
+) -> Result<Option<Arc<VmCgroup>>, String> {
+    let key = record.directory().file_name().unwrap_or_default();
+    let wish = Wish::of(config, &key.to_string_lossy(), spec, memory_mib);
+    let Some(place) = wish.place else {
+        tracing::debug!(
+            "neither spec nor configuration names a cgroup; the VM stays in its shim's"
+        );
+        return Ok(None);
+    };
+    let entered = Tree::of_host().and_then(|tree| {
+        namespaces::leaving_cgroups(&tree.here());
+        VmCgroup::enter(&tree, &place, wish.memory, (id, Cpu::of(spec)), record)
+    });
+    match entered {
+        Ok(cgroup) => {
+            tracing::debug!(paths = ?cgroup.paths(), memory = wish.memory, "the VM has its cgroup");
+            Ok(Some(cgroup))
+        }
+        Err(error) if wish.required => Err(format!(
+            "{} (to run VMs without a cgroup where that cannot be, set cgroup_required = false in the configuration)",
+            chain(&error)
+        )),
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "the VM is not held by a cgroup");
+            Ok(None)
+        }
+    }
 }
 
 /// A line of the guest goes to containerd's log; its rate is bounded where it comes from.
@@ -187,6 +228,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
         sandbox,
         identity,
         record,
+        cgroup,
         lock,
         begun_ns,
     } = place;
@@ -196,7 +238,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
     let control_socket = record.directory().join(control::SOCKET);
     let recorded = record.add(Resource::Socket(control_socket.clone()));
     let patience = Patience::of(&config);
-    let shim = Shim::new(identity, config, record, patience.stdio, publisher);
+    let shim = Shim::new(identity, config, record, cgroup, patience.stdio, publisher);
 
     // The boot begins before anything else.
     tokio::spawn(shim.clone().boot(sandbox, control_socket));

@@ -1,8 +1,10 @@
 //! What the daemon leaves and joins before it has any thread: session, mount
 //! namespace, and the network namespace of its container, so that
-//! `/proc/PID/ns/net` of the shim is the one that others fill for it.
+//! `/proc/PID/ns/net` of the shim is the one that others fill for it. Also the way back, for programs that run for the host.
 
+use std::ffi::CString;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -63,6 +65,33 @@ static HOST_NETWORK: OnceLock<File> = OnceLock::new();
 /// The network namespace of the host, if this process has left it. Programs that log run there.
 pub fn host_network() -> Option<&'static File> {
     HOST_NETWORK.get()
+}
+
+/// The `cgroup.procs` of where this process came from.
+static HOST_CGROUPS: OnceLock<Vec<CString>> = OnceLock::new();
+
+/// Takes note of the cgroups, one a hierarchy, that this process is about to leave for its VM's.
+pub fn leaving_cgroups(directories: &[PathBuf]) {
+    let procs = |directory: &PathBuf| {
+        let path = directory.join("cgroup.procs");
+        // From /proc, which has no NUL in it.
+        CString::new(path.as_os_str().as_bytes()).ok()
+    };
+    // Set once: a process enters its cgroup once.
+    let _ = HOST_CGROUPS.set(directories.iter().filter_map(procs).collect());
+}
+
+/// Puts the calling process back to where the shim came from: what it starts for others is neither the VM's nor held
+/// by its limits. Makes system calls only, so that a child may call it before it executes a program. One of them that
+/// fails leaves the process where it is, from where the VM's end moves it on.
+pub fn leave_vm_cgroup() {
+    use nix::fcntl::{OFlag, open};
+    for procs in HOST_CGROUPS.get().into_iter().flatten() {
+        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        if let Ok(file) = open(procs.as_c_str(), flags, Mode::empty()) {
+            let _ = nix::unistd::write(&file, b"0");
+        }
+    }
 }
 
 /// Makes this process a session of its own with a private mount namespace and

@@ -225,7 +225,8 @@ impl Container {
         session.record.add(Resource::File(image.clone()))?;
         let (from, to) = (args.rootfs.clone(), image.clone());
         let rootfs = config.rootfs.clone();
-        let making = tokio::task::spawn_blocking(move || rootfs_image(&from, &to, &rootfs));
+        let making =
+            tokio::task::spawn_blocking(move || rootfs_image(&from, &to, &rootfs, |_| Ok(())));
         // A VM that does not come up need not wait for the image.
         tokio::select! {
             made = making => made.context("Making the root image failed")??,

@@ -159,7 +159,7 @@ fn sender(fd: OwnedFd) -> io::Result<pipe::Sender> {
     pipe::Sender::from_owned_fd(fd)
 }
 
-/// Spawns it in the host's network, with these three on the descriptors that are promised.
+/// Spawns it in the host's network and cgroup, with these three on the descriptors that are promised.
 fn spawn(command: &mut Command, theirs: [OwnedFd; 3]) -> io::Result<Child> {
     // While these numbers are taken, nothing that the spawn itself needs can have them and be overwritten in the child.
     let mut low = Vec::new();
@@ -180,6 +180,7 @@ fn spawn(command: &mut Command, theirs: [OwnedFd; 3]) -> io::Result<Child> {
     let sources = [&kept[0], &kept[1], &kept[2]].map(AsRawFd::as_raw_fd);
     let network = namespaces::host_network().map(AsRawFd::as_raw_fd);
     let prepare = move || {
+        namespaces::leave_vm_cgroup();
         if let Some(network) = network {
             // SAFETY: a system call on a descriptor that lives as long as the process.
             if unsafe { libc::setns(network, libc::CLONE_NEWNET) } != 0 {

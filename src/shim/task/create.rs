@@ -3,12 +3,14 @@
 //! what was made until then is freed.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{CreateTaskRequest, Mount};
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use oci_spec::runtime::Spec;
 use protobuf::{Message, MessageField};
 
 use super::{Container, Error, Process, Shim};
@@ -16,6 +18,7 @@ use crate::config::Rootfs;
 use crate::control::Timings;
 use crate::record::{Record, Resource};
 use crate::sandbox::annotations::Overrides;
+use crate::sandbox::cgroup::{self, Cpu, Share, VmCgroup};
 use crate::sandbox::{DiskConfig, Sandbox, chain, monotonic_ns, spec, storage};
 use crate::shim::bootstrap;
 use crate::shim::events::TaskEvent;
@@ -114,6 +117,7 @@ impl Shim {
             image: None,
             guest_pid: 0,
             timings: Timings::of(id),
+            share: None,
         };
         state.containers.insert(id.to_owned(), container);
         Ok(())
@@ -168,12 +172,22 @@ impl Shim {
             .record
             .directory()
             .join(format!("root-{}.img", file_name(id)));
+        let share = self.join_cgroup(id, &spec)?;
         let recorded = image.insert(Image::new(self.record.clone(), image_path.clone()).await?);
         let make_image = {
             let (mounts, config) = (request.rootfs.clone(), overrides.rootfs(&self.config));
             let image_path = image_path.clone();
+            let share = share
+                .clone()
+                .filter(|_| cgroup::is_in_memory(self.record.directory()));
+            let sized = move |bytes| match share {
+                Some(share) => share
+                    .image_in_memory(bytes)
+                    .map_err(|error| io::Error::other(chain(&error))),
+                None => Ok(()),
+            };
             tokio::task::spawn_blocking(move || {
-                make_image(&bundle, &root, &mounts, &image_path, &config)
+                make_image(&bundle, &root, &mounts, &image_path, &config, sized)
             })
         };
         // The guest boots while the image is made. Both are waited for, so that no file appears after a failure.
@@ -216,6 +230,17 @@ impl Shim {
             io,
             guest_pid,
         })
+    }
+
+    /// The container's part in the limits of the VM's cgroup, if the VM has one: as long as the container is there.
+    fn join_cgroup(&self, id: &str, spec: &Spec) -> Result<Option<Arc<Share>>, Error> {
+        let join = |cgroup: &Arc<VmCgroup>| cgroup.join(id, Cpu::of(spec)).map(Arc::new);
+        let share = self.cgroup.as_ref().map(join).transpose();
+        let share = share.map_err(|error| Error::Failed(chain(&error)))?;
+        if let Some(container) = self.lock().containers.get_mut(id) {
+            container.share.clone_from(&share);
+        }
+        Ok(share)
     }
 
     /// All of it is there: makes it known, then what happened to it meanwhile.
@@ -362,11 +387,13 @@ fn make_image(
     mounts: &[Mount],
     image: &Path,
     config: &Rootfs,
+    sized: impl FnOnce(u64) -> io::Result<()>,
 ) -> Result<(), Error> {
     // `join` keeps an absolute root.
     let root = Root::mount(&bundle.join(root), mounts)
         .map_err(|error| Error::Failed(error.to_string()))?;
-    storage::rootfs_image(root.path(), image, config).map_err(|error| Error::Failed(chain(&error)))
+    storage::rootfs_image(root.path(), image, config, sized)
+        .map_err(|error| Error::Failed(chain(&error)))
 }
 
 /// A container id as part of a file name.

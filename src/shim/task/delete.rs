@@ -41,11 +41,17 @@ impl Shim {
                 None
             } else {
                 container.life = container.life.after(ContainerEvent::Delete)?;
-                Some((container.window.take(), container.image.take()))
+                Some((
+                    container.window.take(),
+                    container.image.take(),
+                    container.share.take(),
+                ))
             }
         };
-        if let Some((window, image)) = held {
+        if let Some((window, image, share)) = held {
             self.free(id, window, image).await;
+            // Its image does not take memory any more.
+            drop(share);
         }
         let timings = {
             let mut state = self.lock();

@@ -95,6 +95,16 @@ impl Shim {
             tracing::warn!(container = id, "{warning}");
         }
         sandbox.update(id, guest.json).await.map_err(refused)?;
+        let share = {
+            let state = self.lock();
+            let container = state.containers.get(id);
+            container.and_then(|container| container.share.clone())
+        };
+        if let Some(share) = share {
+            share
+                .update(&resources)
+                .map_err(|error| Error::Failed(chain(&error)))?;
+        }
         tracing::info!(container = id, "updated");
         Ok(())
     }

@@ -32,6 +32,7 @@ use crate::control::{self, Timings};
 use crate::record::{Record, Resource};
 use crate::sandbox::Sandbox;
 use crate::sandbox::annotations::Overrides;
+use crate::sandbox::cgroup::{Share, VmCgroup};
 
 use timings::{Past, Startup};
 
@@ -105,6 +106,8 @@ struct Container {
     /// Its init in the guest, 0 until it is made.
     guest_pid: u32,
     timings: Timings,
+    /// Its part in the limits of the VM's cgroup.
+    share: Option<Arc<Share>>,
 }
 
 impl Container {
@@ -206,6 +209,7 @@ pub struct Shim {
     identity: Identity,
     config: Config,
     record: Arc<Record>,
+    cgroup: Option<Arc<VmCgroup>>,
     limits: Limits,
     state: Mutex<State>,
     boot: watch::Sender<Boot>,
@@ -224,6 +228,7 @@ impl Shim {
         identity: Identity,
         config: Config,
         record: Record,
+        cgroup: Option<Arc<VmCgroup>>,
         limits: Limits,
         publisher: Publisher,
     ) -> Arc<Self> {
@@ -231,6 +236,7 @@ impl Shim {
             identity,
             config,
             record: Arc::new(record),
+            cgroup,
             limits,
             state: Mutex::new(State {
                 life: lifecycle::Sandbox::Booting,

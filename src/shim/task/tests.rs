@@ -395,6 +395,7 @@ impl Stage {
             identity,
             Config::default(),
             record,
+            None,
             Limits::default(),
             publisher,
         );
