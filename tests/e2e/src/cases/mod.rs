@@ -9,6 +9,7 @@ mod dying;
 mod exec;
 mod group;
 mod inspect;
+mod host_cgroup;
 mod lifecycle;
 mod mute;
 mod pause;
@@ -42,6 +43,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         group::CASES,
         inspect::CASES,
         bench::CASES,
+        host_cgroup::CASES,
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,230 @@
+//! The host holds the VM, whatever its guest does.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::context::{Context, NAMESPACE};
+use crate::ctr::{Ctr, expect_words};
+use crate::poll;
+use crate::shim::{Bundle, Dialect};
+use crate::suite::{Case, Subject};
+
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "a guest that spins on every vCPU and allocates without end is held by the host's cgroup",
+        subject: Subject::Nacre,
+        seconds: (120, 120),
+        run: held,
+    },
+    Case {
+        name: "the cgroup of a shim that was killed goes with delete",
+        subject: Subject::Alone,
+        seconds: (60, 60),
+        run: killed,
+    },
+    Case {
+        name: "a cgroup that cannot be is refused by name and leaves nothing",
+        subject: Subject::Alone,
+        seconds: (60, 60),
+        run: refused,
+    },
+];
+
+const CGROUPS: &str = "/sys/fs/cgroup";
+/// 1.2 CPUs, so that the VM has two vCPUs and may not use both.
+const QUOTA: u64 = 120_000;
+const PERIOD: u64 = 100_000;
+
+/// Takes its own limits away, then uses two vCPUs and all memory that there is. It has a cgroup namespace, whose root is
+/// its own cgroup, and the capability to mount it.
+const ESCAPE: &str = "mkdir /escape && mount -t cgroup2 none /escape && cd /escape && \
+    echo max >memory.max && echo max >cpu.max && cat memory.max cpu.max && \
+    (while :; do :; done & while :; do :; done & while :; do tail /dev/zero; done)";
+
+fn read(path: &Path) -> Result<String> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    Ok(text.trim().to_owned())
+}
+
+fn number(path: &Path) -> Result<u64> {
+    let text = read(path)?;
+    text.parse()
+        .with_context(|| format!("{}: {text:?}", path.display()))
+}
+
+/// A value of `cpu.stat`.
+fn cpu(cgroup: &Path, name: &str) -> Result<u64> {
+    let text = read(&cgroup.join("cpu.stat"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let value = line.with_context(|| format!("there is no {name} in {text:?}"))?;
+    Ok(value.trim().parse()?)
+}
+
+/// All threads of a process are in this cgroup, given by its path below the root.
+fn expect_threads_in(pid: i32, below: &str) -> Result<()> {
+    let mut count = 0;
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let place = read(&thread?.path().join("cgroup"))?;
+        let expected = format!("0::{below}");
+        ensure!(place == expected, "a thread is in {place}");
+        count += 1;
+    }
+    // Two vCPUs at least, and the one that began.
+    ensure!(count > 2, "{count} threads");
+    Ok(())
+}
+
+fn state(id: &str) -> PathBuf {
+    let namespace = NAMESPACE.replace('-', "--");
+    PathBuf::from(format!("/run/nacre/vms/{namespace}-{id}"))
+}
+
+fn held(context: &Context) -> Result<()> {
+    let ctr = Ctr::new(context)?;
+    let id = context.id("held");
+    let (quota, period) = (QUOTA.to_string(), PERIOD.to_string());
+    let limit = (64 << 20).to_string();
+    let flags = [
+        "--cap-add",
+        "CAP_SYS_ADMIN",
+        "--memory-limit",
+        &limit,
+        "--cpu-quota",
+        &quota,
+        "--cpu-period",
+        &period,
+    ];
+    ctr.detached(&id, &flags, &["sh", "-c", ESCAPE])?;
+    let below = format!("/{NAMESPACE}/{id}");
+    let cgroup = PathBuf::from(format!("{CGROUPS}{below}"));
+    let (pid, _) = ctr.task(&id)?.context("there is no task")?;
+    expect_threads_in(pid, &below)?;
+
+    // The least VM, what the shim needs, and the root image, which is in memory with the state directory.
+    let image = fs::metadata(state(&id).join(format!("root-{id}.img")))?.len();
+    let stated = (256 << 20) + (128 << 20) + image;
+    let maximum = number(&cgroup.join("memory.max"))?;
+    ensure!(maximum == stated, "memory.max is {maximum}, not {stated}");
+    let written = read(&cgroup.join("cpu.max"))?;
+    ensure!(
+        written == format!("{quota} {period}"),
+        "cpu.max is {written}"
+    );
+
+    // Its own memory limit does not hold it any more.
+    poll::until("150 MiB in use", context.seconds(60), || {
+        let used = number(&cgroup.join("memory.current"))?;
+        Ok((used > 150 << 20).then_some(()))
+    })?;
+    let (before, began) = (cpu(&cgroup, "usage_usec")?, Instant::now());
+    let throttled = cpu(&cgroup, "nr_throttled")?;
+    std::thread::sleep(Duration::from_secs(3));
+    let (after, took) = (cpu(&cgroup, "usage_usec")?, began.elapsed());
+    let share = (after - before) as f64 / took.as_micros() as f64;
+    eprintln!("  it used {share:.3} CPUs");
+    let allowed = QUOTA as f64 / PERIOD as f64;
+    // A period at either end, and what a tick is late.
+    ensure!(
+        share < allowed * 1.15,
+        "it used {share:.3} CPUs of {allowed}"
+    );
+    let throttled = cpu(&cgroup, "nr_throttled")? - throttled;
+    ensure!(throttled > 0, "it was never held back, at {share:.3} CPUs");
+    let used = number(&cgroup.join("memory.current"))?;
+    ensure!(used <= maximum, "{used} bytes are over the maximum");
+    expect_threads_in(pid, &below)?;
+
+    super::exec::end(&ctr, context, &id)?;
+    poll::until("the end of the cgroup", context.seconds(10), || {
+        Ok((!cgroup.exists()).then_some(()))
+    })
+}
+
+/// A bundle whose spec has these values under `linux`.
+fn bundle<'a>(context: &'a Context, name: &str, linux: &[(&str, Value)]) -> Result<Bundle<'a>> {
+    let bundle = Bundle::plain(context, name)?;
+    let file = bundle.folder.join("config.json");
+    let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
+    for (key, value) in linux {
+        spec["linux"][key] = value.clone();
+    }
+    fs::write(&file, serde_json::to_vec(&spec)?)?;
+    Ok(bundle)
+}
+
+fn killed(context: &Context) -> Result<()> {
+    // As a CRI plugin with systemd's names would say it; systemd itself is not asked.
+    let unit = context.id("unit");
+    let name = json!(format!("nacre-e2e.slice:nacre:{unit}"));
+    let slice = Path::new(CGROUPS).join("nacre.slice/nacre-e2e.slice");
+    let cgroup = slice.join(format!("nacre-{unit}.scope"));
+    let bundle = bundle(context, "killed", &[("cgroupsPath", name)])?;
+    bundle.started(Dialect::Params)?;
+    let shim = bundle.processes().first().map(|process| process.pid);
+    let members = read(&cgroup.join("cgroup.procs"))?;
+    let shim = shim.context("there is no shim")?;
+    ensure!(
+        members.lines().any(|pid| pid == shim.to_string()),
+        "{shim} is not among {members:?}"
+    );
+    bundle.kill()?;
+    ensure!(cgroup.exists(), "it went by itself");
+    bundle.delete()?;
+    ensure!(!cgroup.exists(), "{} is still there", cgroup.display());
+    // And what was made on the way to it.
+    ensure!(!slice.exists(), "{} is still there", slice.display());
+    Ok(())
+}
+
+/// A cgroup of somebody else, with a process in it.
+struct Busy {
+    path: PathBuf,
+    child: Child,
+}
+
+impl Busy {
+    fn new(path: PathBuf) -> Result<Self> {
+        fs::create_dir(&path)?;
+        let child = Command::new("sleep").arg("1000").spawn()?;
+        fs::write(path.join("cgroup.procs"), child.id().to_string())?;
+        Ok(Self { path, child })
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+fn refused(context: &Context) -> Result<()> {
+    let name = context.id("busy");
+    let busy = Busy::new(Path::new(CGROUPS).join(&name))?;
+    let pid = busy.child.id().to_string();
+    for (name, path, words) in [
+        ("root", "/".to_owned(), ["\"/\"", "cannot be limited"]),
+        ("taken", format!("/{name}"), [pid.as_str(), "cgroupsPath"]),
+        ("nodes", format!("/{name}-nodes"), ["cpuset.cpus", "4000"]),
+    ] {
+        let mut linux = vec![("cgroupsPath", json!(path))];
+        if name == "nodes" {
+            linux.push(("resources", json!({"cpu": {"cpus": "4000"}})));
+        }
+        let bundle = bundle(context, name, &linux)?;
+        let output = bundle.start(Dialect::Params)?;
+        ensure!(output.code != 0, "{path:?}: the shim came up");
+        expect_words(&output.err(), &words)?;
+        ensure!(bundle.processes().is_empty(), "{path:?}: a shim lives");
+    }
+    // It is not ours, and stays as it is.
+    let members = read(&busy.path.join("cgroup.procs"))?;
+    ensure!(members == pid, "it has {members:?}");
+    Ok(())
+}
