@@ -222,9 +222,12 @@ fn map(base: u64, size: u64) -> Result<Arc<GuestRegionMmap>, Error> {
     let failed = |why: String| Error::Map { base, size, why };
     let length = usize::try_from(size).map_err(|error| failed(error.to_string()))?;
     let mapping = map_aligned(length).map_err(|error| failed(error.to_string()))?;
-    // A core dump of the VMM is no place for the guest's memory. It is a wish: nothing depends on it.
-    // SAFETY: the range is the mapping just made; MADV_DONTDUMP does not change its contents.
-    unsafe { libc::madvise(mapping.as_ptr().cast(), length, libc::MADV_DONTDUMP) };
+    // A core dump of the VMM is no place for the guest's memory, nor is a child of it: a fork would write-protect all
+    // of it to share it with a program that has no use for it. These are wishes: nothing depends on them.
+    for advice in [libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
+        // SAFETY: the range is the mapping just made; neither changes its contents in this process.
+        unsafe { libc::madvise(mapping.as_ptr().cast(), length, advice) };
+    }
     GuestRegionMmap::new(mapping, GuestAddress(base))
         .map(Arc::new)
         .ok_or_else(|| Error::Layout {
