@@ -9,6 +9,8 @@ pub mod config;
 pub mod control;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+pub mod hooks;
+mod origin;
 pub mod record;
 pub mod sandbox;
 pub mod shim;

@@ -15,6 +15,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
+use crate::hooks;
 use crate::sandbox::cgroup;
 
 /// Name of the record in a VM's state directory.
@@ -93,6 +94,8 @@ pub enum Resource {
     Cgroup(PathBuf),
     /// A cgroup that was made for the VM's to be in; it stays as long as others use it.
     CgroupParent(PathBuf),
+    /// The file of a container's poststop hooks, which are run before it is removed.
+    Poststop(PathBuf),
 }
 
 impl Resource {
@@ -103,7 +106,8 @@ impl Resource {
             | Self::Mount(path)
             | Self::Directory(path)
             | Self::Cgroup(path)
-            | Self::CgroupParent(path) => path,
+            | Self::CgroupParent(path)
+            | Self::Poststop(path) => path,
         }
     }
 
@@ -115,6 +119,9 @@ impl Resource {
             Self::Mount(path) => return unmount_all(path),
             Self::Cgroup(path) => {
                 return cgroup::remove(path).map_err(|error| self.failure(&error));
+            }
+            Self::Poststop(path) => {
+                return hooks::settle(path).map_err(|error| self.failure(&error));
             }
             Self::CgroupParent(path) => {
                 return cgroup::remove_if_empty(path).map_err(|error| self.failure(&error));

@@ -1,6 +1,6 @@
 //! The OCI spec as the guest gets it. What has no meaning in a guest is taken
 //! out with a warning; what would silently mean something else is refused by
-//! name: host bind mounts, host devices, foreign namespaces, hooks.
+//! name: host bind mounts, host devices, foreign namespaces.
 
 use oci_spec::runtime::{
     Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
@@ -39,14 +39,6 @@ pub enum Error {
     #[error("The device {path} is the host's and cannot be passed to a guest")]
     Device {
         /// Its path.
-        path: String,
-    },
-    /// A hook that would have to run on the host or across both.
-    #[error("The {stage} hook {path} is not supported yet: remove it")]
-    Hook {
-        /// OCI's name of the stage.
-        stage: &'static str,
-        /// Its program.
         path: String,
     },
     /// There is nothing to run.
@@ -126,12 +118,12 @@ pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
     for mount in spec.mounts().iter().flatten() {
         judge_mount(mount)?;
     }
+    // The others run on the host.
     if let Some(hooks) = spec.hooks() {
-        judge_hooks(hooks)?;
-        let kept = Hooks::default();
-        let mut kept = kept;
+        let mut kept = Hooks::default();
+        kept.set_create_container(hooks.create_container().clone());
         kept.set_start_container(hooks.start_container().clone());
-        spec.set_hooks(hooks.start_container().is_some().then_some(kept));
+        spec.set_hooks((kept != Hooks::default()).then_some(kept));
     }
     let process = spec.process_mut().as_mut().ok_or(Error::NoProcess)?;
     let terminal = process.terminal().unwrap_or(false);
@@ -222,26 +214,6 @@ fn judge_mount(mount: &Mount) -> Result<(), Error> {
     Ok(())
 }
 
-fn judge_hooks(hooks: &Hooks) -> Result<(), Error> {
-    #[allow(deprecated, reason = "containerd's clients still set it")]
-    let stages = [
-        ("prestart", hooks.prestart()),
-        ("createRuntime", hooks.create_runtime()),
-        ("createContainer", hooks.create_container()),
-        ("poststart", hooks.poststart()),
-        ("poststop", hooks.poststop()),
-    ];
-    for (stage, hooks) in stages {
-        if let Some(hook) = hooks.iter().flatten().next() {
-            return Err(Error::Hook {
-                stage,
-                path: hook.path().display().to_string(),
-            });
-        }
-    }
-    Ok(())
-}
-
 fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Result<(), Error> {
     linux.set_cgroups_path(Some(format!("/nacre/{id}").into()));
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
@@ -306,12 +278,12 @@ fn adapt_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) {
         let named = |set: &Option<String>| set.clone().filter(|set| !set.trim().is_empty());
         if let Some(set) = named(cpu.cpus()) {
             warnings.push(format!(
-                "the CPU set (cpus) {set:?} names host CPUs and is not applied; their number is the VM's vCPUs if there is no quota"
+                "the CPU set (cpus) {set:?} names host CPUs: it is for the VM's cgroup on the host and not applied in the guest; their number is the VM's vCPUs if there is no quota"
             ));
         }
         if let Some(set) = named(cpu.mems()) {
             warnings.push(format!(
-                "the memory nodes (mems) {set:?} are the host's and are not applied"
+                "the memory nodes (mems) {set:?} are the host's: they are for the VM's cgroup there and not applied in the guest"
             ));
         }
         cpu.set_cpus(None);
@@ -347,7 +319,7 @@ fn adapt_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use oci_spec::runtime::{Hook, LinuxNamespaceBuilder};
+    use oci_spec::runtime::LinuxNamespaceBuilder;
     use serde_json::{Value, json};
 
     use super::*;
@@ -474,24 +446,18 @@ mod tests {
     }
 
     #[test]
-    fn hooks_are_refused_by_stage_and_path_but_start_container_stays() {
+    fn the_guest_gets_its_own_two_kinds_of_hooks() {
         let hook = json!([{"path": "/bin/hook"}]);
-        for stage in [
-            "prestart",
-            "createRuntime",
-            "createContainer",
-            "poststart",
-            "poststop",
-        ] {
-            let error = refused(|spec| spec["hooks"] = json!({stage: hook}));
-            assert!(
-                error.contains(stage) && error.contains("/bin/hook"),
-                "{error}"
-            );
-        }
-        let (value, _) = adapted(|spec| spec["hooks"] = json!({"startContainer": hook}));
-        assert_eq!(value["hooks"]["startContainer"][0]["path"], "/bin/hook");
-        assert_eq!(Hook::default().path().as_os_str(), "");
+        let (value, _) = adapted(|spec| {
+            spec["hooks"] =
+                json!({"createRuntime": hook, "createContainer": hook, "startContainer": hook});
+        });
+        assert_eq!(
+            value["hooks"],
+            json!({"createContainer": hook, "startContainer": hook})
+        );
+        let (value, _) = adapted(|spec| spec["hooks"] = json!({"poststop": hook}));
+        assert_eq!(value.get("hooks"), None);
     }
 
     #[test]

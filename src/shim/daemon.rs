@@ -21,6 +21,7 @@ use super::settings::Patience;
 use super::task::{self, Identity, Shim};
 use crate::config::Config;
 use crate::control;
+use crate::origin;
 use crate::record::{self, Owner, PidFile, Record, Resource};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::{Cpu, Tree, VmCgroup, Wish};
@@ -186,7 +187,7 @@ fn enter_cgroup(
         return Ok(None);
     };
     let entered = Tree::of_host().and_then(|tree| {
-        namespaces::leaving_cgroups(&tree.here());
+        origin::leaving_cgroups(&tree.here());
         VmCgroup::enter(&tree, &place, wish.memory, (id, Cpu::of(spec)), record)
     });
     match entered {

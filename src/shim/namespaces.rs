@@ -1,17 +1,16 @@
 //! What the daemon leaves and joins before it has any thread: session, mount
 //! namespace, and the network namespace of its container, so that
-//! `/proc/PID/ns/net` of the shim is the one that others fill for it. Also the way back, for programs that run for the host.
+//! `/proc/PID/ns/net` of the shim is the one that others fill for it.
 
-use std::ffi::CString;
 use std::fs::File;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::{Mode, umask};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::origin;
 
 /// A step into the daemon's own surroundings that failed.
 #[derive(Debug, thiserror::Error)]
@@ -59,41 +58,6 @@ impl Network {
     }
 }
 
-/// The network that this process came from.
-static HOST_NETWORK: OnceLock<File> = OnceLock::new();
-
-/// The network namespace of the host, if this process has left it. Programs that log run there.
-pub fn host_network() -> Option<&'static File> {
-    HOST_NETWORK.get()
-}
-
-/// The `cgroup.procs` of where this process came from.
-static HOST_CGROUPS: OnceLock<Vec<CString>> = OnceLock::new();
-
-/// Takes note of the cgroups, one a hierarchy, that this process is about to leave for its VM's.
-pub fn leaving_cgroups(directories: &[PathBuf]) {
-    let procs = |directory: &PathBuf| {
-        let path = directory.join("cgroup.procs");
-        // From /proc, which has no NUL in it.
-        CString::new(path.as_os_str().as_bytes()).ok()
-    };
-    // Set once: a process enters its cgroup once.
-    let _ = HOST_CGROUPS.set(directories.iter().filter_map(procs).collect());
-}
-
-/// Puts the calling process back to where the shim came from: what it starts for others is neither the VM's nor held
-/// by its limits. Makes system calls only, so that a child may call it before it executes a program. One of them that
-/// fails leaves the process where it is, from where the VM's end moves it on.
-pub fn leave_vm_cgroup() {
-    use nix::fcntl::{OFlag, open};
-    for procs in HOST_CGROUPS.get().into_iter().flatten() {
-        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
-        if let Ok(file) = open(procs.as_c_str(), flags, Mode::empty()) {
-            let _ = nix::unistd::write(&file, b"0");
-        }
-    }
-}
-
 /// Makes this process a session of its own with a private mount namespace and
 /// the network. Must be called while it has one thread: namespaces belong to threads.
 ///
@@ -103,6 +67,7 @@ pub fn enter(network: &Network) -> Result<(), Error> {
     // The child of a fork is no group leader, so this fails only if it has been done.
     let _ = nix::unistd::setsid();
     umask(Mode::from_bits_truncate(0o022));
+    origin::leaving_namespaces().map_err(failed("open this process's namespaces"))?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(failed("make a mount namespace"))?;
     // What the host mounts still comes in; what is mounted here does not go out, and goes with us.
     mount(
@@ -113,11 +78,6 @@ pub fn enter(network: &Network) -> Result<(), Error> {
         None::<&str>,
     )
     .map_err(failed("detach the mount namespace from the host's"))?;
-    if *network != Network::Host {
-        let host = File::open("/proc/self/ns/net").map_err(failed("open the network namespace"))?;
-        // Set once: a process enters once.
-        let _ = HOST_NETWORK.set(host);
-    }
     match network {
         Network::Host => Ok(()),
         Network::Fresh => {

@@ -18,7 +18,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{oneshot, watch};
 
 use super::target::Error;
-use crate::shim::namespaces;
+use crate::origin;
 
 /// How long the program may take to be ready.
 const READY: Duration = Duration::from_secs(10);
@@ -159,7 +159,7 @@ fn sender(fd: OwnedFd) -> io::Result<pipe::Sender> {
     pipe::Sender::from_owned_fd(fd)
 }
 
-/// Spawns it in the host's network and cgroup, with these three on the descriptors that are promised.
+/// Spawns it where the shim came from, with these three on the descriptors that are promised.
 fn spawn(command: &mut Command, theirs: [OwnedFd; 3]) -> io::Result<Child> {
     // While these numbers are taken, nothing that the spawn itself needs can have them and be overwritten in the child.
     let mut low = Vec::new();
@@ -178,15 +178,8 @@ fn spawn(command: &mut Command, theirs: [OwnedFd; 3]) -> io::Result<Child> {
         readiness.try_clone()?,
     ];
     let sources = [&kept[0], &kept[1], &kept[2]].map(AsRawFd::as_raw_fd);
-    let network = namespaces::host_network().map(AsRawFd::as_raw_fd);
     let prepare = move || {
-        namespaces::leave_vm_cgroup();
-        if let Some(network) = network {
-            // SAFETY: a system call on a descriptor that lives as long as the process.
-            if unsafe { libc::setns(network, libc::CLONE_NEWNET) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
+        origin::go_back()?;
         for (source, target) in sources.into_iter().zip([STDOUT, STDERR, READINESS]) {
             // SAFETY: a system call on numbers; what had the target's number in this child is none of its business.
             if unsafe { libc::dup2(source, target) } < 0 {

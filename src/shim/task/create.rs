@@ -16,6 +16,7 @@ use protobuf::{Message, MessageField};
 use super::{Container, Error, Process, Shim};
 use crate::config::Rootfs;
 use crate::control::Timings;
+use crate::hooks::HostHooks;
 use crate::record::{Record, Resource};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::{self, Cpu, Share, VmCgroup};
@@ -86,6 +87,8 @@ impl Shim {
                 if let Some(image) = image {
                     image.free().await;
                 }
+                // Once a hook may have run, those that undo what it did are owed.
+                self.run_poststop_hooks(&id).await;
                 self.failed(&id).await;
                 Err(match error {
                     Error::Invalid(text) => Error::Invalid(text),
@@ -117,6 +120,7 @@ impl Shim {
             image: None,
             guest_pid: 0,
             timings: Timings::of(id),
+            hooks: None,
             share: None,
         };
         state.containers.insert(id.to_owned(), container);
@@ -157,6 +161,8 @@ impl Shim {
         for warning in &guest.warnings {
             tracing::warn!(container = id, "{warning}");
         }
+        let hooks =
+            HostHooks::of(&spec, id, &bundle).map_err(|error| Error::Invalid(error.to_string()))?;
         let sandbox = self.sandbox().await?;
         let prepared = Prepared::new(&sandbox, paths)
             .map_err(|error| Error::Invalid(error.to_string()))?
@@ -190,10 +196,22 @@ impl Shim {
                 make_image(&bundle, &root, &mounts, &image_path, &config, sized)
             })
         };
-        // The guest boots while the image is made. Both are waited for, so that no file appears after a failure.
-        let (ready, made) = tokio::join!(sandbox.ready(), make_image);
+        let file = self
+            .record
+            .directory()
+            .join(format!("hooks-{}.json", file_name(id)));
+        let hooks = async {
+            let noted = match hooks {
+                Some(hooks) => Some(self.note_hooks(id, hooks, &file).await?),
+                None => None,
+            };
+            self.run_create_hooks(noted).await
+        };
+        // The guest boots while the image is made and hooks run. All are waited for, so that no file appears after a failure.
+        let (ready, made, hooked) = tokio::join!(sandbox.ready(), make_image, hooks);
         let ready = ready.map_err(|error| Error::Failed(error.to_string()))?;
         made.map_err(|error| Error::Failed(format!("Making the root image broke off: {error}")))??;
+        hooked?;
         tracing::debug!(
             container = id,
             kernel = ready.kernel_release,

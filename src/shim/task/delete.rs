@@ -52,6 +52,7 @@ impl Shim {
             self.free(id, window, image).await;
             // Its image does not take memory any more.
             drop(share);
+            self.run_poststop_hooks(id).await;
         }
         let timings = {
             let mut state = self.lock();

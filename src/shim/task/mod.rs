@@ -10,6 +10,7 @@ mod exec;
 mod exits;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
+mod hooks;
 mod limits;
 mod process;
 mod service;
@@ -29,6 +30,7 @@ use super::lifecycle::{self, SandboxEvent};
 use super::stdio::{Limits, Paths, ProcessIo};
 use crate::config::Config;
 use crate::control::{self, Timings};
+use crate::hooks::HostHooks;
 use crate::record::{Record, Resource};
 use crate::sandbox::Sandbox;
 use crate::sandbox::annotations::Overrides;
@@ -106,6 +108,8 @@ struct Container {
     /// Its init in the guest, 0 until it is made.
     guest_pid: u32,
     timings: Timings,
+    /// Its hooks on the host, and the record of what its poststop hooks are owed.
+    hooks: Option<(Arc<HostHooks>, Resource)>,
     /// Its part in the limits of the VM's cgroup.
     share: Option<Arc<Share>>,
 }

@@ -81,6 +81,16 @@ impl Shim {
             (None, _) => {}
         }
         started?;
+        if exec_id.is_empty()
+            && let Err(error) = self.run_poststart_hooks(id).await
+        {
+            // As the runtime specification has it: an error, and the container is stopped.
+            let error = Error::Failed(format!("Container {id:?} is stopped: {error}"));
+            if let Err(undone) = self.clone().kill(id, "", SIGKILL, true).await {
+                tracing::debug!(container = id, error = %undone, "it has ended already");
+            }
+            return Err(error);
+        }
         Ok(self.identity.pid)
     }
 

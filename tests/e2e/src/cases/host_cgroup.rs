@@ -40,11 +40,13 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 const QUOTA: u64 = 120_000;
 const PERIOD: u64 = 100_000;
 
-/// Takes its own limits away, then uses two vCPUs and all memory that there is. It has a cgroup namespace, whose root is
-/// its own cgroup, and the capability to mount it.
-const ESCAPE: &str = "mkdir /escape && mount -t cgroup2 none /escape && cd /escape && \
-    echo max >memory.max && echo max >cpu.max && cat memory.max cpu.max && \
-    (while :; do :; done & while :; do :; done & while :; do tail /dev/zero; done)";
+/// Has the guest's kernel run a program for it, which it does in the root cgroup: where a process that crashes leaves its
+/// core. It uses two vCPUs, and doubles a string until there is no memory for more, again and again.
+const ESCAPE: &str = r#"umount /proc/sys &&
+echo '(while :; do :; done) & (while :; do :; done) & while :; do (x=abcdefgh; while :; do x=$x$x; done); done' >/run/spin &&
+echo '|/proc/%P/root/bin/busybox sh /proc/%P/root/run/spin' >/proc/sys/kernel/core_pattern &&
+sh -c 'kill -SEGV $$'
+sleep 1000"#;
 
 fn read(path: &Path) -> Result<String> {
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;

@@ -8,8 +8,9 @@ mod containers;
 mod dying;
 mod exec;
 mod group;
-mod inspect;
+mod hooks;
 mod host_cgroup;
+mod inspect;
 mod lifecycle;
 mod mute;
 mod pause;
@@ -44,6 +45,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         inspect::CASES,
         bench::CASES,
         host_cgroup::CASES,
+        hooks::CASES,
     ]
     .into_iter()
     .flatten()
