@@ -1,7 +1,7 @@
 //! Removal of cgroups, by whoever cleans up: the shim itself, which is still in its own, or a program after its death.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -11,7 +11,7 @@ const LEAVES: Duration = Duration::from_millis(50);
 /// How often it is looked whether they have.
 const LOOKS: u32 = 20;
 
-/// Removes a VM's cgroup; what is still in it is moved to the nearest one above that takes it. True if there was one.
+/// Removes a VM's cgroup; what is still in it is moved to the outermost one above that takes it. True if there was one.
 ///
 /// # Errors
 /// Something stays in it for a second, or the kernel refuses.
@@ -54,20 +54,21 @@ fn is_busy(error: &io::Error) -> bool {
     errno == Some(Errno::EBUSY as i32) || errno == Some(Errno::ENOTEMPTY as i32)
 }
 
-/// Moves all processes of a cgroup upwards. A directory with processes of its own may not pass on controllers, and one
-/// that passes them on takes no process: the first that does is taken, at the latest the root.
+/// Moves all processes of a cgroup to the outermost above that takes them: the root does, unless it is a part of a tree that
+/// passes on controllers. Not to the parent, which may have been made for this one and is removed next.
 fn move_out(directory: &Path) {
+    let mut above: Vec<PathBuf> = directory
+        .ancestors()
+        .skip(1)
+        .map(|parent| parent.join("cgroup.procs"))
+        // Up to the mount point.
+        .take_while(|procs| procs.exists())
+        .collect();
+    above.reverse();
     let pids = std::fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
     for pid in pids.lines() {
-        for parent in directory.ancestors().skip(1) {
-            let procs = parent.join("cgroup.procs");
-            match std::fs::metadata(&procs) {
-                Ok(_) if std::fs::write(&procs, pid).is_ok() => break,
-                Ok(_) => {}
-                // Above the mount point.
-                Err(_) => break,
-            }
-        }
+        // One that none takes keeps the cgroup, which the removal says.
+        let _ = above.iter().any(|procs| std::fs::write(procs, pid).is_ok());
     }
 }
 
@@ -89,17 +90,20 @@ mod tests {
     }
 
     #[test]
-    fn processes_go_to_the_nearest_that_takes_them() {
+    fn processes_go_to_the_outermost_that_takes_them() {
         let root = tempfile::tempdir().unwrap();
-        let parent = root.path().join("parent");
+        let (outer, parent) = (root.path().join("o"), root.path().join("o/p"));
         let cgroup = parent.join("vm");
         std::fs::create_dir_all(&cgroup).unwrap();
-        std::fs::write(root.path().join("cgroup.procs"), "").unwrap();
+        let procs = |directory: &Path| directory.join("cgroup.procs");
         // A directory in its place takes nothing.
-        std::fs::create_dir(parent.join("cgroup.procs")).unwrap();
-        std::fs::write(cgroup.join("cgroup.procs"), "42\n").unwrap();
+        std::fs::create_dir(procs(root.path())).unwrap();
+        for directory in [&outer, &parent] {
+            std::fs::write(procs(directory), "").unwrap();
+        }
+        std::fs::write(procs(&cgroup), "42\n").unwrap();
         move_out(&cgroup);
-        let moved = std::fs::read_to_string(root.path().join("cgroup.procs")).unwrap();
-        assert_eq!(moved, "42");
+        let read = |directory: &Path| std::fs::read_to_string(procs(directory)).unwrap();
+        assert_eq!((read(&outer), read(&parent)), ("42".into(), String::new()));
     }
 }
