@@ -222,7 +222,7 @@ pub fn settle(file: &Path) -> io::Result<bool> {
         Ok(hooks) => hooks.poststop(LONGEST_IN_CLEANUP),
         // Cut off by the end of its writer, before any hook ran.
         Err(error) => {
-            tracing::warn!(file = %file.display(), %error, "hooks that are owed cannot be read")
+            tracing::warn!(file = %file.display(), %error, "hooks that are owed cannot be read");
         }
     }
     std::fs::remove_file(file)?;
