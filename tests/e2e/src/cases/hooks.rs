@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
@@ -188,11 +188,11 @@ fn in_order(context: &Context) -> Result<()> {
         let early = stage == "poststart" && context.runtime == Runtime::Runc;
         ensure!(early || state["status"] == status, "{stage}: {state}");
         let seen = hooked.read(&format!("{stage}.net"))?;
-        ensure!(network == PathBuf::from(&seen), "{stage}: {seen}");
+        ensure!(network == Path::new(&seen), "{stage}: {seen}");
         let own = hooked.read(&format!("{stage}.own"))?;
-        ensure!(host == PathBuf::from(&own), "{stage} ran in {own}");
+        ensure!(host == Path::new(&own), "{stage} ran in {own}");
         let folder = hooked.read(&format!("{stage}.pwd"))?;
-        ensure!(bundle == PathBuf::from(&folder), "{stage} ran in {folder}");
+        ensure!(bundle == Path::new(&folder), "{stage} ran in {folder}");
     }
     ensure!(network != host, "the container has the host's network");
     super::exec::end(&hooked.ctr, context, &hooked.id)?;
