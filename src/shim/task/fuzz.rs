@@ -137,6 +137,7 @@ async fn play(data: &[u8]) {
         identity,
         Config::default(),
         Record::create(&directory(), owner).expect("a record"),
+        None,
         Limits::default(),
         Publisher::start("ns", heard.clone()),
     );
@@ -212,6 +213,8 @@ fn container() -> Container {
         execs: HashMap::from(execs.map(|(id, exec)| (id.to_owned(), exec))),
         window: None,
         image: None,
+        hooks: None,
+        share: None,
         guest_pid: 0,
         timings: Timings::of(ID),
     }
