@@ -220,8 +220,17 @@ impl Drain {
 impl Drop for Drain {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::SeqCst);
-        let woken = both_ways(&self.fifo).and_then(|mut fifo| Ok(fifo.write_all(b"\n")?));
-        if let (Ok(()), Some(thread)) = (woken, self.thread.take()) {
+        let wake = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open(&self.fifo);
+        // A FIFO that is full has woken it already, and it may read no more of it.
+        let woken = wake.and_then(|mut fifo| match fifo.write(b"\n") {
+            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error),
+            _ => Ok(fifo),
+        });
+        if let (Ok(_open), Some(thread)) = (woken, self.thread.take()) {
             // It ends at its next read.
             let _ = thread.join();
         }
