@@ -23,9 +23,10 @@ const KILLED: u32 = 137;
 /// How long a daemon may take to say what it serves. containerd gives `delete` five seconds for all of this.
 const SAYS: Duration = Duration::from_millis(500);
 /// How long one that ends by itself is waited for.
-const ENDS_BY_ITSELF: Duration = Duration::from_millis(2400);
-/// How long a killed one is waited for, until it has given up its record and is gone.
-const ENDS_KILLED: Duration = Duration::from_millis(1000);
+const ENDS_BY_ITSELF: Duration = Duration::from_millis(1600);
+/// How long a killed one is waited for, until it has given up its record and is gone: the kernel frees the guest's memory
+/// first, which takes its time on a busy host.
+const ENDS_KILLED: Duration = Duration::from_millis(2000);
 
 /// Why not everything is free.
 #[derive(Debug, thiserror::Error)]
@@ -179,7 +180,9 @@ fn is_daemon(line: &[u8], namespace: &str) -> bool {
             .windows(2)
             .any(|pair| pair[0] == name && pair[1] == value)
     };
-    words.last() == Some(&DAEMON_ACTION.as_bytes()) && follows(b"-namespace", namespace.as_bytes())
+    // The action, and when its start began.
+    let acts = |word: &&[u8]| *word == DAEMON_ACTION.as_bytes();
+    words.iter().rev().take(2).any(acts) && follows(b"-namespace", namespace.as_bytes())
 }
 
 #[cfg(test)]
@@ -190,6 +193,7 @@ mod tests {
     fn only_a_daemons_command_line_is_one() {
         let line = b"containerd-shim-nacre-v1\0-namespace\0ns\0-id\0c1\0-address\0/a\0daemon\0";
         assert!(is_daemon(line, "ns"));
+        assert!(is_daemon(&[&line[..], b"123456789\0"].concat(), "ns"));
         assert!(!is_daemon(line, "other"));
         assert!(!is_daemon(b"vi\0-namespace\0ns\0notes\0", "ns"));
         assert!(!is_daemon(b"", "ns"));

@@ -1,5 +1,6 @@
 //! Where things are: the workspace, its build output, and the folders under `target/nacre` that xtask keeps.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -41,6 +42,16 @@ pub fn image(file: &str) -> PathBuf {
 
 static TESTBED: OnceLock<String> = OnceLock::new();
 
+thread_local! {
+    /// What this thread's testbed is called beyond the name that all have.
+    static BESIDE: Cell<&'static str> = const { Cell::new("") };
+}
+
+/// From here on this thread uses a testbed of its own, beside those of other threads.
+pub fn use_testbed_beside(suffix: &'static str) {
+    BESIDE.set(suffix);
+}
+
 /// Names of the testbeds that `use_free_testbed` chooses from; the first has no name.
 const TESTBEDS: [&str; 3] = ["", "2", "3"];
 
@@ -48,7 +59,7 @@ const TESTBEDS: [&str; 3] = ["", "2", "3"];
 /// than one can run at a time.
 pub fn testbed(below: &str) -> PathBuf {
     let name = TESTBED.get_or_init(|| std::env::var("NACRE_TESTBED_NAME").unwrap_or_default());
-    testbed_named(name).join(below)
+    testbed_named(&format!("{name}{}", BESIDE.get())).join(below)
 }
 
 /// Takes the first testbed that nobody is using, if none is named; the first one if all are in use.

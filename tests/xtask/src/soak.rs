@@ -25,6 +25,9 @@ pub struct SoakArgs {
     /// Only cases whose name contains this; may be given again
     #[arg(long, value_name = "SUBSTRING")]
     only: Vec<String>,
+    /// No case whose name contains this; may be given again. A later run takes them up
+    #[arg(long, value_name = "SUBSTRING")]
+    except: Vec<String>,
     /// Longest time of this run, in hours; a later one goes on
     #[arg(long, value_name = "HOURS", default_value_t = 12)]
     hours: u64,
@@ -88,6 +91,7 @@ pub fn run(args: &SoakArgs) -> Result<i32> {
     let suite = Suite {
         full: true,
         only: args.only.clone(),
+        except: args.except.clone(),
         time_limit: Duration::from_secs(args.hours.saturating_mul(3600)),
         out: folder.join("logs"),
     };

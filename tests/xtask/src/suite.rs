@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::kvm::{self, Place};
 use crate::run::{self, step};
 use crate::testbed::{self, Failure, Request, Sink};
 use crate::{image, paths};
@@ -30,6 +32,8 @@ pub struct Suite {
     pub full: bool,
     /// Only cases whose name contains one of these.
     pub only: Vec<String>,
+    /// None of the cases whose name contains one of these.
+    pub except: Vec<String>,
     /// Longest time of the whole suite.
     pub time_limit: Duration,
     /// Where cases put their logs.
@@ -60,30 +64,143 @@ pub fn build() -> Result<()> {
     image::run(&image::ImageArgs::default())
 }
 
+/// What the cases of the second boot have in their names.
+const SECOND: &str = "[containerd 1.7";
+
 impl Suite {
-    /// Runs all cases that `known` has no verdict on. `save` is called after every case.
+    /// Runs all cases that `known` has no verdict on. `save` is called after every case. In the nested testbed there are two
+    /// boots at a time, one a containerd: the emulation of one leaves half of two cores idle.
     pub fn run(
         &self,
-        known: BTreeMap<String, Verdict>,
-        mut save: impl FnMut(&str, &Verdict) -> Result<()>,
+        mut known: BTreeMap<String, Verdict>,
+        save: impl FnMut(&str, &Verdict) -> Result<()> + Send,
     ) -> Result<Report> {
         let wanted = self.list()?;
-        let mut report = Report {
-            cases: known,
-            ..Report::default()
+        known.retain(|name, _| wanted.contains(name));
+        let nested = kvm::place(false).0 == Place::Testbed;
+        let (second, first): (Vec<&str>, Vec<&str>) = wanted
+            .iter()
+            .map(String::as_str)
+            .partition(|name| nested && name.contains(SECOND));
+        let shards: Vec<Shard<'_>> = [("", first), ("2", second)]
+            .into_iter()
+            .filter(|(_, names)| !names.is_empty())
+            .map(|(bed, names)| Shard {
+                suite: self,
+                bed,
+                names,
+                all: &wanted,
+            })
+            .collect();
+        let memory = memory(shards.len());
+        let save = Mutex::new(save);
+        let save = |name: &str, verdict: &Verdict| {
+            let mut save = save.lock().unwrap_or_else(PoisonError::into_inner);
+            save(name, verdict)
         };
-        report.cases.retain(|name, _| wanted.contains(name));
+        let reports: Vec<Result<Report>> = std::thread::scope(|scope| {
+            let running: Vec<_> = shards
+                .iter()
+                .map(|shard| scope.spawn(|| shard.run(&known, memory, save)))
+                .collect();
+            let end = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                let ended = thread.join();
+                ended.unwrap_or_else(|_| Err(anyhow!("a part of the suite panicked")))
+            };
+            running.into_iter().map(end).collect()
+        });
+        let mut whole = Report::default();
+        for report in reports {
+            let report = report?;
+            whole.cases.extend(report.cases);
+            whole.retries.extend(report.retries);
+        }
+        Ok(whole)
+    }
+
+    /// The names of all cases, each with its containerd and runtime, from the program itself.
+    fn list(&self) -> Result<Vec<String>> {
+        let mut command = Command::new(paths::debug("nacre-e2e"));
+        let text = run::output(command.arg("--list").args(self.options()))?;
+        let names: Vec<String> = text
+            .lines()
+            .map(|name| name.trim().to_owned())
+            .filter(|name| !name.is_empty())
+            .collect();
+        if names.is_empty() {
+            bail!(
+                "the suite has no case{}",
+                if self.only.is_empty() {
+                    ""
+                } else {
+                    " of such a name"
+                }
+            );
+        }
+        Ok(names)
+    }
+
+    fn options(&self) -> Vec<String> {
+        let count = if self.full { "soak" } else { "small" };
+        let fixed = [
+            "--count",
+            count,
+            "--containerd",
+            "2.1",
+            "--containerd",
+            "1.7",
+            "--runtime",
+            "nacre",
+            "--runtime",
+            "runc",
+        ];
+        let mut words: Vec<String> = fixed.map(str::to_owned).to_vec();
+        words.extend(
+            self.only
+                .iter()
+                .flat_map(|part| ["--filter".to_owned(), part.clone()]),
+        );
+        let except = self.except.iter();
+        words.extend(except.flat_map(|part| ["--exclude".to_owned(), part.clone()]));
+        words
+    }
+}
+
+/// Cases that run one after another in one boot.
+struct Shard<'a> {
+    suite: &'a Suite,
+    /// Suffix of its testbed's name.
+    bed: &'static str,
+    names: Vec<&'a str>,
+    /// Those of all shards.
+    all: &'a [String],
+}
+
+impl Shard<'_> {
+    fn run(
+        &self,
+        known: &BTreeMap<String, Verdict>,
+        memory: u32,
+        mut save: impl Fn(&str, &Verdict) -> Result<()>,
+    ) -> Result<Report> {
+        paths::use_testbed_beside(self.bed);
+        let mut report = Report::default();
+        for name in &self.names {
+            if let Some(verdict) = known.get(*name) {
+                report.cases.insert((*name).to_owned(), verdict.clone());
+            }
+        }
         let mut incidents: BTreeMap<String, u32> = BTreeMap::new();
         let started = std::time::Instant::now();
-        while report.cases.len() < wanted.len() {
-            let left = self.time_limit.saturating_sub(started.elapsed());
+        while report.cases.len() < self.names.len() {
+            let left = self.suite.time_limit.saturating_sub(started.elapsed());
             if left.is_zero() {
                 break;
             }
-            let mut request = Request::new(self.command(report.cases.keys()));
-            request.memory = memory();
+            let mut request = Request::new(self.command(&report.cases));
+            request.memory = memory;
             request.time_limit = Some(left);
-            request.out.clone_from(&self.out);
+            request.out = self.suite.out.join(self.bed);
             request.keep_out = true;
             let mut follower = Follower::new(&mut report.cases, &mut save);
             let result = testbed::attempt(&request, &mut follower);
@@ -110,7 +227,7 @@ impl Suite {
                 Err(Failure::Fatal(error)) if running.is_none() => return Err(error),
                 Err(Failure::Fatal(error)) => format!("{error:#}"),
             };
-            if report.cases.len() == wanted.len() {
+            if report.cases.len() == self.names.len() {
                 report
                     .retries
                     .push(format!("after the last case: {incident}"));
@@ -132,76 +249,39 @@ impl Suite {
             save(&case, &verdict)?;
             report.cases.insert(case, verdict);
         }
-        for name in wanted {
-            report.cases.entry(name).or_insert_with_key(|name| {
-                let reason = "it never ran".to_owned();
-                let verdict = Verdict {
-                    passed: false,
-                    seconds: 0.0,
-                    reason,
-                };
-                say(name, &verdict);
-                verdict
-            });
+        for name in &self.names {
+            report
+                .cases
+                .entry((*name).to_owned())
+                .or_insert_with_key(|name| {
+                    let reason = "it never ran".to_owned();
+                    let verdict = Verdict {
+                        passed: false,
+                        seconds: 0.0,
+                        reason,
+                    };
+                    say(name, &verdict);
+                    verdict
+                });
         }
         Ok(report)
     }
 
-    /// The names of all cases, each with its containerd and runtime, from the program itself.
-    fn list(&self) -> Result<Vec<String>> {
-        let mut command = Command::new(paths::debug("nacre-e2e"));
-        let text = run::output(command.arg("--list").args(self.options()))?;
-        let names: Vec<String> = text
-            .lines()
-            .map(|name| name.trim().to_owned())
-            .filter(|name| !name.is_empty())
-            .collect();
-        if names.is_empty() {
-            bail!(
-                "the suite has no case{}",
-                if self.only.is_empty() {
-                    ""
-                } else {
-                    " of such a name"
-                }
-            );
-        }
-        Ok(names)
-    }
-
-    fn command<'a>(&self, done: impl Iterator<Item = &'a String>) -> Vec<String> {
+    /// The program with all that it is not to run.
+    fn command(&self, done: &BTreeMap<String, Verdict>) -> Vec<String> {
         let mut words = vec!["nacre-e2e".to_owned()];
-        words.extend(self.options());
-        words.extend(done.flat_map(|name| ["--skip".to_owned(), name.clone()]));
-        words
-    }
-
-    fn options(&self) -> Vec<String> {
-        let count = if self.full { "soak" } else { "small" };
-        let fixed = [
-            "--count",
-            count,
-            "--containerd",
-            "2.1",
-            "--containerd",
-            "1.7",
-            "--runtime",
-            "nacre",
-            "--runtime",
-            "runc",
-        ];
-        let mut words: Vec<String> = fixed.map(str::to_owned).to_vec();
-        words.extend(
-            self.only
-                .iter()
-                .flat_map(|part| ["--filter".to_owned(), part.clone()]),
-        );
+        words.extend(self.suite.options());
+        let others = self.all.iter();
+        let skipped =
+            others.filter(|name| done.contains_key(*name) || !self.names.contains(&name.as_str()));
+        words.extend(skipped.flat_map(|name| ["--skip".to_owned(), name.clone()]));
         words
     }
 }
 
-/// The outer guest's memory: several guests at once and all of the scratch files live in it. Half of what is free, within bounds.
-fn memory() -> u32 {
+/// An outer guest's memory: several guests at once and all of the scratch files live in it. Half of what is free for all of
+/// them, within bounds.
+fn memory(boots: usize) -> u32 {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = meminfo.lines().find_map(|line| {
         line.strip_prefix("MemAvailable:")?
@@ -210,7 +290,8 @@ fn memory() -> u32 {
             .parse::<u64>()
             .ok()
     });
-    available.map_or(4096, |kib| (kib / 2048).clamp(4096, 10240) as u32)
+    let boots = boots.max(1) as u64;
+    available.map_or(4096, |kib| (kib / 2048 / boots).clamp(4096, 10240) as u32)
 }
 
 /// A line of the suite's report.

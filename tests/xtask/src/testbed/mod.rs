@@ -10,6 +10,7 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -141,7 +142,15 @@ pub fn attempt(request: &Request, sink: &mut dyn Sink) -> Result<i32, Failure> {
     fs::create_dir_all(&request.out).context("making the output folder")?;
     match place {
         Place::Host => Ok(on_host(request, &daemons::environment_on_host()?, sink)?),
-        Place::Testbed => boot::boot(&machine::prepare(request)?, request, sink),
+        Place::Testbed => {
+            let machine = {
+                // What is downloaded and built for one testbed serves the next.
+                static PREPARING: Mutex<()> = Mutex::new(());
+                let _one_at_a_time = PREPARING.lock();
+                machine::prepare(request)?
+            };
+            boot::boot(&machine, request, sink)
+        }
     }
 }
 
