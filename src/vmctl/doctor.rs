@@ -330,10 +330,13 @@ fn cgroup_check(root: &Path) -> Check {
     if root.join("cgroup.controllers").is_file() {
         return Check::ok("cgroups", "version 2");
     }
+    if root.join("memory/cgroup.procs").is_file() {
+        return Check::ok("cgroups", "version 1");
+    }
     Check::warning(
         "cgroups",
-        "not version 2",
-        "limits hold in the guest, not on the host; boot with systemd.unified_cgroup_hierarchy=1",
+        "no memory controller",
+        "a container whose specification has a cgroupsPath is refused: mount cgroup2 at /sys/fs/cgroup, or set cgroup_required = false",
     )
 }
 
@@ -397,6 +400,17 @@ mod tests {
             verdict(&[Check::ok("a", ""), Check::failed("b", "", "")]),
             1
         );
+    }
+
+    #[test]
+    fn cgroups_of_either_version_will_do() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(cgroup_check(root.path()).status, Status::Warning);
+        std::fs::create_dir(root.path().join("memory")).unwrap();
+        std::fs::write(root.path().join("memory/cgroup.procs"), "").unwrap();
+        assert_eq!(cgroup_check(root.path()).status, Status::Ok);
+        std::fs::write(root.path().join("cgroup.controllers"), "memory").unwrap();
+        assert_eq!(cgroup_check(root.path()).found, "version 2");
     }
 
     #[test]
