@@ -265,6 +265,7 @@ impl Shim {
             "exited"
         );
     }
+
     /// Completes when the exits of these execs of a container whose init has ended are known. The guest ends them with
     /// init; of one that it forgets the end is told without it.
     async fn execs_ended(

@@ -16,6 +16,7 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::asynchronous::Service;
 
 use super::{Error, Shim};
+use crate::shim::cleanup::Phase;
 use crate::shim::events::timestamp;
 
 /// Names under which the one service is served.
@@ -51,7 +52,9 @@ pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
 }
 
 /// How long the answer to Shutdown may wait for output on its way: its phase, and a little for the start of the end.
-const SHUTDOWN_ANSWERS: Duration = Duration::from_millis(3800);
+const SHUTDOWN_ANSWERS: Duration = Phase::Stdio
+    .share()
+    .saturating_add(Duration::from_millis(300));
 
 struct Tasks(Arc<Shim>);
 
