@@ -195,6 +195,9 @@ impl Runner<'_> {
         let limit = Duration::from_secs_f64(seconds as f64 * self.options.patience);
 
         report.start(case.name, version, runtime);
+        let heard = daemon
+            .as_ref()
+            .map(|running| (running.log.clone(), length(&running.log)));
         let before = Snapshot::take(self.programs, known.as_ref());
         let started = Instant::now();
         let mut failure = run_in_process(case, &context, limit, &log)?;
@@ -227,6 +230,9 @@ impl Runner<'_> {
                 None => left,
                 Some(why) => format!("{why}; and {left}"),
             });
+        }
+        if let (Some(why), Some((file, from))) = (&mut failure, heard) {
+            why.push_str(&said_of(&context.prefix, &file, from));
         }
         let _ = fs::remove_dir_all(&work);
         report.result(case.name, version, runtime, took, failure.as_deref(), &log)
@@ -305,6 +311,30 @@ fn run_in_process(
     }
 }
 
+fn length(file: &Path) -> u64 {
+    fs::metadata(file).map_or(0, |metadata| metadata.len())
+}
+
+/// What containerd's log has of the case's containers since it had this length, in short: a report may be all that is kept of a run.
+fn said_of(prefix: &str, log: &Path, from: u64) -> String {
+    const LINES: usize = 8;
+    let bytes = fs::read(log).unwrap_or_default();
+    let new = bytes.get(from as usize..).unwrap_or_default();
+    let text = String::from_utf8_lossy(new).into_owned();
+    let said: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains(prefix) && !line.contains("level=debug"))
+        .filter_map(|line| line.split_once(" level=").map(|(_, rest)| rest))
+        .collect();
+    let last = &said[said.len().saturating_sub(LINES)..];
+    let parts = last.iter().map(|line| line.chars().take(300).collect());
+    let parts: Vec<String> = parts.collect();
+    if parts.is_empty() {
+        return String::new();
+    }
+    format!("; containerd's log: {}", parts.join(" | "))
+}
+
 /// The whole is in the log.
 fn shorten(text: &str) -> String {
     const LONGEST: usize = 1500;
@@ -317,6 +347,22 @@ fn shorten(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failed_case_is_told_with_what_was_logged_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let before = "time=t level=error msg=old id=mine-1\n";
+        let after = "time=t level=debug msg=small id=mine-1\ntime=t level=error msg=other id=other\n\
+                     time=t level=warning msg=\"the VM has ended\" id=mine-1\n";
+        fs::write(&log, format!("{before}{after}")).unwrap();
+        assert_eq!(
+            said_of("mine", &log, before.len() as u64),
+            "; containerd's log: warning msg=\"the VM has ended\" id=mine-1"
+        );
+        assert_eq!(said_of("none", &log, 0), "");
+        assert_eq!(said_of("mine", Path::new("/nowhere"), 7), "");
+    }
 
     #[test]
     fn names_of_cases_are_told_apart_by_their_container_ids_and_logs() {
