@@ -44,6 +44,7 @@ pub use console::{ConsoleSink, GuestLine, LineSink, Source, Tail};
 pub use error::{Error, chain};
 pub use machine::GuestStream;
 pub use nacre_protocol::agent::{GuestMount, Process, StatsResponse, Stdio};
+pub use nacre_vmm::config::PlugConfig;
 pub use nacre_vmm::{DiskConfig, ExitReason};
 pub use phases::{BootPhases, monotonic_ns, process_start_ns};
 pub use stdio::StdioListener;
@@ -96,6 +97,8 @@ pub struct SandboxConfig {
     pub vcpus: u8,
     /// Memory at boot, MiB.
     pub memory_mib: u64,
+    /// What may be plugged while it runs.
+    pub plug: PlugConfig,
     /// Disks that are there from the start.
     pub disks: Vec<DiskConfig>,
     /// Where the console and the agent's log go.
@@ -120,6 +123,7 @@ impl SandboxConfig {
             cmdline: cmdline(&nacre_vmm::config::default_cmdline(), &config.cmdline),
             vcpus: config.size.default_vcpus,
             memory_mib: config.size.default_memory.mib(),
+            plug: PlugConfig::default(),
             disks: Vec::new(),
             console: ConsoleSink::default(),
             timeouts: config.timeouts(),

@@ -39,6 +39,7 @@ pub(crate) fn start(
         windows,
         vsock: config.agent,
         rng: true,
+        plug: config.plug,
         console: Console {
             output: Box::new(output),
             input: config.console.input,

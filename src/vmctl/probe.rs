@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use nacre_vmm::config::{Console, MINIMUM_MEMORY_MIB};
+use nacre_vmm::config::{Console, MINIMUM_MEMORY_MIB, PlugConfig};
 use nacre_vmm::{ExitReason, Vm, VmConfig};
 
 use crate::sandbox::chain;
@@ -111,6 +111,7 @@ fn start(kernel: &Path, said: Said) -> Result<Vm, nacre_vmm::handle::Error> {
         windows: 1,
         vsock: false,
         rng: false,
+        plug: PlugConfig::default(),
         console: Console {
             output: Box::new(said),
             input: None,

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::memory::layout::{CMDLINE_SIZE, MAX_WINDOWS};
+use crate::hotplug::memory::{MAX_UNITS, SMALLEST_UNIT};
+use crate::memory::layout::{CMDLINE_SIZE, MAX_WINDOWS, MIB};
 
 /// Smallest guest memory that a stock kernel and the agent's initrd boot in, in MiB.
 pub const MINIMUM_MEMORY_MIB: u64 = 96;
@@ -76,8 +77,31 @@ pub struct VmConfig {
     pub vsock: bool,
     /// Whether to have a virtio-rng device.
     pub rng: bool,
+    /// What may come while the VM runs.
+    pub plug: PlugConfig,
     /// Serial console.
     pub console: Console,
+}
+
+/// What may be plugged into a VM while it runs. What is not said here is not announced to the guest at boot, and cannot come
+/// later. The default is nothing but disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PlugConfig {
+    /// Most vCPUs, those at boot included, up to [`MAXIMUM_VCPUS`]; less than those at boot means just those. Each costs the
+    /// guest some memory and three reads of a register at boot.
+    pub max_vcpus: u8,
+    /// Units of ACPI memory that may be plugged, up to [`MAX_UNITS`].
+    pub acpi_units: u8,
+    /// Size of such a unit in MiB: a multiple of 128, and of the guest's memory block size, which is 128 MiB for guests that
+    /// begin with less than 64 GiB.
+    pub acpi_unit_mib: u64,
+}
+
+impl PlugConfig {
+    /// Most bytes that may be plugged.
+    pub fn acpi_bytes(&self) -> u64 {
+        u64::from(self.acpi_units) * (self.acpi_unit_mib * MIB)
+    }
 }
 
 /// A disk backed by a raw file or block device.
@@ -148,6 +172,21 @@ pub enum ConfigError {
         /// Its length in bytes.
         length: usize,
     },
+    /// More units of ACPI memory than there are slots.
+    #[error("{asked} units of ACPI memory: at most {MAX_UNITS} are possible")]
+    Units {
+        /// Units that were asked for.
+        asked: u8,
+    },
+    /// Units of ACPI memory of a size that no guest can use.
+    #[error(
+        "units of ACPI memory of {asked} MiB: multiples of {} MiB are possible, and all of them with the memory at boot at most {MAXIMUM_MEMORY_MIB} MiB",
+        SMALLEST_UNIT / MIB
+    )]
+    UnitSize {
+        /// MiB that were asked for.
+        asked: u64,
+    },
     /// The name has a zero byte in it.
     #[error("VM name {name:?} with a zero byte")]
     Name {
@@ -181,6 +220,12 @@ impl VmConfig {
         if !(1..=MAXIMUM_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus { asked: self.vcpus });
         }
+        if self.plug.max_vcpus > MAXIMUM_VCPUS {
+            return Err(ConfigError::Vcpus {
+                asked: self.plug.max_vcpus,
+            });
+        }
+        self.plug.check_memory(self.memory_mib)?;
         let windows = self.windows;
         if !(1..=MAX_WINDOWS).contains(&windows) {
             return Err(ConfigError::Windows { asked: windows });
@@ -207,6 +252,25 @@ impl VmConfig {
             Some(at) => Err(ConfigError::CmdlineZero { at }),
             None => Ok(()),
         }
+    }
+}
+
+impl PlugConfig {
+    fn check_memory(&self, boot_mib: u64) -> Result<(), ConfigError> {
+        if self.acpi_units == 0 {
+            return Ok(());
+        }
+        if self.acpi_units > MAX_UNITS {
+            return Err(ConfigError::Units {
+                asked: self.acpi_units,
+            });
+        }
+        let asked = self.acpi_unit_mib;
+        let most = (MAXIMUM_MEMORY_MIB - boot_mib) / u64::from(self.acpi_units);
+        if asked == 0 || !asked.is_multiple_of(SMALLEST_UNIT / MIB) || asked > most {
+            return Err(ConfigError::UnitSize { asked });
+        }
+        Ok(())
     }
 }
 
@@ -250,6 +314,7 @@ mod tests {
             windows: DEFAULT_WINDOWS,
             vsock: true,
             rng: true,
+            plug: PlugConfig::default(),
             console: Console::none(),
         }
     }
@@ -278,6 +343,15 @@ mod tests {
                 memory_mib,
                 vcpus,
                 windows,
+                plug: PlugConfig {
+                    max_vcpus: MAXIMUM_VCPUS,
+                    acpi_units: if memory_mib == MINIMUM_MEMORY_MIB {
+                        240
+                    } else {
+                        0
+                    },
+                    acpi_unit_mib: 1024,
+                },
                 ..good()
             };
             assert_eq!(config.check(), Ok(()));
@@ -286,7 +360,22 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_value_and_the_bound() {
-        let cases: [(String, &[&str]); 9] = [
+        let units = |acpi_units, acpi_unit_mib| PlugConfig {
+            max_vcpus: 0,
+            acpi_units,
+            acpi_unit_mib,
+        };
+        let cases: [(String, &[&str]); 13] = [
+            (refused(|c| c.plug.max_vcpus = 255), &["255 vCPUs", "254"]),
+            (refused(|c| c.plug = units(241, 128)), &["241 units", "240"]),
+            (
+                refused(|c| c.plug = units(1, 192)),
+                &["192 MiB", "multiples of 128"],
+            ),
+            (
+                refused(|c| c.plug = units(2, 1 << 19)),
+                &["524288 MiB", "1047552"],
+            ),
             (refused(|c| c.memory_mib = 16), &["16 MiB", "96 MiB"]),
             (refused(|c| c.memory_mib = u64::MAX), &["1047552 MiB"]),
             (refused(|c| c.vcpus = 0), &["0 vCPUs", "1 to 254"]),

@@ -4,8 +4,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ThreadId};
 
+use tokio::sync::watch;
+
 use crate::config::{DiskConfig, VmConfig};
 use crate::exit::ExitReason;
+use crate::hotplug::SlotView;
+use crate::hotplug::memory::{Area, UnitView};
 use crate::platform::monotonic_ns;
 use crate::virtio::vsock::VsockHost;
 pub use crate::vm::{Counters, Error};
@@ -15,7 +19,7 @@ use crate::vm::{Machine, Progress};
 /// returns when its threads are joined and its memory is given back.
 ///
 /// ```no_run
-/// use nacre_vmm::config::{Console, DEFAULT_WINDOWS, default_cmdline};
+/// use nacre_vmm::config::{Console, DEFAULT_WINDOWS, PlugConfig, default_cmdline};
 /// use nacre_vmm::{ExitReason, Vm, VmConfig};
 ///
 /// let vm = Vm::start(VmConfig {
@@ -29,6 +33,7 @@ use crate::vm::{Machine, Progress};
 ///     windows: DEFAULT_WINDOWS,
 ///     vsock: true,
 ///     rng: true,
+///     plug: PlugConfig::default(),
 ///     console: Console { output: Box::new(std::io::stdout()), input: None },
 /// })?;
 /// assert_eq!(vm.wait(), ExitReason::PowerOff);
@@ -67,6 +72,7 @@ struct Shared {
     name: String,
     start_ns: u64,
     vcpus: u8,
+    max_vcpus: u8,
     memory_mib: u64,
     vsock: Option<VsockHost>,
     progress: Arc<Progress>,
@@ -107,6 +113,7 @@ impl Vm {
     ) -> Result<Self, Error> {
         let start_ns = monotonic_ns();
         let (name, vcpus, memory_mib) = (config.name.clone(), config.vcpus, config.memory_mib);
+        let max_vcpus = config.plug.max_vcpus.max(vcpus);
         let progress = Arc::new(Progress::default());
         let (machine, vsock) = Machine::start(config, &progress, before_run)?;
         let state = Arc::new(Mutex::new(State::Running(Box::new(machine))));
@@ -129,6 +136,7 @@ impl Vm {
                 name,
                 start_ns,
                 vcpus,
+                max_vcpus,
                 memory_mib,
                 vsock,
                 progress,
@@ -183,6 +191,100 @@ impl Vm {
         self.with_machine(|machine| machine.unplug(window))
     }
 
+    /// Makes a vCPU and announces it to the guest; its index, which is its ACPI `_UID` and APIC id. The guest brings it online.
+    /// An unplugged vCPU is used again.
+    ///
+    /// # Errors
+    ///
+    /// If all that the VM may have are there, KVM or the host refuses, or the VM has ended.
+    pub fn plug_vcpu(&self) -> Result<u8, Error> {
+        self.with_machine(Machine::plug_vcpu)
+    }
+
+    /// Has the guest asked to eject a vCPU that it has taken offline. Its slot is empty when it has; then its thread stands
+    /// still.
+    ///
+    /// # Errors
+    ///
+    /// For vCPU 0, one that is not there, or if the VM has ended.
+    pub fn ask_vcpu(&self, index: u8) -> Result<(), Error> {
+        self.with_machine(|machine| Ok(machine.plugs().ask_vcpu(index)?))
+    }
+
+    /// Takes back a vCPU, or a request to eject one, that the guest has not noticed.
+    ///
+    /// # Errors
+    ///
+    /// If it has noticed, or the VM has ended.
+    pub fn withdraw_vcpu(&self, index: u8) -> Result<(), Error> {
+        self.with_machine(|machine| Ok(machine.plugs().cpus().withdraw(index)?))
+    }
+
+    /// The vCPUs that are there, whether the guest has noticed them or not.
+    ///
+    /// # Errors
+    ///
+    /// If the VM has ended.
+    pub fn vcpu_slots(&self) -> Result<Vec<SlotView>, Error> {
+        self.with_machine(|machine| Ok(machine.plugs().cpus().views()))
+    }
+
+    /// Makes ACPI memory in free units, the lowest first, and announces it; the units, all of them or none. The guest brings
+    /// it online.
+    ///
+    /// # Errors
+    ///
+    /// If `bytes` is not a whole number of units, too few are free, the host or KVM refuses, or the VM has ended.
+    pub fn plug_memory(&self, bytes: u64) -> Result<Vec<UnitView>, Error> {
+        self.with_machine(|machine| Ok(machine.plugs().plug_memory(bytes)?))
+    }
+
+    /// Has the guest asked to eject a unit of memory. When its slot is empty, the KVM slot and the mapping are gone.
+    ///
+    /// # Errors
+    ///
+    /// If it is not there or the VM has ended.
+    pub fn ask_memory(&self, unit: u8) -> Result<(), Error> {
+        self.with_machine(|machine| Ok(machine.plugs().ask_memory(unit)?))
+    }
+
+    /// Takes back a unit of memory, or a request to eject one, that the guest has not noticed.
+    ///
+    /// # Errors
+    ///
+    /// If it has noticed, or the VM has ended.
+    pub fn withdraw_memory(&self, unit: u8) -> Result<(), Error> {
+        self.with_machine(|machine| Ok(machine.plugs().memory().withdraw(unit)?))
+    }
+
+    /// The units of ACPI memory that are there.
+    ///
+    /// # Errors
+    ///
+    /// If the VM has ended.
+    pub fn memory_units(&self) -> Result<Vec<UnitView>, Error> {
+        self.with_machine(|machine| Ok(machine.plugs().memory().views()))
+    }
+
+    /// Where units of ACPI memory may be.
+    ///
+    /// # Errors
+    ///
+    /// If the VM has ended.
+    pub fn memory_area(&self) -> Result<Area, Error> {
+        self.with_machine(|machine| Ok(machine.plugs().memory().area()))
+    }
+
+    /// Tells of each change of a vCPU's or memory unit's slot.
+    pub fn plug_changes(&self) -> watch::Receiver<u64> {
+        self.shared.progress.plug_changes.subscribe()
+    }
+
+    /// Most vCPUs that this VM may have.
+    pub fn max_vcpus(&self) -> u8 {
+        self.shared.max_vcpus
+    }
+
     /// When each phase of the boot was reached.
     pub fn phases(&self) -> Phases {
         let progress = &self.shared.progress;
@@ -204,7 +306,7 @@ impl Vm {
         }
     }
 
-    /// vCPUs that run, or were there at boot if it has ended.
+    /// vCPUs that are there, or were there at boot if it has ended.
     pub fn vcpus(&self) -> u8 {
         match &*lock(&self.shared.state) {
             State::Running(machine) => machine.vcpus() as u8,

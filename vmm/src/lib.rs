@@ -13,6 +13,7 @@ pub mod exit;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod handle;
+pub mod hotplug;
 pub mod interrupt;
 pub mod kvm;
 pub mod memory;

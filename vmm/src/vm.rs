@@ -19,11 +19,15 @@ use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{ConfigError, DiskConfig, VmConfig};
 use crate::event_loop::{self, EventLoop, EventLoopHandle};
 use crate::exit::{Ending, ExitReason};
+use crate::hotplug::ged::EventLine;
+use crate::hotplug::memory::{Area, Regions};
+use crate::hotplug::{self, Changes, Plugs, registers};
 use crate::interrupt::{self, IrqLine, Kick};
 use crate::kvm;
 use crate::memory::layout::{
-    ACPI_START, I8042_PORT, MIB, PHASE_PORT, PVPANIC_PORT, RESET_VECTOR, SERIAL_GSI, SERIAL_PORT,
-    SLEEP_CONTROL_PORT, START_INFO, WINDOW_SIZE, low_ram_end, ram, window_address, window_gsi,
+    ACPI_START, GED_GSI, HOTPLUG_BASE, I8042_PORT, MIB, PHASE_PORT, PVPANIC_PORT, RESET_VECTOR,
+    SERIAL_GSI, SERIAL_PORT, SLEEP_CONTROL_PORT, START_INFO, WINDOW_SIZE, low_ram_end, plug_start,
+    ram, window_address, window_gsi,
 };
 use crate::memory::{self, GuestMemory};
 use crate::platform::monotonic_ns;
@@ -65,6 +69,19 @@ pub enum Error {
     /// Interrupt lines or queue notifications.
     #[error(transparent)]
     Wire(#[from] interrupt::Error),
+    /// Plugging vCPUs or memory.
+    #[error(transparent)]
+    Plugs(#[from] hotplug::Error),
+    /// Memory that may be plugged would be out of reach.
+    #[error(
+        "memory that may be plugged would end at {} GiB, but this host's processor addresses {} GiB only: lower the largest memory", end >> 30, limit >> 30
+    )]
+    PlugRange {
+        /// Its end in bytes.
+        end: u64,
+        /// The first address that there is not.
+        limit: u64,
+    },
     /// Two devices at one address.
     #[error(transparent)]
     Bus(#[from] Overlap),
@@ -167,10 +184,12 @@ pub struct Machine {
     _serial_line: IrqLine,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
-    memory: GuestMemory,
+    memory: Arc<GuestMemory>,
+    plugs: Plugs,
+    _ged_line: IrqLine,
     vm: Arc<VmFd>,
     /// Makes more vCPUs.
-    _factory: VcpuFactory,
+    factory: VcpuFactory,
 }
 
 /// What of a VM can be looked at after its end as well.
@@ -178,6 +197,8 @@ pub struct Machine {
 pub struct Progress {
     /// How it ends.
     pub ending: Arc<Ending>,
+    /// Tells of what is plugged and unplugged.
+    pub plug_changes: Changes,
     /// Phases that the guest marked.
     pub marks: Arc<PhaseMarks>,
     /// CLOCK_MONOTONIC of the first KVM_RUN in nanoseconds, 0 before.
@@ -220,8 +241,19 @@ impl Machine {
 
         let size = config.memory_mib * MIB;
         let slot_limit = u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX);
-        let memory = GuestMemory::new(Arc::clone(&vm), slot_limit, &ram(size))?;
-        let entry = load(&config, &memory, size)?;
+        let memory = Arc::new(GuestMemory::new(Arc::clone(&vm), slot_limit, &ram(size))?);
+        let max_vcpus = config.plug.max_vcpus.max(config.vcpus);
+        let area = Area {
+            base: plug_start(size),
+            unit: config.plug.acpi_unit_mib * MIB,
+            units: config.plug.acpi_units,
+        };
+        let factory = VcpuFactory::new(kvm, Arc::clone(&vm), max_vcpus)?;
+        let (end, limit) = (area.address(area.units), factory.physical_addresses());
+        if area.units > 0 && end > limit {
+            return Err(Error::PlugRange { end, limit });
+        }
+        let entry = load(&config, &memory, size, area)?;
         progress.loaded_ns.store(monotonic_ns(), Ordering::Relaxed);
 
         let ending = Arc::clone(&progress.ending);
@@ -254,9 +286,17 @@ impl Machine {
             mmio.insert(window_address(index), WINDOW_SIZE, device)?;
             windows.push(WindowPlace { slot, wires: None });
         }
+        let ged_line = IrqLine::new(Arc::clone(&vm), GED_GSI)?;
+        let plugs = Plugs::new(
+            max_vcpus,
+            area,
+            Arc::clone(&memory) as Arc<dyn Regions>,
+            EventLine::new(ged_line.trigger()?),
+            &progress.plug_changes,
+        );
+        mmio.insert(HOTPLUG_BASE, registers::LENGTH, plugs.registers())?;
         let mmio = Arc::new(mmio);
 
-        let factory = VcpuFactory::new(kvm, Arc::clone(&vm), config.vcpus)?;
         let mut prepared = Vec::with_capacity(usize::from(config.vcpus));
         for index in 0..config.vcpus {
             let entry = if index == 0 {
@@ -270,6 +310,7 @@ impl Machine {
             name: config.name,
             ports: Arc::clone(&ports),
             mmio: Arc::clone(&mmio),
+            memory: memory.ram(),
             ending: Arc::clone(&ending),
             first_run_ns: Arc::clone(&progress.first_run_ns),
         })?;
@@ -284,8 +325,10 @@ impl Machine {
             ports,
             mmio,
             memory,
+            plugs,
+            _ged_line: ged_line,
             vm,
-            _factory: factory,
+            factory,
         };
         let result = machine.fill(
             config.vsock,
@@ -297,8 +340,9 @@ impl Machine {
             if let Some(host) = &host {
                 before_run(host);
             }
-            for vcpu in prepared {
-                machine.vcpus.start(vcpu)?;
+            for (index, vcpu) in (0..).zip(prepared) {
+                let control = machine.vcpus.start(vcpu)?;
+                machine.plugs.cpus().occupy(index, control);
             }
             Ok(host)
         });
@@ -407,6 +451,29 @@ impl Machine {
         Ok(())
     }
 
+    /// Makes a vCPU, or has a parked one run again, and announces it; its index.
+    ///
+    /// # Errors
+    ///
+    /// If all that there may be are there, or KVM or the host refuses.
+    pub fn plug_vcpu(&mut self) -> Result<u8, Error> {
+        let index = self.plugs.cpus().vacancy()?;
+        let control = match self.vcpus.run_again(index) {
+            Some(control) => control?,
+            None => self
+                .vcpus
+                .start(self.factory.prepare(index, Entry::WaitForSipi)?)?,
+        };
+        self.plugs.plug_vcpu(index, control)?;
+        tracing::debug!(vcpu = index, "plugged");
+        Ok(index)
+    }
+
+    /// What comes and goes by ACPI.
+    pub fn plugs(&self) -> &Plugs {
+        &self.plugs
+    }
+
     /// How busy it has been.
     pub fn counters(&self) -> Counters {
         Counters {
@@ -417,9 +484,9 @@ impl Machine {
         }
     }
 
-    /// How many vCPUs run.
+    /// How many vCPUs are there.
     pub fn vcpus(&self) -> usize {
-        self.vcpus.len()
+        self.plugs.cpus().views().len()
     }
 
     /// Guest memory in bytes.
@@ -442,7 +509,7 @@ impl Machine {
 }
 
 /// Kernel, initrd, start information and tables into guest memory; where the guest begins.
-fn load(config: &VmConfig, memory: &GuestMemory, size: u64) -> Result<Entry, Error> {
+fn load(config: &VmConfig, memory: &GuestMemory, size: u64, area: Area) -> Result<Entry, Error> {
     let ram = memory.ram();
     let view = ram.memory();
     let ram_end = low_ram_end(size);
@@ -454,8 +521,9 @@ fn load(config: &VmConfig, memory: &GuestMemory, size: u64) -> Result<Entry, Err
         .transpose()?;
     let tables = acpi::tables(&acpi::Machine {
         vcpus: config.vcpus,
-        max_vcpus: config.vcpus,
+        max_vcpus: config.plug.max_vcpus.max(config.vcpus),
         windows: config.windows,
+        memory: area,
     })?;
     view.write_slice(&tables, GuestAddress(ACPI_START))
         .map_err(|error| boot::Error::Write {

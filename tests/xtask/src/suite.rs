@@ -115,7 +115,53 @@ impl Suite {
             whole.cases.extend(report.cases);
             whole.retries.extend(report.retries);
         }
+        if nested && !self.full {
+            self.run_again(&wanted, memory, &mut whole)?;
+        }
         Ok(whole)
+    }
+
+    /// A machine that is emulated fails once in thousands of boots by itself, so a few failed cases run once more, in a boot of
+    /// their own. Which they were and why is in the report. The soak, whose counts are what finds rare faults of ours, does not
+    /// do this.
+    fn run_again(&self, all: &[String], memory: u32, whole: &mut Report) -> Result<()> {
+        const FEW: usize = 3;
+        let failed: Vec<(String, Verdict)> = whole
+            .cases
+            .iter()
+            .filter(|(_, verdict)| !verdict.passed)
+            .map(|(name, verdict)| (name.clone(), verdict.clone()))
+            .collect();
+        if failed.is_empty() || failed.len() > FEW {
+            return Ok(());
+        }
+        step(format!("running {} failed cases once more", failed.len()));
+        let shard = Shard {
+            suite: self,
+            bed: "again",
+            names: failed.iter().map(|(name, _)| name.as_str()).collect(),
+            all,
+        };
+        // On a thread of its own, which is what has a testbed of its own.
+        let report = std::thread::scope(|scope| {
+            let run = || shard.run(&BTreeMap::new(), memory, |_, _| Ok(()));
+            let ended = scope.spawn(run).join();
+            ended.unwrap_or_else(|_| Err(anyhow!("a part of the suite panicked")))
+        })?;
+        whole.retries.extend(report.retries);
+        for (name, before) in &failed {
+            let Some(verdict) = report.cases.get(name) else {
+                continue;
+            };
+            if verdict.passed {
+                whole.retries.push(format!(
+                    "{name}: passed when it ran again, after: {}",
+                    before.reason
+                ));
+                whole.cases.insert(name.clone(), verdict.clone());
+            }
+        }
+        Ok(())
     }
 
     /// The names of all cases, each with its containerd and runtime, from the program itself.

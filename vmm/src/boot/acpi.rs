@@ -5,8 +5,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    self, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Package, ResourceTemplate,
-    Scope,
+    self, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, MethodCall, Name, Package,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -18,6 +18,8 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
 use super::Error;
+use crate::hotplug::aml::{EVENT_METHOD, slots};
+use crate::hotplug::memory::Area;
 use crate::memory::layout::{
     ACPI_START, GED_GSI, IOAPIC, LAPIC, PVPANIC_PORT, RESET_PORT, RESET_VALUE, RESET_VECTOR,
     SERIAL_GSI, SERIAL_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, WINDOW_SIZE, window_address,
@@ -42,6 +44,15 @@ pub struct Machine {
     pub max_vcpus: u8,
     /// virtio-mmio windows, spare ones included.
     pub windows: u8,
+    /// Units of ACPI memory that may come to be.
+    pub memory: Area,
+}
+
+impl Machine {
+    /// Whether anything is plugged by notifications.
+    fn has_slots(&self) -> bool {
+        self.max_vcpus > self.vcpus || self.memory.units > 0
+    }
 }
 
 /// The tables as one block to be written at [`ACPI_START`], where the RSDP is.
@@ -176,14 +187,19 @@ fn dsdt(machine: &Machine) -> impl Aml + use<> {
     )
     .to_aml_bytes(&mut code);
 
+    let call = MethodCall::new(EVENT_METHOD.into(), vec![]);
+    let events: Vec<&dyn Aml> = if machine.has_slots() {
+        vec![&call]
+    } else {
+        vec![]
+    };
     Device::new(
         "_SB_.GED_".into(),
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
             &Name::new("_UID".into(), &0u8),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&edge(GED_GSI)])),
-            // Nothing is behind the line yet; hotplug controllers announce themselves here.
-            &Method::new("_EVT".into(), 1, true, vec![]),
+            &Method::new("_EVT".into(), 1, true, events),
         ],
     )
     .to_aml_bytes(&mut code);
@@ -196,6 +212,9 @@ fn dsdt(machine: &Machine) -> impl Aml + use<> {
     )
     .to_aml_bytes(&mut code);
 
+    if machine.has_slots() {
+        code.extend(slots(machine.max_vcpus.max(machine.vcpus), machine.memory));
+    }
     dsdt.append_slice(&code);
     dsdt
 }
@@ -234,6 +253,7 @@ fn window(index: u8) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hotplug::memory::MAX_UNITS;
     use crate::memory::layout::MAX_WINDOWS;
 
     fn sum(bytes: &[u8]) -> u8 {
@@ -258,11 +278,21 @@ mod tests {
 
     #[test]
     fn the_tables_lead_to_each_other() {
-        for (vcpus, max_vcpus, windows) in [(1, 1, 1), (2, 8, 8), (254, 254, MAX_WINDOWS)] {
+        for (vcpus, max_vcpus, windows, units) in [
+            (1, 1, 1, 0),
+            (2, 8, 8, 4),
+            (254, 254, MAX_WINDOWS, 0),
+            (1, 254, MAX_WINDOWS, MAX_UNITS),
+        ] {
             let block = tables(&Machine {
                 vcpus,
                 max_vcpus,
                 windows,
+                memory: Area {
+                    base: 4 << 30,
+                    unit: 128 << 20,
+                    units,
+                },
             })
             .expect("fits");
             assert_eq!(&block[..8], b"RSD PTR ");
@@ -284,6 +314,17 @@ mod tests {
             for name in [&b"QEMU0001"[..], b"ACPI0013", b"_S5_"] {
                 assert!(dsdt.windows(name.len()).any(|part| part == name));
             }
+            let count = |id: &[u8]| dsdt.windows(id.len()).filter(|name| *name == id).count();
+            let processors = if max_vcpus > vcpus || units > 0 {
+                max_vcpus
+            } else {
+                0
+            };
+            assert_eq!(count(b"ACPI0007"), usize::from(processors));
+            assert_eq!(
+                count(b"HPSL"),
+                2 * usize::from(processors) + 2 * usize::from(units)
+            );
             let madt = table(&block, u64_at(xsdt, 44));
             assert_eq!(&madt[..4], b"APIC");
             assert_eq!(u32_at(madt, 40), 0, "no PCAT_COMPAT");

@@ -43,6 +43,8 @@ pub const WINDOW_BASE: u64 = 0xd000_0000;
 pub const WINDOW_SIZE: u64 = 0x1000;
 /// Windows at most: the 24 lines of the IOAPIC less those below [`WINDOW_GSI`].
 pub const MAX_WINDOWS: u8 = 18;
+/// Registers of what is plugged by ACPI.
+pub const HOTPLUG_BASE: u64 = 0xd010_0000;
 /// IOAPIC registers.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// LAPIC registers.
@@ -99,6 +101,21 @@ pub fn ram(size: u64) -> Vec<(u64, u64)> {
     } else {
         vec![(0, HOLE_START), (HOLE_END, size - HOLE_START)]
     }
+}
+
+/// Memory that is plugged begins and ends at multiples of this: the largest memory block of x86-64 Linux.
+pub const PLUG_ALIGNMENT: u64 = 2 * GIB;
+
+/// The first guest-physical address that memory may be plugged at, for RAM of a size in bytes at boot.
+///
+/// ```
+/// # use nacre_vmm::memory::layout::{GIB, plug_start};
+/// assert_eq!(plug_start(GIB), 4 * GIB);
+/// assert_eq!(plug_start(4 * GIB), 6 * GIB);
+/// ```
+pub fn plug_start(boot: u64) -> u64 {
+    let end = ram(boot).last().map_or(0, |&(base, length)| base + length);
+    end.max(HOLE_END).next_multiple_of(PLUG_ALIGNMENT)
 }
 
 /// The first address behind the RAM below the hole.

@@ -1,6 +1,7 @@
 //! vCPUs: the state that they begin with, the threads that run them, and the set of them.
 
 pub mod exits;
+pub mod gate;
 pub mod set;
 pub mod state;
 pub mod thread;
@@ -36,6 +37,11 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// Its thread does not come out of the guest.
+    #[error(
+        "cannot use vCPU {0} again: its thread has not come out of the guest since it was unplugged"
+    )]
+    Stuck(u8),
     /// The signal that kicks vCPUs could not be set up.
     #[error("cannot set up the signal that stops vCPUs: {0}")]
     Signal(String),

@@ -9,7 +9,8 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::Error;
 use super::exits::ExitCounts;
-use super::state::{self, Entry};
+use super::gate::Gate;
+use super::state::{self, Birth, Entry};
 use super::thread::{self, Kicker, Surroundings};
 
 /// Makes vCPUs of one VM.
@@ -24,6 +25,7 @@ pub struct VcpuFactory {
 pub struct PreparedVcpu {
     index: u8,
     fd: VcpuFd,
+    birth: Birth,
 }
 
 impl VcpuFactory {
@@ -42,6 +44,16 @@ impl VcpuFactory {
         })
     }
 
+    /// The first guest-physical address that this host's processor cannot reach.
+    pub fn physical_addresses(&self) -> u64 {
+        let bits = self
+            .supported
+            .iter()
+            .find(|leaf| leaf.function == 0x8000_0008)
+            .map_or(36, |leaf| leaf.eax & 0xff);
+        1u64.checked_shl(bits).unwrap_or(u64::MAX)
+    }
+
     /// Makes the vCPU `index` (its APIC id too) that begins at `entry`.
     ///
     /// # Errors
@@ -57,18 +69,45 @@ impl VcpuFactory {
                 source,
             })?;
         state::set_up(&fd, &self.kvm, &self.supported, index, self.cores, entry)?;
-        Ok(PreparedVcpu { index, fd })
+        let birth = Birth::of(&fd, index)?;
+        Ok(PreparedVcpu { index, fd, birth })
     }
 }
 
-/// A vCPU whose thread runs.
+/// What others do to one vCPU.
+#[derive(Default)]
+pub struct VcpuControl {
+    kicker: Kicker,
+    gate: Gate,
+}
+
+impl VcpuControl {
+    /// Takes the vCPU out of the guest; its thread stands still until it is used again. Returns at once.
+    pub fn park(&self) {
+        self.gate.close();
+        self.kicker.kick();
+    }
+
+    /// Gets the vCPU out of the guest for a moment, to look whether it is to stop.
+    fn kick(&self) {
+        self.kicker.kick();
+        self.gate.wake();
+    }
+
+    /// For its thread.
+    pub(super) fn parts(&self) -> (&Kicker, &Gate) {
+        (&self.kicker, &self.gate)
+    }
+}
+
+/// A vCPU whose thread runs, or stands still.
 struct Running {
-    kicker: Arc<Kicker>,
+    control: Arc<VcpuControl>,
     counts: Arc<ExitCounts>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// The running vCPUs. Dropping it ends nothing: the VM's end is reported elsewhere, then
+/// The vCPUs, those that stand still included. Dropping it ends nothing: the VM's end is reported elsewhere, then
 /// [`Self::join`] collects the threads.
 pub struct VcpuSet {
     surroundings: Arc<Surroundings>,
@@ -94,35 +133,40 @@ impl VcpuSet {
     /// # Errors
     ///
     /// If the host has no thread left.
-    pub fn start(&mut self, vcpu: PreparedVcpu) -> Result<(), Error> {
-        let kicker = Arc::new(Kicker::default());
+    pub fn start(&mut self, vcpu: PreparedVcpu) -> Result<Arc<VcpuControl>, Error> {
+        let PreparedVcpu { index, fd, birth } = vcpu;
+        let control = Arc::new(VcpuControl::default());
         let counts = Arc::new(ExitCounts::default());
         let thread = thread::spawn(
-            vcpu.index,
-            vcpu.fd,
+            index,
+            (fd, birth),
             Arc::clone(&self.surroundings),
-            Arc::clone(&kicker),
+            Arc::clone(&control),
             Arc::clone(&counts),
         )?;
         self.running.insert(
-            vcpu.index,
+            index,
             Running {
-                kicker,
+                control: Arc::clone(&control),
                 counts,
                 thread: Some(thread),
             },
         );
-        Ok(())
+        Ok(control)
     }
 
-    /// How many run.
-    pub fn len(&self) -> usize {
-        self.running.len()
-    }
-
-    /// Whether none runs.
-    pub fn is_empty(&self) -> bool {
-        self.running.is_empty()
+    /// Lets a vCPU that stands still run again from its first state; `None` if there never was one of this index.
+    ///
+    /// # Errors
+    ///
+    /// If its thread has not come out of the guest.
+    pub fn run_again(&self, index: u8) -> Option<Result<Arc<VcpuControl>, Error>> {
+        let vcpu = self.running.get(&index)?;
+        Some(if vcpu.control.gate.open() {
+            Ok(Arc::clone(&vcpu.control))
+        } else {
+            Err(Error::Stuck(index))
+        })
     }
 
     /// Exits of all vCPUs by reason.
@@ -138,7 +182,7 @@ impl VcpuSet {
     /// has been reported before.
     pub fn join(&mut self) {
         for vcpu in self.running.values() {
-            vcpu.kicker.kick();
+            vcpu.control.kick();
         }
         for (index, vcpu) in &mut self.running {
             if let Some(thread) = vcpu.thread.take()

@@ -5,8 +5,9 @@
 //! this host.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_regs,
-    kvm_segment,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
+    kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 
@@ -113,6 +114,89 @@ pub fn set_up(
             })
             .map_err(setup("set the registers"))
         }
+    }
+}
+
+/// MSRs of KVM's paravirtual features by which the host writes into guest memory, and the TSC deadline: what an unplugged
+/// vCPU leaves of them is not for its successor.
+const RESET_MSRS: [u32; 6] = [
+    0x4b56_4d01, // MSR_KVM_SYSTEM_TIME_NEW
+    0x4b56_4d02, // MSR_KVM_ASYNC_PF_EN
+    0x4b56_4d03, // MSR_KVM_STEAL_TIME
+    0x4b56_4d04, // MSR_KVM_PV_EOI_EN
+    0x4b56_4d06, // MSR_KVM_ASYNC_PF_INT
+    0x6e0,       // IA32_TSC_DEADLINE
+];
+
+/// The state that a vCPU has before its first entry into the guest, to come back to when it is plugged again.
+pub struct Birth {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    lapic: kvm_lapic_state,
+    debug: kvm_debugregs,
+    fpu: kvm_fpu,
+}
+
+impl Birth {
+    /// Takes down the state of a vCPU that has been set up and not run.
+    ///
+    /// # Errors
+    ///
+    /// If KVM does not tell.
+    pub fn of(vcpu: &VcpuFd, index: u8) -> Result<Self, Error> {
+        let read = |source| Error::Setup {
+            what: "read the first state",
+            vcpu: index,
+            source,
+        };
+        Ok(Self {
+            regs: vcpu.get_regs().map_err(read)?,
+            sregs: vcpu.get_sregs().map_err(read)?,
+            lapic: vcpu.get_lapic().map_err(read)?,
+            debug: vcpu.get_debug_regs().map_err(read)?,
+            fpu: vcpu.get_fpu().map_err(read)?,
+        })
+    }
+
+    /// Brings a vCPU back to it, to wait for INIT and SIPI. Its thread is out of the guest.
+    ///
+    /// # Errors
+    ///
+    /// If KVM refuses.
+    pub fn restore(&self, vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
+        let setup = |what| {
+            move |source| Error::Setup {
+                what,
+                vcpu: index,
+                source,
+            }
+        };
+        for number in RESET_MSRS {
+            let entry = kvm_msr_entry {
+                index: number,
+                ..kvm_msr_entry::default()
+            };
+            // What this KVM does not have needs no reset.
+            if let Ok(msrs) = Msrs::from_entries(&[entry]) {
+                let _ = vcpu.set_msrs(&msrs);
+            }
+        }
+        vcpu.set_sregs(&self.sregs)
+            .map_err(setup("reset the system registers"))?;
+        vcpu.set_regs(&self.regs)
+            .map_err(setup("reset the registers"))?;
+        vcpu.set_fpu(&self.fpu)
+            .map_err(setup("reset the floating point unit"))?;
+        vcpu.set_debug_regs(&self.debug)
+            .map_err(setup("reset the debug registers"))?;
+        vcpu.set_lapic(&self.lapic)
+            .map_err(setup("reset the local APIC"))?;
+        vcpu.set_vcpu_events(&kvm_vcpu_events::default())
+            .map_err(setup("reset the pending events"))?;
+        vcpu.set_mp_state(kvm_mp_state {
+            mp_state: KVM_MP_STATE_UNINITIALIZED,
+        })
+        .map_err(setup("reset the run state"))
     }
 }
 

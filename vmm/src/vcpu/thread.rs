@@ -10,14 +10,19 @@ use kvm_bindings::{
     KVM_EXIT_IO_IN, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use vmm_sys_util::signal;
 
 use super::Error;
 use super::exits::{ExitCounts, ExitKind};
+use super::gate::Gate;
+use super::set::VcpuControl;
+use super::state::Birth;
 use crate::bus::Bus;
 use crate::event_loop::panic_message;
 use crate::exit::{Ending, ExitReason};
 use crate::platform::monotonic_ns;
+use crate::virtio::device::GuestRam;
 
 /// What all vCPUs of a VM share.
 pub struct Surroundings {
@@ -27,6 +32,8 @@ pub struct Surroundings {
     pub ports: Arc<Bus>,
     /// Device memory.
     pub mmio: Arc<Bus>,
+    /// Guest memory, for saying what went wrong.
+    pub memory: GuestRam,
     /// How the VM ends.
     pub ending: Arc<Ending>,
     /// CLOCK_MONOTONIC of the first KVM_RUN in nanoseconds, 0 before.
@@ -110,9 +117,9 @@ pub fn install_kick_handler() -> Result<(), Error> {
 /// If the host has no thread left.
 pub fn spawn(
     index: u8,
-    mut vcpu: VcpuFd,
+    (mut vcpu, birth): (VcpuFd, Birth),
     surroundings: Arc<Surroundings>,
-    kicker: Arc<Kicker>,
+    control: Arc<VcpuControl>,
     counts: Arc<ExitCounts>,
 ) -> Result<JoinHandle<()>, Error> {
     std::thread::Builder::new()
@@ -122,10 +129,11 @@ pub fn spawn(
                 tracing::warn!(vcpu = index, %error, "cannot unblock the signal that stops vCPUs");
             }
             let ending = &surroundings.ending;
+            let (kicker, gate) = control.parts();
             let outcome = {
-                let _registered = Registered::new(&kicker, &mut vcpu);
+                let _registered = Registered::new(kicker, &mut vcpu);
                 catch_unwind(AssertUnwindSafe(|| {
-                    run(index, &mut vcpu, &surroundings, &counts)
+                    live(index, (&mut vcpu, &birth), &surroundings, gate, &counts)
                 }))
             };
             if let Ok(regs) = vcpu.get_regs() {
@@ -160,11 +168,40 @@ enum Step {
     End(ExitReason),
 }
 
-/// Runs the guest until the VM ends; the reason if this vCPU is it.
+/// Runs the guest, and stands still while the vCPU is unplugged, until the VM ends; the reason if this vCPU is it.
+fn live(
+    index: u8,
+    (vcpu, birth): (&mut VcpuFd, &Birth),
+    around: &Surroundings,
+    gate: &Gate,
+    counts: &ExitCounts,
+) -> Option<ExitReason> {
+    loop {
+        if let Some(reason) = run(index, vcpu, around, gate, counts) {
+            return Some(reason);
+        }
+        if around.ending.is_ending() || !gate.stand(&around.ending) {
+            return None;
+        }
+        if let Err(error) = birth.restore(vcpu, index) {
+            let mut message = error.to_string();
+            if let Some(cause) = std::error::Error::source(&error) {
+                message = format!("{message}: {cause}");
+            }
+            return Some(ExitReason::KvmError {
+                vcpu: index,
+                message,
+            });
+        }
+    }
+}
+
+/// Runs the guest until the VM ends or the gate closes; the reason if this vCPU is it.
 fn run(
     index: u8,
     vcpu: &mut VcpuFd,
     around: &Surroundings,
+    gate: &Gate,
     counts: &ExitCounts,
 ) -> Option<ExitReason> {
     let failed = |message: String| ExitReason::KvmError {
@@ -177,7 +214,7 @@ fn run(
         Ordering::Relaxed,
         Ordering::Relaxed,
     );
-    while !around.ending.is_ending() {
+    while !around.ending.is_ending() && !gate.is_closed() {
         let step = match vcpu.run() {
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Step::Port,
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -227,7 +264,7 @@ fn run(
             Step::Port => port_access(vcpu, &around.ports, counts),
             Step::InternalError => {
                 counts.count(ExitKind::Other);
-                return Some(failed(internal_error(vcpu)));
+                return Some(failed(internal_error(vcpu, &around.memory)));
             }
             Step::End(reason) => {
                 counts.count(ExitKind::Other);
@@ -277,7 +314,7 @@ fn port_access(vcpu: &mut VcpuFd, ports: &Bus, counts: &ExitCounts) {
 }
 
 /// What KVM says of an internal error, with where the guest was.
-fn internal_error(vcpu: &mut VcpuFd) -> String {
+fn internal_error(vcpu: &mut VcpuFd, memory: &GuestRam) -> String {
     let run = vcpu.get_kvm_run();
     // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so this is the union's member.
     let internal = unsafe { run.__bindgen_anon_1.internal };
@@ -292,12 +329,30 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
     };
     let place = vcpu.get_regs().map_or_else(
         |_| "an unknown place".to_owned(),
-        |regs| format!("{:#x}", regs.rip),
+        |regs| place(vcpu, regs.rip, memory),
     );
     format!(
         "internal error, suberror {} ({kind}) at {place}, data {data:x?}",
         internal.suberror
     )
+}
+
+/// Where an instruction is; a guest may run into memory that was taken out from under it.
+fn place(vcpu: &VcpuFd, rip: u64, memory: &GuestRam) -> String {
+    match vcpu.translate_gva(rip) {
+        Ok(translation)
+            if translation.valid != 0
+                && !memory
+                    .memory()
+                    .address_in_range(GuestAddress(translation.physical_address)) =>
+        {
+            format!(
+                "{rip:#x}, which is at guest-physical {:#x}, where there is no memory",
+                translation.physical_address
+            )
+        }
+        _ => format!("{rip:#x}"),
+    }
 }
 
 #[cfg(test)]
