@@ -3,7 +3,8 @@
 //! A region is an anonymous mapping that this module owns and KVM shows to the guest. Regions come
 //! and go while the VM runs: devices look addresses up through [`GuestRam`], take a fresh view for
 //! each batch, and so see a new region at once and never a removed one. A removed region's mapping
-//! goes away with the last view that was taken before.
+//! goes away with the last view that was taken before. What the guest itself does to a removed
+//! region is an access to device memory that no device has: the MMIO bus answers and counts it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +18,7 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion,
 };
 
+use super::discard::{DiscardError, discard};
 use super::slots::{Exhausted, SlotAllocator, SlotId};
 use crate::virtio::device::GuestRam;
 
@@ -68,11 +70,62 @@ pub enum Error {
     /// There is no region in that slot.
     #[error("memory slot {0} is empty")]
     Empty(SlotId),
+    /// No region begins there.
+    #[error("no region of guest memory begins at {base:#x}")]
+    Absent {
+        /// Guest-physical address.
+        base: u64,
+    },
 }
 
-/// All memory of one VM.
+/// Who shows memory slots to the guest: KVM.
+///
+/// # Safety
+///
+/// Once a slot is taken away nothing uses its memory through the table any more.
+pub(crate) unsafe trait SlotTable: Send + Sync {
+    /// Shows `size` bytes of this process's memory at `host` to the guest at `base`; size 0 takes
+    /// the slot away.
+    ///
+    /// # Safety
+    ///
+    /// The memory at `host` is a mapping of at least that size, which stays until the slot is
+    /// taken away or the VM's last vCPU has ended.
+    unsafe fn set(
+        &self,
+        slot: SlotId,
+        base: u64,
+        size: u64,
+        host: u64,
+    ) -> Result<(), kvm_ioctls::Error>;
+}
+
+// SAFETY: KVM has dropped all of its mappings of a slot's memory when the call that takes the slot
+// away returns.
+unsafe impl SlotTable for VmFd {
+    unsafe fn set(
+        &self,
+        slot: SlotId,
+        base: u64,
+        size: u64,
+        host: u64,
+    ) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot: slot.number(),
+            flags: 0,
+            guest_phys_addr: base,
+            memory_size: size,
+            userspace_addr: host,
+        };
+        // SAFETY: the caller's promise is the one that is asked for.
+        unsafe { self.set_user_memory_region(region) }
+    }
+}
+
+/// All memory of one VM. Shared by everything that adds or removes memory, from any thread, while
+/// vCPUs run.
 pub struct GuestMemory {
-    vm: Arc<VmFd>,
+    vm: Arc<dyn SlotTable>,
     ram: GuestRam,
     table: Mutex<Table>,
 }
@@ -90,6 +143,14 @@ impl GuestMemory {
     ///
     /// If the host cannot map it or KVM refuses it.
     pub fn new(vm: Arc<VmFd>, slot_limit: u32, pieces: &[(u64, u64)]) -> Result<Self, Error> {
+        Self::with_table(vm, slot_limit, pieces)
+    }
+
+    pub(crate) fn with_table(
+        vm: Arc<dyn SlotTable>,
+        slot_limit: u32,
+        pieces: &[(u64, u64)],
+    ) -> Result<Self, Error> {
         let mut table = Table {
             slots: SlotAllocator::new(slot_limit),
             regions: BTreeMap::new(),
@@ -97,7 +158,7 @@ impl GuestMemory {
         let mut regions = Vec::with_capacity(pieces.len());
         for &(base, size) in pieces {
             let region = map(base, size)?;
-            table.insert(&vm, Arc::clone(&region))?;
+            table.insert(&*vm, Arc::clone(&region))?;
             regions.push(region);
         }
         let view = GuestMemoryMmap::from_arc_regions(regions).map_err(|error| {
@@ -147,7 +208,7 @@ impl GuestMemory {
                 size,
                 why: error.to_string(),
             })?;
-        let slot = table.insert(&self.vm, region)?;
+        let slot = table.insert(&*self.vm, region)?;
         self.replace(view);
         Ok(slot)
     }
@@ -158,7 +219,33 @@ impl GuestMemory {
     ///
     /// If the slot is empty or KVM refuses; then nothing has changed.
     pub fn remove_region(&self, slot: SlotId) -> Result<(), Error> {
+        self.remove(&mut self.table(), slot)
+    }
+
+    /// Takes the region that begins at `base` away from devices and guest.
+    ///
+    /// # Errors
+    ///
+    /// If none begins there or KVM refuses; then nothing has changed.
+    pub fn remove_region_at(&self, base: u64) -> Result<(), Error> {
         let mut table = self.table();
+        let slot = table.slot_at(base).ok_or(Error::Absent { base })?;
+        self.remove(&mut table, slot)
+    }
+
+    /// Gives `size` bytes from `base` on back to the host: the guest keeps the range, which reads
+    /// as zeros and takes no host memory until it is touched again. Both are multiples of the page
+    /// size; the range may span regions that touch.
+    ///
+    /// # Errors
+    ///
+    /// [`DiscardError`].
+    pub fn discard(&self, base: u64, size: u64) -> Result<(), DiscardError> {
+        // The view keeps the mappings, also of a region that is removed meanwhile.
+        discard(&self.ram.memory(), base, size)
+    }
+
+    fn remove(&self, table: &mut Table, slot: SlotId) -> Result<(), Error> {
         let region = table.regions.get(&slot).ok_or(Error::Empty(slot))?;
         let (base, size) = (region.start_addr(), region.len());
         let before = GuestMemoryMmap::clone(&self.ram.memory());
@@ -170,7 +257,7 @@ impl GuestMemory {
                 why: error.to_string(),
             })?;
         self.replace(view);
-        if let Err(source) = set_slot(&self.vm, slot, base.0, 0, region.as_ptr() as u64) {
+        if let Err(source) = set_slot(&*self.vm, slot, base.0, 0, region.as_ptr() as u64) {
             self.replace(before);
             return Err(Error::Slot {
                 slot,
@@ -197,7 +284,17 @@ impl GuestMemory {
 }
 
 impl Table {
-    fn insert(&mut self, vm: &VmFd, region: Arc<GuestRegionMmap>) -> Result<SlotId, Error> {
+    fn slot_at(&self, base: u64) -> Option<SlotId> {
+        let mut regions = self.regions.iter();
+        let found = regions.find(|(_, region)| region.start_addr().0 == base);
+        found.map(|(slot, _)| *slot)
+    }
+
+    fn insert(
+        &mut self,
+        vm: &dyn SlotTable,
+        region: Arc<GuestRegionMmap>,
+    ) -> Result<SlotId, Error> {
         let (base, size) = (region.start_addr().0, region.len());
         let slot = self
             .slots
@@ -264,27 +361,109 @@ fn map_anywhere(length: usize, protection: libc::c_int) -> Result<MmapRegion, Mm
 
 /// Tells KVM of a slot; size 0 takes it away.
 fn set_slot(
-    vm: &VmFd,
+    vm: &dyn SlotTable,
     slot: SlotId,
-    guest_phys_addr: u64,
-    memory_size: u64,
-    userspace_addr: u64,
+    base: u64,
+    size: u64,
+    host: u64,
 ) -> Result<(), kvm_ioctls::Error> {
-    let region = kvm_userspace_memory_region {
-        slot: slot.number(),
-        flags: 0,
-        guest_phys_addr,
-        memory_size,
-        userspace_addr,
-    };
     // SAFETY: the address is of a mapping of at least that size which the table (or, when the slot
     // is taken away, the caller) keeps until the slot is gone or the VM's last vCPU has ended.
-    unsafe { vm.set_user_memory_region(region) }
+    unsafe { vm.set(slot, base, size, host) }
 }
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    use super::super::layout::{MIB, PAGE};
+    use super::super::stand_in::StandIn;
     use super::*;
+
+    #[test]
+    fn a_region_comes_and_goes_by_slot_and_by_base() {
+        let (memory, kvm) = StandIn::memory(&[(0, MIB)]);
+        let ram = memory.ram();
+        for by_base in [false, true] {
+            let slot = memory.add_region(4 * MIB, 2 * MIB).expect("added");
+            assert_eq!(kvm.slots(), [(0, MIB), (4 * MIB, 2 * MIB)]);
+            assert_eq!(memory.size(), 3 * MIB);
+            let view = ram.memory();
+            view.write_obj(7_u8, GuestAddress(5 * MIB)).expect("there");
+            if by_base {
+                memory.remove_region_at(4 * MIB).expect("removed");
+            } else {
+                memory.remove_region(slot).expect("removed");
+            }
+            assert_eq!(kvm.slots(), [(0, MIB)]);
+            assert!(!ram.memory().address_in_range(GuestAddress(5 * MIB)));
+            assert_eq!(
+                view.read_obj::<u8>(GuestAddress(5 * MIB)).ok(),
+                Some(7),
+                "a view that was taken before keeps the mapping"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_region_is_not_removed() {
+        let (memory, kvm) = StandIn::memory(&[(0, MIB)]);
+        let slot = memory.add_region(4 * MIB, MIB).expect("added");
+        for base in [MIB, 4 * MIB + PAGE, 5 * MIB, u64::MAX] {
+            let result = memory.remove_region_at(base);
+            assert!(matches!(result, Err(Error::Absent { .. })), "{result:?}");
+        }
+        memory.remove_region(slot).expect("removed");
+        let result = memory.remove_region(slot);
+        assert!(matches!(result, Err(Error::Empty(_))), "{result:?}");
+        assert_eq!(kvm.slots(), [(0, MIB)]);
+    }
+
+    #[test]
+    fn what_kvm_or_the_layout_refuses_changes_nothing() {
+        let (memory, kvm) = StandIn::limited(&[(0, MIB)], 2);
+        let overlap = memory.add_region(MIB - PAGE, MIB);
+        assert!(matches!(overlap, Err(Error::Layout { .. })), "{overlap:?}");
+        let wrapping = memory.add_region(u64::MAX - PAGE + 1, 2 * PAGE);
+        assert!(
+            matches!(wrapping, Err(Error::Layout { .. })),
+            "{wrapping:?}"
+        );
+        kvm.refuse_additions(true);
+        let refused = memory.add_region(MIB, MIB);
+        assert!(matches!(refused, Err(Error::Slot { .. })), "{refused:?}");
+        assert_eq!((memory.size(), kvm.slots()), (MIB, vec![(0, MIB)]));
+        kvm.refuse_additions(false);
+        memory.add_region(MIB, MIB).expect("the number came back");
+        let exhausted = memory.add_region(2 * MIB, MIB);
+        assert!(
+            matches!(exhausted, Err(Error::Exhausted { .. })),
+            "{exhausted:?}"
+        );
+        kvm.refuse_removals(true);
+        let kept = memory.remove_region_at(MIB);
+        assert!(matches!(kept, Err(Error::Slot { .. })), "{kept:?}");
+        assert_eq!(memory.size(), 2 * MIB);
+        assert!(memory.ram().memory().address_in_range(GuestAddress(MIB)));
+        kvm.refuse_removals(false);
+        memory.remove_region_at(MIB).expect("removed");
+    }
+
+    #[test]
+    fn discarded_memory_reads_as_zeros_and_stays_the_guests() {
+        let (memory, kvm) = StandIn::memory(&[(0, MIB), (MIB, MIB)]);
+        let view = memory.ram().memory();
+        let bytes = vec![0xaa; 2 * MIB as usize];
+        view.write_slice(&bytes, GuestAddress(0)).expect("written");
+        memory.discard(MIB - PAGE, 2 * PAGE).expect("discarded");
+        let value = |address| view.read_obj::<u8>(GuestAddress(address)).ok();
+        assert_eq!(value(MIB - PAGE - 1), Some(0xaa));
+        assert_eq!(value(MIB - PAGE), Some(0));
+        assert_eq!(value(MIB + PAGE - 1), Some(0));
+        assert_eq!(value(MIB + PAGE), Some(0xaa));
+        assert_eq!(kvm.slots(), [(0, MIB), (MIB, MIB)]);
+        assert!(memory.discard(MIB, MIB + PAGE).is_err());
+    }
 
     #[test]
     fn mappings_are_where_huge_pages_fit() {

@@ -5,6 +5,7 @@
 
 pub mod block;
 pub mod device;
+pub mod mem;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
