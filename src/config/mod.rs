@@ -246,6 +246,7 @@ impl Config {
             agent: self.agent_timeout,
             create: self.create_timeout,
             stdio: self.stdio_timeout,
+            resize: std::time::Duration::from_secs(30),
         }
     }
 

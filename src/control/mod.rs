@@ -2,6 +2,7 @@
 //! service is thin: [`serve`] puts a [`Target`] on a Unix socket, [`Client`]
 //! asks one. What is answered is an [`Inspection`] or a [`Usage`].
 
+mod resize;
 mod timings;
 mod usage;
 mod wire;
@@ -18,6 +19,7 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
+use crate::sandbox::resize::Resized;
 use crate::sandbox::{BootPhases, ExitReason};
 
 #[allow(
@@ -61,6 +63,9 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// The VM's process did not do it; its words say why, and what was undone.
+    #[error("{0}")]
+    Refused(String),
     /// The call failed.
     #[error("The control socket {} did not answer {call}: {cause}", path.display())]
     Call {
@@ -118,6 +123,38 @@ pub struct Device {
     pub detail: String,
 }
 
+/// Guest memory by its parts, MiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// What the VM began with.
+    pub boot_mib: u64,
+    /// What is plugged.
+    pub plugged_mib: u64,
+    /// The most that there may be.
+    pub max_mib: u64,
+    /// What the guest has given back through the balloon device since it began; memory that is used and given back again counts
+    /// again.
+    pub given_back_mib: u64,
+}
+
+/// A size to be; what is absent stays as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// vCPUs.
+    pub vcpus: Option<u8>,
+    /// MiB, all together.
+    pub memory_mib: Option<u64>,
+}
+
+/// What was changed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Changed {
+    /// vCPUs, if they were asked for.
+    pub vcpus: Option<Resized>,
+    /// Memory, if it was asked for.
+    pub memory: Option<Resized>,
+}
+
 /// What there is to see of a VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Inspection {
@@ -131,8 +168,12 @@ pub struct Inspection {
     pub state: State,
     /// vCPUs.
     pub vcpus: u32,
-    /// Memory in MiB.
+    /// Most vCPUs that there may be.
+    pub max_vcpus: u32,
+    /// Memory in MiB, all together.
     pub memory_mib: u64,
+    /// Its parts.
+    pub memory: Memory,
     /// Kernel file.
     pub kernel: String,
     /// initrd file.
@@ -158,6 +199,10 @@ pub struct Inspection {
 pub trait Target: Send + Sync {
     /// What there is to see. Must not wait for the guest.
     fn inspect(&self) -> Inspection;
+    /// What the guest uses of its memory, in bytes, if it says so at once.
+    async fn memory_used(&self) -> Option<u64>;
+    /// Changes the VM's size; what went wrong is in words.
+    async fn resize(&self, wanted: Wanted) -> Result<Changed, String>;
     /// Ends the VM in order and answers how it ended.
     async fn stop(&self) -> ExitReason;
 }
@@ -227,13 +272,18 @@ pub async fn serve(path: &Path, target: Arc<dyn Target>) -> Result<Served, Error
     })
 }
 
+/// How long the guest has to say what it uses of its memory.
+const USED_WITHIN: Duration = Duration::from_secs(2);
+
 struct Service(Arc<dyn Target>);
 
 impl Service {
     async fn read_usage(&self) -> Result<Usage, String> {
+        let used = tokio::time::timeout(USED_WITHIN, self.0.memory_used()).await;
+        let used_mib = used.ok().flatten().map(|bytes| bytes >> 20);
         let target = self.0.clone();
         // The kernel looks at every page of the guest.
-        tokio::task::spawn_blocking(move || Usage::of_this_process(target.inspect()))
+        tokio::task::spawn_blocking(move || Usage::of_this_process(target.inspect(), used_mib))
             .await
             .map_err(|error| error.to_string())
     }
@@ -258,6 +308,23 @@ impl control_ttrpc::Control for Service {
         usage.map(Into::into).map_err(|error| {
             ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, error))
         })
+    }
+
+    async fn resize(
+        &self,
+        _context: &TtrpcContext,
+        request: proto::ResizeRequest,
+    ) -> ttrpc::Result<proto::ResizeResponse> {
+        let failed = |code, error: String| ttrpc::Error::RpcStatus(ttrpc::get_status(code, error));
+        let wanted = resize::wanted(&request)
+            .map_err(|error| failed(ttrpc::Code::INVALID_ARGUMENT, error))?;
+        let target = self.0.clone();
+        // A client that gives up leaves nothing half done.
+        let changed = tokio::spawn(async move { target.resize(wanted).await }).await;
+        changed
+            .unwrap_or_else(|error| Err(error.to_string()))
+            .map(Into::into)
+            .map_err(|error| failed(ttrpc::Code::FAILED_PRECONDITION, error))
     }
 
     async fn stop(
@@ -316,6 +383,22 @@ impl Client {
             .map_err(|error| self.failed("Usage", &error))
     }
 
+    /// Changes the VM's size, which may take as long as `within`.
+    pub async fn resize(&self, wanted: Wanted, within: Duration) -> Result<Changed, Error> {
+        let context = ttrpc::context::with_duration(within);
+        let request = resize::request(wanted);
+        match self.client.resize(context, &request).await {
+            Ok(answer) => Ok(answer.into()),
+            Err(ttrpc::Error::RpcStatus(status))
+                if status.code.enum_value() == Ok(ttrpc::Code::FAILED_PRECONDITION)
+                    || status.code.enum_value() == Ok(ttrpc::Code::INVALID_ARGUMENT) =>
+            {
+                Err(Error::Refused(status.message))
+            }
+            Err(error) => Err(self.failed("Resize", &error)),
+        }
+    }
+
     /// Ends the VM in order; answers how it ended.
     pub async fn stop(&self) -> Result<String, Error> {
         let context = ttrpc::context::with_duration(Duration::from_secs(15));
@@ -337,6 +420,7 @@ impl Client {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::resize::Step;
 
     fn inspection() -> Inspection {
         Inspection {
@@ -345,7 +429,14 @@ mod tests {
             pid: 7,
             state: State::Running,
             vcpus: 2,
+            max_vcpus: 4,
             memory_mib: 512,
+            memory: Memory {
+                boot_mib: 256,
+                plugged_mib: 256,
+                max_mib: 1024,
+                given_back_mib: 3,
+            },
             kernel: "/k".to_owned(),
             initrd: "/i".to_owned(),
             kernel_release: "6.1".to_owned(),
@@ -383,6 +474,27 @@ mod tests {
         fn inspect(&self) -> Inspection {
             inspection()
         }
+        async fn memory_used(&self) -> Option<u64> {
+            Some(100 << 20)
+        }
+        async fn resize(&self, wanted: Wanted) -> Result<Changed, String> {
+            let vcpus = wanted.vcpus.ok_or("no vCPUs")?;
+            let step = Step {
+                what: "vCPU 1".to_owned(),
+                host_us: 1,
+                noticed_us: 2,
+                online_us: 3,
+                total_us: 4,
+            };
+            Ok(Changed {
+                vcpus: Some(Resized {
+                    before: 1,
+                    now: vcpus.into(),
+                    steps: vec![step],
+                }),
+                memory: None,
+            })
+        }
         async fn stop(&self) -> ExitReason {
             ExitReason::PowerOff
         }
@@ -412,6 +524,19 @@ mod tests {
         assert_eq!((&*usage.id, usage.pid, usage.memory_mib), ("a", 7, 512));
         assert_eq!(usage.exits, inspection().exits);
         assert!(usage.rss_kib > 0 && usage.uptime_ms > 0, "{usage:?}");
+        assert_eq!(
+            (usage.used_mib, usage.memory),
+            (Some(100), inspection().memory)
+        );
+        let within = Duration::from_secs(5);
+        let wanted = Wanted {
+            vcpus: Some(3),
+            memory_mib: None,
+        };
+        let changed = client.resize(wanted, within).await.unwrap();
+        assert_eq!(changed, Fixed.resize(wanted).await.unwrap());
+        let refused = client.resize(Wanted::default(), within).await.unwrap_err();
+        assert_eq!(refused.to_string(), "no vCPUs");
         assert_eq!(
             client.stop().await.unwrap(),
             ExitReason::PowerOff.to_string()

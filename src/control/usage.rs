@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::Inspection;
+use super::{Inspection, Memory};
 use crate::sandbox::monotonic_ns;
 
 /// How the names of vCPU threads begin.
@@ -23,8 +23,14 @@ pub struct Usage {
     pub pid: u32,
     /// vCPUs.
     pub vcpus: u32,
-    /// Guest memory in MiB: the most that it can use.
+    /// Most vCPUs that there may be.
+    pub max_vcpus: u32,
+    /// Guest memory in MiB, all together: the most that it can use now.
     pub memory_mib: u64,
+    /// Its parts.
+    pub memory: Memory,
+    /// What the guest's kernel says that it uses of it, in MiB; `None` if it did not say so at once.
+    pub used_mib: Option<u64>,
     /// Host memory that the process has, KiB: guest memory that was touched, and the VMM's own.
     pub rss_kib: u64,
     /// The same, with what it shares with other processes divided by their number.
@@ -44,7 +50,7 @@ pub struct Usage {
 impl Usage {
     /// Reads what this process, which holds the VM, costs. Looks at every page of it: to be called where waiting a few
     /// milliseconds is allowed.
-    pub fn of_this_process(vm: Inspection) -> Self {
+    pub fn of_this_process(vm: Inspection, used_mib: Option<u64>) -> Self {
         let readings = Readings::take(Path::new("/proc/self"));
         let uptime_ms = match vm.phases.start_ns {
             0 => 0,
@@ -55,7 +61,10 @@ impl Usage {
             namespace: vm.namespace,
             pid: vm.pid,
             vcpus: vm.vcpus,
+            max_vcpus: vm.max_vcpus,
             memory_mib: vm.memory_mib,
+            memory: vm.memory,
+            used_mib,
             rss_kib: readings.rss_kib,
             pss_kib: readings.pss_kib,
             vcpu_cpu_ms: readings.vcpu_cpu_ms,
@@ -160,7 +169,7 @@ mod tests {
 
     #[test]
     fn this_process_costs_something() {
-        let usage = Usage::of_this_process(Inspection::default());
+        let usage = Usage::of_this_process(Inspection::default(), None);
         assert!(usage.rss_kib > 0 && usage.pss_kib > 0, "{usage:?}");
         assert!(usage.pss_kib <= usage.rss_kib, "{usage:?}");
         assert_eq!((usage.vcpu_cpu_ms, usage.uptime_ms), (0, 0));

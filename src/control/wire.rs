@@ -2,7 +2,7 @@
 
 use protobuf::MessageField;
 
-use super::{Device, Inspection, Phase, Series, State, Timings, Usage, proto};
+use super::{Device, Inspection, Memory, Phase, Series, State, Timings, Usage, proto};
 use crate::sandbox::BootPhases;
 
 impl From<Inspection> for proto::InspectResponse {
@@ -43,7 +43,28 @@ impl From<Inspection> for proto::InspectResponse {
         to.containers = from.containers;
         to.devices = from.devices.into_iter().map(device).collect();
         to.timings = from.timings.into_iter().map(Into::into).collect();
+        to.max_vcpus = from.max_vcpus;
+        to.memory = memory(from.memory);
         to
+    }
+}
+
+fn memory(from: Memory) -> MessageField<proto::Memory> {
+    let mut to = proto::Memory::new();
+    to.boot_mib = from.boot_mib;
+    to.plugged_mib = from.plugged_mib;
+    to.max_mib = from.max_mib;
+    to.given_back_mib = from.given_back_mib;
+    Some(to).into()
+}
+
+fn memory_of(from: MessageField<proto::Memory>) -> Memory {
+    let from = from.unwrap_or_default();
+    Memory {
+        boot_mib: from.boot_mib,
+        plugged_mib: from.plugged_mib,
+        max_mib: from.max_mib,
+        given_back_mib: from.given_back_mib,
     }
 }
 
@@ -88,6 +109,8 @@ impl From<proto::InspectResponse> for Inspection {
             containers: from.containers,
             devices: from.devices.into_iter().map(device).collect(),
             timings: from.timings.into_iter().map(Into::into).collect(),
+            max_vcpus: from.max_vcpus,
+            memory: memory_of(from.memory),
         }
     }
 }
@@ -178,6 +201,9 @@ impl From<Usage> for proto::UsageResponse {
         to.exits = from.exits.into_iter().collect();
         to.uptime_ms = from.uptime_ms;
         to.containers = from.containers;
+        to.memory = memory(from.memory);
+        to.used_mib_plus_one = from.used_mib.map_or(0, |mib| mib.saturating_add(1));
+        to.max_vcpus = from.max_vcpus;
         to
     }
 }
@@ -197,6 +223,9 @@ impl From<proto::UsageResponse> for Usage {
             exits: from.exits.into_iter().collect(),
             uptime_ms: from.uptime_ms,
             containers: from.containers,
+            memory: memory_of(from.memory),
+            used_mib: from.used_mib_plus_one.checked_sub(1),
+            max_vcpus: from.max_vcpus,
         }
     }
 }

@@ -65,6 +65,14 @@ pub enum Error {
         /// What the connection said.
         cause: String,
     },
+    /// The VM could not be resized. Which of it came about, and what is left undone, is in the words.
+    #[error("Cannot {doing}: {cause}")]
+    Resize {
+        /// What was being done, with both sizes.
+        doing: String,
+        /// Why not, and what was undone.
+        cause: String,
+    },
     /// Agent and host were built from different protocols.
     #[error(
         "The guest's agent speaks protocol {agent_version} (build {agent_build}), this program speaks {host_version} (build {host_build}): make the image anew"

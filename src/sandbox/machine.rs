@@ -8,15 +8,48 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use async_trait::async_trait;
+use nacre_vmm::hotplug::SlotView;
+use nacre_vmm::hotplug::memory::{Area, UnitView};
+use nacre_vmm::virtio::mem::MemStatus;
 use nacre_vmm::{DiskConfig, ExitReason};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::watch;
 
 use super::error::Error;
 use super::phases::MachinePhases;
 
+/// What comes and goes while a VM runs. Each call does the host's part and returns at once; what the guest makes of it is seen in
+/// the slots.
+pub(crate) trait Plug: Send + Sync {
+    /// Makes and announces a vCPU; its index.
+    fn plug_vcpu(&self) -> Result<u8, Error>;
+    /// Has the guest asked to eject a vCPU.
+    fn ask_vcpu(&self, index: u8) -> Result<(), Error>;
+    /// Takes back a vCPU, or a request for it, that the guest has not noticed.
+    fn withdraw_vcpu(&self, index: u8) -> Result<(), Error>;
+    /// vCPUs that are there, by index.
+    fn vcpu_slots(&self) -> Vec<SlotView>;
+    /// Makes and announces ACPI memory; the units.
+    fn plug_memory(&self, bytes: u64) -> Result<Vec<UnitView>, Error>;
+    /// Has the guest asked to eject a unit.
+    fn ask_memory(&self, unit: u8) -> Result<(), Error>;
+    /// Takes back a unit, or a request for it, that the guest has not noticed.
+    fn withdraw_memory(&self, unit: u8) -> Result<(), Error>;
+    /// Units of ACPI memory that are there, by index.
+    fn memory_units(&self) -> Vec<UnitView>;
+    /// Where units may be; no units after the VM's end.
+    fn memory_area(&self) -> Area;
+    /// Tells of each change of a slot.
+    fn plug_changes(&self) -> watch::Receiver<u64>;
+    /// How much the virtio-mem driver is to plug, in bytes.
+    fn request_memory(&self, bytes: u64) -> Result<(), Error>;
+    /// Where the virtio-mem device is, with each change; `None` without such a device.
+    fn requested_memory(&self) -> Option<watch::Receiver<MemStatus>>;
+}
+
 /// What the sandbox needs of a running VM.
 #[async_trait]
-pub(crate) trait Machine: Send + Sync {
+pub(crate) trait Machine: Plug {
     /// Completes when the VM has ended and its threads are joined.
     async fn ended(&self) -> ExitReason;
     /// The reason, if it has ended.

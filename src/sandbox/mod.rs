@@ -20,6 +20,7 @@ mod gate;
 mod host;
 mod machine;
 mod phases;
+pub mod resize;
 mod running;
 pub mod size;
 pub mod spec;
@@ -47,6 +48,7 @@ pub use nacre_protocol::agent::{GuestMount, Process, StatsResponse, Stdio};
 pub use nacre_vmm::config::PlugConfig;
 pub use nacre_vmm::{DiskConfig, ExitReason};
 pub use phases::{BootPhases, monotonic_ns, process_start_ns};
+pub use resize::MemoryWay;
 pub use stdio::StdioListener;
 
 use agent::Agent;
@@ -71,6 +73,8 @@ pub struct Timeouts {
     pub create: Duration,
     /// For the guest to dial a stdio port once it has been told of it.
     pub stdio: Duration,
+    /// Of each vCPU and each step of memory that the guest is to take or to give back.
+    pub resize: Duration,
 }
 
 /// One sandbox to be.
@@ -99,6 +103,8 @@ pub struct SandboxConfig {
     pub memory_mib: u64,
     /// What may be plugged while it runs.
     pub plug: PlugConfig,
+    /// How memory comes and goes.
+    pub memory_way: MemoryWay,
     /// Disks that are there from the start.
     pub disks: Vec<DiskConfig>,
     /// Where the console and the agent's log go.
@@ -124,6 +130,7 @@ impl SandboxConfig {
             vcpus: config.size.default_vcpus,
             memory_mib: config.size.default_memory.mib(),
             plug: PlugConfig::default(),
+            memory_way: MemoryWay::default(),
             disks: Vec::new(),
             console: ConsoleSink::default(),
             timeouts: config.timeouts(),
@@ -211,7 +218,9 @@ struct Inner {
     kernel: PathBuf,
     initrd: Option<PathBuf>,
     vcpus: u8,
+    max_vcpus: u8,
     memory_mib: u64,
+    memory_way: MemoryWay,
     main_ns: Option<u64>,
     timeouts: Timeouts,
     machine: Arc<dyn Machine>,
@@ -220,6 +229,7 @@ struct Inner {
     events: Mutex<Option<mpsc::Receiver<AgentEvent>>>,
     containers: Containers,
     disks: Mutex<Vec<Device>>,
+    resizing: tokio::sync::Semaphore,
     next_port: AtomicU32,
     end: OnceCell<ExitReason>,
     tasks: Mutex<JoinSet<()>>,
@@ -272,7 +282,9 @@ impl Sandbox {
             kernel: parts.kernel,
             initrd: parts.initrd,
             vcpus: parts.vcpus,
+            max_vcpus: parts.max_vcpus,
             memory_mib: parts.memory_mib,
+            memory_way: parts.memory_way,
             main_ns: parts.main_ns,
             timeouts: parts.timeouts,
             machine,
@@ -281,6 +293,7 @@ impl Sandbox {
             events: Mutex::new(Some(events)),
             containers,
             disks: Mutex::new(parts.disks),
+            resizing: tokio::sync::Semaphore::new(1),
             next_port: AtomicU32::new(PORT_STDIO_FIRST),
             end: OnceCell::new(),
             tasks: Mutex::new(tasks),
@@ -471,8 +484,10 @@ impl Sandbox {
             namespace: self.0.namespace.clone(),
             pid: std::process::id(),
             state,
-            vcpus: u32::from(self.0.vcpus),
-            memory_mib: self.0.memory_mib,
+            vcpus: u32::from(self.vcpus()),
+            max_vcpus: u32::from(self.0.max_vcpus),
+            memory_mib: self.memory_mib(),
+            memory: self.memory_parts(),
             kernel: self.0.kernel.display().to_string(),
             initrd: self
                 .0
@@ -510,7 +525,9 @@ struct Parts {
     kernel: PathBuf,
     initrd: Option<PathBuf>,
     vcpus: u8,
+    max_vcpus: u8,
     memory_mib: u64,
+    memory_way: MemoryWay,
     disks: Vec<Device>,
     timeouts: Timeouts,
     main_ns: Option<u64>,
@@ -518,7 +535,7 @@ struct Parts {
 
 impl Parts {
     fn of(config: &SandboxConfig) -> Self {
-        let first = usize::from(vm::first_disk_window(config.agent));
+        let first = usize::from(vm::first_disk_window(config));
         let disk = |(index, disk): (usize, &DiskConfig)| Device {
             window: u8::try_from(first + index).ok(),
             kind: "block".to_owned(),
@@ -531,7 +548,9 @@ impl Parts {
             kernel: config.kernel.clone(),
             initrd: config.initrd.clone(),
             vcpus: config.vcpus,
+            max_vcpus: config.plug.max_vcpus.max(config.vcpus),
             memory_mib: config.memory_mib,
+            memory_way: config.memory_way,
             disks: config.disks.iter().enumerate().map(disk).collect(),
             timeouts: config.timeouts,
             main_ns: config.main_ns,

@@ -111,14 +111,4 @@ impl Sandbox {
             )
             .await
     }
-
-    /// vCPUs of the VM.
-    pub fn vcpus(&self) -> u8 {
-        self.0.vcpus
-    }
-
-    /// Memory of the VM, in MiB.
-    pub fn memory_mib(&self) -> u64 {
-        self.0.memory_mib
-    }
 }

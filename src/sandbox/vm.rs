@@ -6,14 +6,18 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG};
 use nacre_vmm::config::{Console, DEFAULT_WINDOWS};
+use nacre_vmm::hotplug::SlotView;
+use nacre_vmm::hotplug::memory::{Area, UnitView};
+use nacre_vmm::virtio::mem::MemStatus;
 use nacre_vmm::virtio::vsock::{VsockHost, VsockListener};
 use nacre_vmm::{DiskConfig, ExitReason, Vm, VmConfig};
+use tokio::sync::watch;
 
 use super::SandboxConfig;
 use super::bring_up::Ports;
 use super::console::{ConsoleWriter, Tail};
 use super::error::Error;
-use super::machine::{GuestStream, Machine, PortListener};
+use super::machine::{GuestStream, Machine, Plug, PortListener};
 use super::phases::MachinePhases;
 use super::size::host_memory_mib;
 
@@ -26,7 +30,7 @@ pub(crate) fn start(
     if let Some(cause) = too_big(config.memory_mib, host_memory_mib()) {
         return Err(Error::Machine { doing, cause });
     }
-    let windows = windows(config.agent, config.disks.len());
+    let windows = windows(first_disk_window(&config), config.disks.len());
     let output = ConsoleWriter::new(config.console.raw, tail, config.console.lines);
     let vm_config = VmConfig {
         name: config.id,
@@ -72,8 +76,7 @@ fn too_big(memory_mib: u64, host_mib: Option<u64>) -> Option<String> {
 }
 
 /// As many windows as the disks of the start need beside the usual spares.
-fn windows(agent: bool, disks: usize) -> u8 {
-    let first = first_disk_window(agent);
+fn windows(first: u8, disks: usize) -> u8 {
     u8::try_from(disks)
         .ok()
         .and_then(|disks| disks.checked_add(first))
@@ -81,9 +84,74 @@ fn windows(agent: bool, disks: usize) -> u8 {
         .clamp(DEFAULT_WINDOWS, nacre_vmm::memory::layout::MAX_WINDOWS)
 }
 
-/// The window of the first disk of the start: vsock and rng come before.
-pub(crate) fn first_disk_window(agent: bool) -> u8 {
-    u8::from(agent) + 1
+/// The window of the first disk of the start: vsock, rng and memory come before.
+pub(crate) fn first_disk_window(config: &SandboxConfig) -> u8 {
+    u8::from(config.agent) + 1 + u8::from(config.plug.virtio_mem_mib > 0)
+}
+
+impl Plug for Vm {
+    fn plug_vcpu(&self) -> Result<u8, Error> {
+        Vm::plug_vcpu(self).map_err(|error| Error::machine("plug a vCPU", &error))
+    }
+
+    fn ask_vcpu(&self, index: u8) -> Result<(), Error> {
+        Vm::ask_vcpu(self, index)
+            .map_err(|error| Error::machine(format!("unplug vCPU {index}"), &error))
+    }
+
+    fn withdraw_vcpu(&self, index: u8) -> Result<(), Error> {
+        Vm::withdraw_vcpu(self, index)
+            .map_err(|error| Error::machine(format!("take vCPU {index} back"), &error))
+    }
+
+    fn vcpu_slots(&self) -> Vec<SlotView> {
+        Vm::vcpu_slots(self).unwrap_or_default()
+    }
+
+    fn plug_memory(&self, bytes: u64) -> Result<Vec<UnitView>, Error> {
+        Vm::plug_memory(self, bytes)
+            .map_err(|error| Error::machine(format!("plug {} MiB of memory", bytes >> 20), &error))
+    }
+
+    fn ask_memory(&self, unit: u8) -> Result<(), Error> {
+        Vm::ask_memory(self, unit)
+            .map_err(|error| Error::machine(format!("unplug memory unit {unit}"), &error))
+    }
+
+    fn withdraw_memory(&self, unit: u8) -> Result<(), Error> {
+        Vm::withdraw_memory(self, unit)
+            .map_err(|error| Error::machine(format!("take memory unit {unit} back"), &error))
+    }
+
+    fn memory_units(&self) -> Vec<UnitView> {
+        Vm::memory_units(self).unwrap_or_default()
+    }
+
+    fn memory_area(&self) -> Area {
+        Vm::memory_area(self).unwrap_or(Area {
+            base: 0,
+            unit: 0,
+            units: 0,
+        })
+    }
+
+    fn plug_changes(&self) -> watch::Receiver<u64> {
+        Vm::plug_changes(self)
+    }
+
+    fn request_memory(&self, bytes: u64) -> Result<(), Error> {
+        let doing = || format!("request {} MiB of the virtio-mem device", bytes >> 20);
+        let mem = self.mem().ok_or_else(|| Error::Machine {
+            doing: doing(),
+            cause: "the VM has none".to_owned(),
+        })?;
+        mem.set_requested(bytes)
+            .map_err(|error| Error::machine(doing(), &error))
+    }
+
+    fn requested_memory(&self) -> Option<watch::Receiver<MemStatus>> {
+        self.mem().map(|mem| mem.watch())
+    }
 }
 
 #[async_trait]
@@ -167,8 +235,8 @@ mod tests {
 
     #[test]
     fn windows_grow_with_the_disks_up_to_the_machines_limit() {
-        assert_eq!(windows(true, 0), DEFAULT_WINDOWS);
-        assert_eq!(windows(true, 10), 12);
-        assert_eq!(windows(true, 1000), nacre_vmm::memory::layout::MAX_WINDOWS);
+        assert_eq!(windows(2, 0), DEFAULT_WINDOWS);
+        assert_eq!(windows(2, 10), 12);
+        assert_eq!(windows(2, 1000), nacre_vmm::memory::layout::MAX_WINDOWS);
     }
 }

@@ -326,6 +326,14 @@ impl control::Target for ControlTarget {
         }
     }
 
+    async fn memory_used(&self) -> Option<u64> {
+        self.sandbox.memory_used().await
+    }
+
+    async fn resize(&self, wanted: control::Wanted) -> Result<control::Changed, String> {
+        self.sandbox.resize(wanted).await
+    }
+
     async fn stop(&self) -> ExitReason {
         self.sandbox.shutdown().await
     }

@@ -85,6 +85,17 @@ impl control::Target for ControlTarget {
             .unwrap_or_default()
     }
 
+    async fn memory_used(&self) -> Option<u64> {
+        self.0.upgrade()?.memory_used().await
+    }
+
+    async fn resize(&self, wanted: control::Wanted) -> Result<control::Changed, String> {
+        match self.0.upgrade() {
+            Some(sandbox) => sandbox.resize(wanted).await,
+            None => Err("The VM has ended".to_owned()),
+        }
+    }
+
     async fn stop(&self) -> crate::sandbox::ExitReason {
         match self.0.upgrade() {
             Some(sandbox) => sandbox.shutdown().await,

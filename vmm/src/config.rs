@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::hotplug::memory::{MAX_UNITS, SMALLEST_UNIT};
 use crate::memory::layout::{CMDLINE_SIZE, MAX_WINDOWS, MIB};
+use crate::virtio::mem::SLOT_UNIT;
 
 /// Smallest guest memory that a stock kernel and the agent's initrd boot in, in MiB.
 pub const MINIMUM_MEMORY_MIB: u64 = 96;
@@ -19,9 +20,9 @@ pub const MAXIMUM_MEMORY_MIB: u64 = (1 << 20) - (1 << 10);
 /// Most vCPUs of one VM, as the in-kernel interrupt controllers address them.
 pub const MAXIMUM_VCPUS: u8 = 254;
 
-/// Windows that [`VmConfig::windows`] should have unless there is a reason: vsock, rng and six disks. A spare one costs
+/// Windows that [`VmConfig::windows`] should have unless there is a reason: vsock, rng, memory and seven disks. A spare one costs
 /// a Linux guest's boot three reads of its registers, and no time that could be told from noise.
-pub const DEFAULT_WINDOWS: u8 = 8;
+pub const DEFAULT_WINDOWS: u8 = 10;
 
 /// Most bytes of a disk's serial (virtio 1.3 section 5.2.6.1).
 pub const DISK_ID_BYTES: usize = 20;
@@ -95,10 +96,12 @@ pub struct PlugConfig {
     /// Size of such a unit in MiB: a multiple of 128, and of the guest's memory block size, which is 128 MiB for guests that
     /// begin with less than 64 GiB.
     pub acpi_unit_mib: u64,
+    /// Most memory in MiB that a virtio-mem device plugs: a multiple of 128; 0: there is no such device.
+    pub virtio_mem_mib: u64,
 }
 
 impl PlugConfig {
-    /// Most bytes that may be plugged.
+    /// Most bytes of ACPI memory that may be plugged.
     pub fn acpi_bytes(&self) -> u64 {
         u64::from(self.acpi_units) * (self.acpi_unit_mib * MIB)
     }
@@ -147,17 +150,17 @@ pub enum ConfigError {
         asked: usize,
         /// Windows declared.
         windows: u8,
-        /// vsock and rng.
+        /// vsock, rng, memory.
         others: u8,
         /// Disks that fit.
         room: u8,
     },
     /// More devices other than disks than windows.
-    #[error("{windows} virtio-mmio windows are too few for {others} devices (vsock, rng)")]
+    #[error("{windows} virtio-mmio windows are too few for {others} devices (vsock, rng, memory)")]
     Others {
         /// Windows declared.
         windows: u8,
-        /// vsock and rng.
+        /// vsock, rng, memory.
         others: u8,
     },
     /// A disk's serial is too long.
@@ -187,6 +190,15 @@ pub enum ConfigError {
         /// MiB that were asked for.
         asked: u64,
     },
+    /// A virtio-mem device of a size that cannot be.
+    #[error(
+        "a virtio-mem device of {asked} MiB: multiples of {} MiB are possible, and all memory together at most {MAXIMUM_MEMORY_MIB} MiB",
+        SLOT_UNIT / MIB
+    )]
+    VirtioMem {
+        /// MiB that were asked for.
+        asked: u64,
+    },
     /// The name has a zero byte in it.
     #[error("VM name {name:?} with a zero byte")]
     Name {
@@ -202,6 +214,11 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
+    /// Windows that devices other than disks take.
+    pub fn others(&self) -> u8 {
+        u8::from(self.vsock) + u8::from(self.rng) + u8::from(self.plug.virtio_mem_mib > 0)
+    }
+
     /// Checks all that can be checked without the host.
     ///
     /// # Errors
@@ -230,7 +247,7 @@ impl VmConfig {
         if !(1..=MAX_WINDOWS).contains(&windows) {
             return Err(ConfigError::Windows { asked: windows });
         }
-        let others = u8::from(self.vsock) + u8::from(self.rng);
+        let others = self.others();
         let Some(room) = windows.checked_sub(others) else {
             return Err(ConfigError::Others { windows, others });
         };
@@ -257,6 +274,10 @@ impl VmConfig {
 
 impl PlugConfig {
     fn check_memory(&self, boot_mib: u64) -> Result<(), ConfigError> {
+        let asked = self.virtio_mem_mib;
+        if !asked.is_multiple_of(SLOT_UNIT / MIB) || asked > MAXIMUM_MEMORY_MIB - boot_mib {
+            return Err(ConfigError::VirtioMem { asked });
+        }
         if self.acpi_units == 0 {
             return Ok(());
         }
@@ -266,7 +287,8 @@ impl PlugConfig {
             });
         }
         let asked = self.acpi_unit_mib;
-        let most = (MAXIMUM_MEMORY_MIB - boot_mib) / u64::from(self.acpi_units);
+        let most =
+            (MAXIMUM_MEMORY_MIB - boot_mib - self.virtio_mem_mib) / u64::from(self.acpi_units);
         if asked == 0 || !asked.is_multiple_of(SMALLEST_UNIT / MIB) || asked > most {
             return Err(ConfigError::UnitSize { asked });
         }
@@ -351,6 +373,7 @@ mod tests {
                         0
                     },
                     acpi_unit_mib: 1024,
+                    virtio_mem_mib: 0,
                 },
                 ..good()
             };
@@ -364,8 +387,17 @@ mod tests {
             max_vcpus: 0,
             acpi_units,
             acpi_unit_mib,
+            virtio_mem_mib: 0,
         };
-        let cases: [(String, &[&str]); 13] = [
+        let cases: [(String, &[&str]); 15] = [
+            (
+                refused(|c| c.plug.virtio_mem_mib = 100),
+                &["100 MiB", "multiples of 128"],
+            ),
+            (
+                refused(|c| c.plug.virtio_mem_mib = 1 << 20),
+                &["1048576 MiB", "1047552"],
+            ),
             (refused(|c| c.plug.max_vcpus = 255), &["255 vCPUs", "254"]),
             (refused(|c| c.plug = units(241, 128)), &["241 units", "240"]),
             (
@@ -384,8 +416,8 @@ mod tests {
             (refused(|c| c.windows = 19), &["19 virtio-mmio", "18"]),
             (refused(|c| c.windows = 1), &["1 virtio-mmio", "2 devices"]),
             (
-                refused(|c| c.disks = vec![disk("a"); 7]),
-                &["7 disks", "room for 6"],
+                refused(|c| c.disks = vec![disk("a"); 9]),
+                &["9 disks", "room for 8"],
             ),
             (
                 refused(|c| c.disks = vec![disk("123456789012345678901")]),

@@ -11,6 +11,7 @@ use crate::exit::ExitReason;
 use crate::hotplug::SlotView;
 use crate::hotplug::memory::{Area, UnitView};
 use crate::platform::monotonic_ns;
+use crate::virtio::mem::MemHost;
 use crate::virtio::vsock::VsockHost;
 pub use crate::vm::{Counters, Error};
 use crate::vm::{Machine, Progress};
@@ -273,6 +274,13 @@ impl Vm {
     /// If the VM has ended.
     pub fn memory_area(&self) -> Result<Area, Error> {
         self.with_machine(|machine| Ok(machine.plugs().memory().area()))
+    }
+
+    /// The host's end of the virtio-mem device, if the VM has one and has not ended.
+    pub fn mem(&self) -> Option<MemHost> {
+        self.with_machine(|machine| Ok(machine.mem().cloned()))
+            .ok()
+            .flatten()
     }
 
     /// Tells of each change of a vCPU's or memory unit's slot.

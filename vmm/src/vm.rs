@@ -25,9 +25,9 @@ use crate::hotplug::{self, Changes, Plugs, registers};
 use crate::interrupt::{self, IrqLine, Kick};
 use crate::kvm;
 use crate::memory::layout::{
-    ACPI_START, GED_GSI, HOTPLUG_BASE, I8042_PORT, MIB, PHASE_PORT, PVPANIC_PORT, RESET_VECTOR,
-    SERIAL_GSI, SERIAL_PORT, SLEEP_CONTROL_PORT, START_INFO, WINDOW_SIZE, low_ram_end, plug_start,
-    ram, window_address, window_gsi,
+    ACPI_START, GED_GSI, HOTPLUG_BASE, I8042_PORT, MIB, PHASE_PORT, PLUG_ALIGNMENT, PVPANIC_PORT,
+    RESET_VECTOR, SERIAL_GSI, SERIAL_PORT, SLEEP_CONTROL_PORT, START_INFO, WINDOW_SIZE,
+    low_ram_end, plug_start, ram, window_address, window_gsi,
 };
 use crate::memory::{self, GuestMemory};
 use crate::platform::monotonic_ns;
@@ -41,6 +41,7 @@ use crate::vcpu::state::Entry;
 use crate::vcpu::thread::Surroundings;
 use crate::virtio::block::Block;
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::mem::{Mem, MemConfig, MemHost, SLOT_UNIT};
 use crate::virtio::mmio::{self, NOTIFY_OFFSET, Window};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockHost};
@@ -94,7 +95,7 @@ pub enum Error {
     /// A virtio device.
     #[error("cannot make the {kind} device")]
     Device {
-        /// "block", "vsock", "rng".
+        /// "block", "vsock", "rng", "memory".
         kind: &'static str,
         /// The cause.
         #[source]
@@ -186,6 +187,8 @@ pub struct Machine {
     mmio: Arc<Bus>,
     memory: Arc<GuestMemory>,
     plugs: Plugs,
+    mem: Option<MemHost>,
+    boot_bytes: u64,
     _ged_line: IrqLine,
     vm: Arc<VmFd>,
     /// Makes more vCPUs.
@@ -249,8 +252,10 @@ impl Machine {
             units: config.plug.acpi_units,
         };
         let factory = VcpuFactory::new(kvm, Arc::clone(&vm), max_vcpus)?;
-        let (end, limit) = (area.address(area.units), factory.physical_addresses());
-        if area.units > 0 && end > limit {
+        let mem = mem_config(config.plug.virtio_mem_mib * MIB, area);
+        let end = mem.map_or(area.address(area.units), |mem| mem.base + mem.region_bytes);
+        let limit = factory.physical_addresses();
+        if (area.units > 0 || mem.is_some()) && end > limit {
             return Err(Error::PlugRange { end, limit });
         }
         let entry = load(&config, &memory, size, area)?;
@@ -326,6 +331,8 @@ impl Machine {
             mmio,
             memory,
             plugs,
+            mem: None,
+            boot_bytes: size,
             _ged_line: ged_line,
             vm,
             factory,
@@ -333,6 +340,7 @@ impl Machine {
         let result = machine.fill(
             config.vsock,
             config.rng,
+            mem,
             &config.disks,
             config.console.input,
         );
@@ -356,11 +364,12 @@ impl Machine {
         }
     }
 
-    /// Puts the first devices into windows: vsock, rng, then disks; and the console's input to work.
+    /// Puts the first devices into windows: vsock, rng, memory, then disks; and the console's input to work.
     fn fill(
         &mut self,
         vsock: bool,
         rng: bool,
+        mem: Option<MemConfig>,
         disks: &[DiskConfig],
         input: Option<std::fs::File>,
     ) -> Result<Option<VsockHost>, Error> {
@@ -377,6 +386,15 @@ impl Machine {
         };
         if rng {
             self.plug(Box::new(Rng::new(self.events.clone())))?;
+        }
+        if let Some(config) = mem {
+            let made = Mem::new(config, Arc::clone(&self.memory), self.events.clone());
+            let (device, host) = made.map_err(|source| Error::Device {
+                kind: "memory",
+                source: Box::new(source),
+            })?;
+            self.plug(Box::new(device))?;
+            self.mem = Some(host);
         }
         for disk in disks {
             self.plug_disk(disk)?;
@@ -489,9 +507,17 @@ impl Machine {
         self.plugs.cpus().views().len()
     }
 
-    /// Guest memory in bytes.
+    /// Guest memory in bytes: what was there at boot, and what is plugged.
     pub fn memory_bytes(&self) -> u64 {
-        self.memory.size()
+        let units = self.plugs.memory().views();
+        let units: u64 = units.iter().map(|unit| unit.bytes).sum();
+        let mem = self.mem.as_ref().map_or(0, |mem| mem.status().plugged);
+        self.boot_bytes + units + mem
+    }
+
+    /// The host's end of the virtio-mem device, if there is one.
+    pub fn mem(&self) -> Option<&MemHost> {
+        self.mem.as_ref()
     }
 
     /// Stops everything that runs and gives everything back; the last counters. The end has been
@@ -506,6 +532,27 @@ impl Machine {
         self.event_loop.stop();
         counters
     }
+}
+
+/// Where a virtio-mem device's region is: behind the units of ACPI memory. Its slots are as small as they may be while there are
+/// not more than [`MEM_SLOTS`] of them.
+fn mem_config(bytes: u64, area: Area) -> Option<MemConfig> {
+    const MEM_SLOTS: u64 = 256;
+    if bytes == 0 {
+        return None;
+    }
+    let slot_bytes = bytes
+        .div_ceil(MEM_SLOTS)
+        .next_multiple_of(SLOT_UNIT)
+        .next_power_of_two();
+    let base = area
+        .address(area.units)
+        .next_multiple_of(PLUG_ALIGNMENT.max(slot_bytes));
+    Some(MemConfig {
+        base,
+        region_bytes: bytes.next_multiple_of(slot_bytes),
+        slot_bytes,
+    })
 }
 
 /// Kernel, initrd, start information and tables into guest memory; where the guest begins.

@@ -1,0 +1,208 @@
+//! vCPUs and memory that come and go: each change returns when the guest has
+//! made it, or undoes itself and says why not. One change at a time; which
+//! size is wanted is for others to say.
+//!
+//! `vcpus` and `units` go by ACPI, `requested` by the virtio-mem device; the guest's part of the first two is the agent's.
+
+mod memory;
+mod requested;
+mod units;
+mod vcpus;
+
+pub use memory::MemoryWay;
+
+use std::time::Duration;
+
+use nacre_protocol::agent::{ResourcesRequest, ResourcesResponse, WatchMemoryRequest};
+use nacre_vmm::hotplug::{Ost, SlotView, State};
+use serde::{Deserialize, Serialize};
+use tokio::sync::SemaphorePermit;
+use tokio::time::Instant;
+
+use super::Sandbox;
+use super::bring_up::BringUp;
+use super::error::{Error, chain};
+use crate::control::{Changed, Wanted};
+
+/// One vCPU, or one step of memory, that came or went; how long each part of it took, in microseconds.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Step {
+    /// What it was: `vCPU 3`, `128 MiB at 0x100000000`, `virtio-mem to 512 MiB`.
+    pub what: String,
+    /// The host's part: what KVM, mappings and threads took.
+    pub host_us: u64,
+    /// By the guest: until its kernel showed what was plugged; 0 where the guest has no such part.
+    pub noticed_us: u64,
+    /// By the guest: until it was online, or offline; it includes `noticed_us`.
+    pub online_us: u64,
+    /// From the first part to the last, the guest's eject and the host's giving back included.
+    pub total_us: u64,
+}
+
+/// A change that came about.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Resized {
+    /// The size before: vCPUs, or MiB.
+    pub before: u64,
+    /// The size now.
+    pub now: u64,
+    /// What was done, in order.
+    pub steps: Vec<Step>,
+}
+
+/// Microseconds since then.
+fn us(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Sandbox {
+    /// What the guest has, and how busy it is. Waits for the agent.
+    pub async fn resources(&self) -> Result<ResourcesResponse, Error> {
+        let agent = self.agent().await?;
+        agent
+            .call(
+                "reading the guest's resources".to_owned(),
+                self.0.timeouts.agent,
+                |client, context| async move {
+                    client.resources(context, &ResourcesRequest::new()).await
+                },
+            )
+            .await
+    }
+
+    /// Brings the VM to another size, vCPUs first; what went wrong is in words.
+    ///
+    /// # Errors
+    /// The first change that did not come about, with what there is to say of the other.
+    pub async fn resize(&self, wanted: Wanted) -> Result<Changed, String> {
+        let mut changed = Changed::default();
+        if let Some(to) = wanted.vcpus {
+            let resized = self.resize_vcpus(to).await;
+            changed.vcpus = Some(resized.map_err(|error| chain(&error))?);
+        }
+        if let Some(to) = wanted.memory_mib {
+            changed.memory = Some(self.resize_memory(to).await.map_err(|error| {
+                let mut why = chain(&error);
+                if let Some(vcpus) = &changed.vcpus {
+                    why.push_str(&format!("; the VM has {} vCPUs now", vcpus.now));
+                }
+                why
+            })?);
+        }
+        Ok(changed)
+    }
+
+    /// What the guest's kernel says that it uses of its memory, in bytes, if its agent is ready.
+    pub async fn memory_used(&self) -> Option<u64> {
+        if !matches!(&*self.0.state.borrow(), BringUp::Ready { .. }) {
+            return None;
+        }
+        let seen = self.resources().await.ok()?;
+        Some(
+            seen.memory_total_bytes
+                .saturating_sub(seen.memory_available_bytes),
+        )
+    }
+
+    /// From which use on the containers together are slowed down and the host is told; 0: never.
+    pub async fn watch_memory(&self, high_bytes: u64) -> Result<(), Error> {
+        let mut request = WatchMemoryRequest::new();
+        request.high_bytes = high_bytes;
+        let agent = self.agent().await?;
+        agent
+            .call(
+                format!(
+                    "watching the containers' memory at {} MiB",
+                    high_bytes >> 20
+                ),
+                self.0.timeouts.agent,
+                |client, context| async move { client.watch_memory(context, &request).await },
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// Waits for its turn: one change at a time.
+    async fn turn(&self, doing: &str) -> Result<SemaphorePermit<'_>, Error> {
+        // As long as a change of some steps takes.
+        let longest = self.0.timeouts.resize * 4;
+        let taken = tokio::time::timeout(longest, self.0.resizing.acquire()).await;
+        match taken {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_)) | Err(_) => Err(Error::Resize {
+                doing: doing.to_owned(),
+                cause: format!(
+                    "another change of the VM's size is under way for more than {longest:?}"
+                ),
+            }),
+        }
+    }
+
+    /// Waits until a slot is as wanted, the VM ends, or it takes too long; what the slot is then.
+    async fn settled(
+        &self,
+        within: Duration,
+        slot: impl Fn() -> Option<SlotView>,
+        wanted: impl Fn(Option<&SlotView>) -> bool,
+    ) -> Result<SlotView, Unsettled> {
+        let mut changes = self.0.machine.plug_changes();
+        let deadline = Instant::now() + within;
+        loop {
+            let seen = slot();
+            if wanted(seen.as_ref()) {
+                return Ok(seen.unwrap_or(SlotView {
+                    index: 0,
+                    state: State::Empty,
+                    ost: None,
+                }));
+            }
+            tokio::select! {
+                changed = tokio::time::timeout_at(deadline, changes.changed()) => match changed {
+                    Ok(Ok(())) => {}
+                    // The sender lives as long as the VM.
+                    Ok(Err(_)) | Err(_) => return Err(Unsettled::Late(seen)),
+                },
+                reason = self.0.machine.ended() => return Err(Unsettled::Gone(self.gone(reason))),
+            }
+        }
+    }
+}
+
+/// Why a slot did not become as wanted.
+enum Unsettled {
+    /// It took too long; the slot as it was seen last.
+    Late(Option<SlotView>),
+    /// The VM has ended.
+    Gone(Error),
+}
+
+impl Unsettled {
+    /// In words; `within` is how long it was waited for.
+    fn why(&self, within: Duration) -> String {
+        match self {
+            Self::Late(Some(slot)) => {
+                let mut why = format!("after {within:?} it is {}", slot.state);
+                if let Some(ost) = slot.ost {
+                    why.push_str(&format!("; the guest's last word on it: {ost}"));
+                }
+                why
+            }
+            Self::Late(None) => format!("after {within:?} nothing has changed"),
+            Self::Gone(error) => chain(error),
+        }
+    }
+}
+
+/// The guest's last word, if it is one of failure.
+fn refusal(slot: Option<&SlotView>) -> Option<Ost> {
+    slot.and_then(|slot| slot.ost)
+        .filter(|ost| ost.refuses_eject() || ost.refuses_insertion())
+}
+
+/// What a failed call to the agent adds to what the guest's kernel said.
+fn with_report(error: &Error, slot: Option<&SlotView>) -> String {
+    match refusal(slot) {
+        Some(ost) => format!("{}; its kernel reports: {ost}", chain(error)),
+        None => chain(error),
+    }
+}
