@@ -129,7 +129,7 @@ pub struct Activation {
     pub ram: GuestRam,
     /// The interrupt line.
     pub interrupt: Interrupt,
-    /// Queues, by index.
+    /// Queues, in the order of their indices; one that the driver may leave out and has left out is missing.
     pub queues: Vec<ActiveQueue>,
     /// Features that driver and device agreed on.
     pub features: u64,
@@ -163,6 +163,11 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Largest size of each queue, each a power of two.
     fn queue_sizes(&self) -> &[u16];
+    /// How many of the queues, from the first on, the driver must have made ready at DRIVER_OK. It
+    /// may leave out the others: which of them it needs is for the device to say, by the features.
+    fn required_queues(&self) -> usize {
+        self.queue_sizes().len()
+    }
     /// Reads configuration space; bytes beyond it read 0.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes configuration space; what is not writable is ignored.

@@ -458,7 +458,11 @@ impl Plugged {
         let event_idx = self.driver_features & F_EVENT_IDX != 0;
         let memory = ram.memory();
         let mut queues = Vec::with_capacity(self.queues.len());
+        let required = self.device.required_queues();
         for (index, (registers, kick)) in self.queues.iter().zip(&self.kicks).enumerate() {
+            if index >= required && !registers.ready {
+                continue;
+            }
             let queue = registers
                 .build(event_idx, &memory)
                 .map_err(|why| ActivateError {

@@ -3,6 +3,7 @@
 //! `device` is the face between the two; `mmio` the transport; `queue` what
 //! devices share to read a hostile driver's rings. Each device has its folder.
 
+pub mod balloon;
 pub mod block;
 pub mod device;
 pub mod mem;

@@ -25,6 +25,7 @@ struct Log {
 struct Dummy {
     log: Arc<Mutex<Log>>,
     fails: bool,
+    required: usize,
 }
 
 impl VirtioDevice for Dummy {
@@ -39,6 +40,9 @@ impl VirtioDevice for Dummy {
     }
     fn queue_sizes(&self) -> &[u16] {
         &SIZES
+    }
+    fn required_queues(&self) -> usize {
+        self.required
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (i, byte) in data.iter_mut().enumerate() {
@@ -78,15 +82,16 @@ struct Guest {
 
 impl Guest {
     fn new() -> Self {
-        Self::with(false)
+        Self::with(false, SIZES.len())
     }
 
-    fn with(fails: bool) -> Self {
+    fn with(fails: bool, required: usize) -> Self {
         let log = Arc::new(Mutex::new(Log::default()));
         let mut window = Window::new(GuestRam::new(memory())).expect("a window");
         let device = Dummy {
             log: Arc::clone(&log),
             fails,
+            required,
         };
         window.plug(Box::new(device)).expect("plugged");
         Self { window, log }
@@ -370,13 +375,35 @@ fn a_queue_that_was_left_out_or_a_device_that_fails_needs_a_reset() {
     guest.set(VIRTIO_MMIO_STATUS, 0xf);
     assert_eq!(guest.status(), 0x4f);
 
-    let mut guest = Guest::with(true);
+    let mut guest = Guest::with(true, SIZES.len());
     guest.negotiate(F_VERSION_1);
     guest.set_queues();
     guest.set(VIRTIO_MMIO_STATUS, 0xf);
     assert_eq!((guest.status(), guest.resets()), (0x4f, 1));
     guest.set(VIRTIO_MMIO_STATUS, 0xf);
     assert_eq!(guest.status(), 0x4f);
+}
+
+#[test]
+fn a_queue_that_may_be_left_out_is_missing_and_the_others_are_there() {
+    for (left_out, expected) in [(1, Some(vec![0])), (0, None), (2, Some(vec![0, 1]))] {
+        let mut guest = Guest::with(false, 1);
+        guest.negotiate(F_VERSION_1);
+        guest.set_queues();
+        guest.set(VIRTIO_MMIO_QUEUE_SEL, left_out);
+        guest.set(VIRTIO_MMIO_QUEUE_READY, 0);
+        guest.set(VIRTIO_MMIO_STATUS, 0xf);
+        let log = guest.log.lock().expect("the log");
+        let kicks = guest.window.kicks();
+        let indices = log.activations.first().map(|activation| {
+            let index = |queue: &ActiveQueue| {
+                let mut kicks = kicks.iter();
+                kicks.position(|kick| Arc::ptr_eq(kick, &queue.kick))
+            };
+            activation.queues.iter().filter_map(index).collect()
+        });
+        assert_eq!(indices, expected, "queue {left_out} left out");
+    }
 }
 
 #[test]
@@ -520,6 +547,7 @@ fn plug_and_unplug_give_the_window_to_one_device_at_a_time() {
     let other = Dummy {
         log: Arc::default(),
         fails: false,
+        required: SIZES.len(),
     };
     let error = guest.window.plug(Box::new(other)).expect_err("occupied");
     assert!(error.to_string().contains("dummy"), "{error}");
