@@ -29,6 +29,7 @@ mod service;
 mod spec;
 mod stats;
 mod stdio;
+mod uevents;
 mod vsock;
 
 use std::path::Path;
