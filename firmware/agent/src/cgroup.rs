@@ -3,7 +3,7 @@
 //! kernel marks an event file as having priority data.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::device_rules;
 use crate::error::{Doing, Error};
@@ -40,11 +40,7 @@ impl Cgroup {
             root: init::CGROUP_ROOT.into(),
             relative: Path::new(PARENT).join(container_id),
         };
-        let parent = cgroup.root.join(PARENT);
-        if !parent.exists() {
-            fs::create_dir(&parent).doing(|| format!("making cgroup {}", parent.display()))?;
-            init::enable_controllers(&parent);
-        }
+        parent(&cgroup.root)?;
         let path = cgroup.path();
         fs::create_dir(&path).doing(|| format!("making cgroup {}", path.display()))?;
         Ok(cgroup)
@@ -222,6 +218,45 @@ impl Cgroup {
     }
 }
 
+/// The cgroup that holds all containers' cgroups, below the hierarchy's root; made if it is not there.
+///
+/// # Errors
+/// When it could not be made.
+pub fn parent(root: &Path) -> Result<PathBuf, Error> {
+    let parent = root.join(PARENT);
+    match fs::create_dir(&parent) {
+        Ok(()) => init::enable_controllers(&parent),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => {
+            return Err(error).doing(|| format!("making cgroup {}", parent.display()));
+        }
+    }
+    Ok(parent)
+}
+
+/// Microseconds that the containers below `root` were throttled by their CPU limits, together.
+pub fn throttled_us(root: &Path) -> u64 {
+    let containers = fs::read_dir(root.join(PARENT)).into_iter().flatten();
+    containers
+        .flatten()
+        .filter_map(|entry| fs::read_to_string(entry.path().join("cpu.stat")).ok())
+        .filter_map(|text| value(&text, "throttled_usec"))
+        .fold(0, u64::saturating_add)
+}
+
+/// Returns when containers may run on the CPUs that are online now. The kernel moves a change of them into the cgroups
+/// some time after it; a write to a `cpuset.cpus` waits for that, and an empty one changes nothing where no CPUs were
+/// given, as in the parent of all containers. Without that controller or cgroup there is nothing to wait for.
+pub fn settle_cpus(root: &Path) {
+    let file = root.join(PARENT).join("cpuset.cpus");
+    let opened = fs::OpenOptions::new().write(true).open(file);
+    if let Err(error) = opened.and_then(|mut file| file.write_all(b"\n"))
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        debug!("waiting for the cgroups' CPUs: {error}");
+    }
+}
+
 /// Sends a signal by number, the real-time ones too.
 ///
 /// # Errors
@@ -241,7 +276,11 @@ pub fn send(pid: i32, signal: i32) -> io::Result<()> {
 pub struct EventFile(AsyncFd<File>);
 
 impl EventFile {
-    fn open(path: &Path) -> io::Result<EventFile> {
+    /// Opens it for watching; needs a runtime.
+    ///
+    /// # Errors
+    /// What the kernel said, also when the file can never be waited for.
+    pub fn open(path: &Path) -> io::Result<EventFile> {
         let file = File::open(path)?;
         // SAFETY: the file stays where it is, open, for as long as the registration; it is only borrowed from it.
         let watched = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?;
@@ -350,6 +389,33 @@ mod tests {
             .unwrap_err();
         assert!(error.to_string().contains("deaf"), "{error}");
         assert_eq!(read("memory.max"), "5");
+    }
+
+    #[test]
+    fn the_parent_is_made_once_and_its_cpus_are_left_to_all() {
+        let root = tempfile::tempdir().unwrap();
+        settle_cpus(root.path());
+        let made = parent(root.path()).unwrap();
+        assert_eq!(parent(root.path()).unwrap(), made);
+        settle_cpus(root.path());
+        assert!(!made.join("cpuset.cpus").exists(), "no such controller");
+        fs::write(made.join("cpuset.cpus"), "").unwrap();
+        settle_cpus(root.path());
+        let cpus = fs::read_to_string(made.join("cpuset.cpus")).unwrap();
+        assert_eq!(cpus.trim(), "");
+        let error = parent(&root.path().join("none")).unwrap_err();
+        assert!(error.to_string().contains("making cgroup"), "{error}");
+    }
+
+    #[test]
+    fn throttled_time_is_that_of_all_containers() {
+        let (directory, cgroup) = tree();
+        assert_eq!(throttled_us(directory.path()), 0);
+        fs::write(cgroup.path().join("cpu.stat"), "throttled_usec 5\n").unwrap();
+        let other = directory.path().join("nacre/c2");
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("cpu.stat"), "usage_usec 9\nthrottled_usec 7\n").unwrap();
+        assert_eq!(throttled_us(directory.path()), 12);
     }
 
     #[test]

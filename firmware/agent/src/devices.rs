@@ -3,16 +3,11 @@
 //! it is unbound.
 
 use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-use tracing::debug;
-
 use crate::error::{Doing, Error};
+use crate::uevents::{self, DeviceEvents};
 
 /// How long a bound device may take until its block device is there.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -38,27 +33,19 @@ pub async fn bind_disk(window: u32) -> Result<PathBuf, Error> {
         fs::write(sys.join(DRIVER).join("bind"), &name)
             .doing(|| format!("binding {name}, window {window}, to virtio-mmio"))?;
     }
-    let arrival = async {
-        loop {
-            if let Some(disk) = disk_of(&device) {
-                let node = Path::new("/dev").join(disk);
-                if node.exists() {
-                    return Ok(node);
-                }
-            }
-            events.next().await?;
-        }
+    let look = || {
+        let node = Path::new("/dev").join(disk_of(&device)?);
+        node.exists().then_some(node)
     };
-    match tokio::time::timeout(LIMIT, arrival).await {
-        Ok(arrived) => arrived.map_err(|error: io::Error| Error::Io {
-            doing: format!("waiting for the disk in window {window}"),
-            source: error,
-        }),
-        Err(_) => Err(Error::Internal(format!(
-            "no disk came from window {window} within {} s",
-            LIMIT.as_secs()
-        ))),
-    }
+    uevents::appear(&mut events, LIMIT, look)
+        .await
+        .doing(|| format!("waiting for the disk in window {window}"))?
+        .ok_or_else(|| {
+            Error::Internal(format!(
+                "no disk came from window {window} within {} s",
+                LIMIT.as_secs()
+            ))
+        })
 }
 
 /// Releases the disk in a window. One that is not bound is fine.
@@ -142,73 +129,6 @@ fn name_of(device: &Path) -> Result<String, Error> {
         .and_then(|name| name.to_str())
         .map(str::to_owned)
         .ok_or_else(|| Error::Internal(format!("{} has no name", device.display())))
-}
-
-/// The kernel's device events; what they say is not read, only that something happened.
-struct DeviceEvents(AsyncFd<OwnedFd>);
-
-impl DeviceEvents {
-    fn listen() -> io::Result<DeviceEvents> {
-        let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: socket takes numbers only; the descriptor is owned right away.
-        let socket = unsafe {
-            let fd = libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_KOBJECT_UEVENT);
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            OwnedFd::from_raw_fd(fd)
-        };
-        // SAFETY: an all-zero sockaddr_nl is a valid one: numbers only.
-        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
-        address.nl_family = libc::AF_NETLINK as u16;
-        address.nl_groups = 1;
-        // SAFETY: bind reads one sockaddr_nl of the length that is given.
-        let bound = unsafe {
-            libc::bind(
-                socket.as_raw_fd(),
-                (&raw const address).cast(),
-                size_of_val(&address) as libc::socklen_t,
-            )
-        };
-        if bound != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the socket stays open for as long as the registration; it is only borrowed from it.
-        let watched = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?;
-        Ok(DeviceEvents(watched))
-    }
-
-    /// Waits for an event. Lost ones (ENOBUFS) count as one.
-    async fn next(&mut self) -> io::Result<()> {
-        loop {
-            let mut ready = self.0.readable().await?;
-            let received = ready.try_io(|socket| {
-                let mut event = [0_u8; 4096];
-                // SAFETY: recv writes at most as many bytes as the buffer has.
-                let count = unsafe {
-                    libc::recv(
-                        socket.as_raw_fd(),
-                        event.as_mut_ptr().cast(),
-                        event.len(),
-                        0,
-                    )
-                };
-                match count {
-                    0.. => Ok(()),
-                    _ => Err(io::Error::last_os_error()),
-                }
-            });
-            match received {
-                Ok(Ok(())) => return Ok(()),
-                Ok(Err(error)) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                    debug!("device events were lost");
-                    return Ok(());
-                }
-                Ok(Err(error)) => return Err(error),
-                Err(_would_block) => {}
-            }
-        }
-    }
 }
 
 #[cfg(test)]

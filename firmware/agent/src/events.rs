@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use nacre_protocol::agent::event_request::Event;
-use nacre_protocol::agent::{EventRequest, Exit, OutOfMemory};
+use nacre_protocol::agent::{EventRequest, Exit, MemoryPressure, OutOfMemory};
 use nacre_protocol::agent_ttrpc::HostClient;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
 use crate::reaper;
@@ -16,14 +16,24 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// The pause before an event is tried again: the first, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// The queue's near end. There is one event for each process and each kill for memory, so that the
-/// queue is bounded by what runs.
+/// The queue's near end. There is one event for each process and each kill for memory, and one
+/// [`MemoryPressure`] at a time, so that the queue is bounded by what runs.
 #[derive(Clone)]
-pub struct Events(mpsc::UnboundedSender<Event>);
+pub struct Events(mpsc::UnboundedSender<Queued>);
+
+/// An event in the queue.
+pub struct Queued {
+    event: Event,
+    /// Closed when the host has acknowledged the event.
+    _undelivered: Option<oneshot::Sender<()>>,
+}
+
+/// Completes, with an error that says nothing, when the host has acknowledged an event.
+pub type Delivered = oneshot::Receiver<()>;
 
 impl Events {
     /// A queue; the far end goes to [`deliver`].
-    pub fn new() -> (Events, mpsc::UnboundedReceiver<Event>) {
+    pub fn new() -> (Events, mpsc::UnboundedReceiver<Queued>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         (Events(sender), receiver)
     }
@@ -38,7 +48,7 @@ impl Events {
             exited_at_ns: exit.at_ns,
             ..Default::default()
         };
-        let _ = self.0.send(Event::Exit(event));
+        self.send(Event::Exit(event), None);
     }
 
     /// The kernel has killed a process of the container for want of memory.
@@ -47,19 +57,46 @@ impl Events {
             container_id: container_id.into(),
             ..Default::default()
         };
-        let _ = self.0.send(Event::Oom(event));
+        self.send(Event::Oom(event), None);
+    }
+
+    /// Containers are stalled for want of memory. The caller waits for the delivery before it says so again.
+    pub fn memory_pressure(&self, total_bytes: u64, available_bytes: u64) -> Delivered {
+        let event = MemoryPressure {
+            memory_total_bytes: total_bytes,
+            memory_available_bytes: available_bytes,
+            ..Default::default()
+        };
+        let (undelivered, delivered) = oneshot::channel();
+        self.send(Event::Pressure(event), Some(undelivered));
+        delivered
+    }
+
+    fn send(&self, event: Event, undelivered: Option<oneshot::Sender<()>>) {
+        let _ = self.0.send(Queued {
+            event,
+            _undelivered: undelivered,
+        });
+    }
+}
+
+impl Queued {
+    /// What happened.
+    #[cfg(test)]
+    pub fn event(&self) -> &Event {
+        &self.event
     }
 }
 
 /// Delivers until the queue's near ends are gone. A host that is gone shows on the connection; here every
 /// refusal is a reason to try again.
-pub async fn deliver(host: HostClient, mut queue: mpsc::UnboundedReceiver<Event>) {
+pub async fn deliver(host: HostClient, mut queue: mpsc::UnboundedReceiver<Queued>) {
     let mut sequence = 0;
-    while let Some(event) = queue.recv().await {
+    while let Some(queued) = queue.recv().await {
         sequence += 1;
         let request = EventRequest {
             sequence,
-            event: Some(event),
+            event: Some(queued.event.clone()),
             ..Default::default()
         };
         let (mut pause, longest) = PAUSES;

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use tracing::Level;
 
 use crate::confinement::{self, Own};
+use crate::hotplug::offliner;
 use crate::log;
 use crate::seccomp::Filter;
 
@@ -84,10 +85,14 @@ static REPORTS: AtomicI32 = AtomicI32::new(-1);
 
 /// The helper's whole life, if the arguments after the program's name are a helper's; its exit code then.
 /// They are [`MAKE`], descriptor for reports, bundle, id, and the console's socket for a terminal; or [`JOIN`],
-/// descriptor for reports, descriptor to wait at, bundle, id, the exec's directory, and the console's socket.
+/// descriptor for reports, descriptor to wait at, bundle, id, the exec's directory, and the console's socket; or
+/// [`offliner::OFFLINE`] and what belongs to that.
 pub fn run(arguments: &[OsString]) -> Option<i32> {
     let number = |text: &OsString| text.to_str().and_then(|text| text.parse::<RawFd>().ok());
     let (kind, arguments) = arguments.split_first()?;
+    if kind == offliner::OFFLINE {
+        return Some(offliner::run(arguments));
+    }
     let made = match (kind.to_str()?, arguments) {
         (MAKE, [reports, bundle, id, console @ ..]) => {
             let Some(id) = prepared(number(reports), id) else {

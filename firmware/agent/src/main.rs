@@ -17,6 +17,7 @@ mod error;
 mod events;
 mod exec;
 mod helper;
+mod hotplug;
 mod init;
 mod log;
 mod modules;
@@ -29,6 +30,7 @@ mod service;
 mod spec;
 mod stats;
 mod stdio;
+mod uevents;
 mod vsock;
 
 use std::path::Path;
@@ -45,6 +47,8 @@ use ttrpc::asynchronous::{Client, Server};
 use crate::container::Containers;
 use crate::error::{Doing, Error};
 use crate::events::Events;
+use crate::hotplug::Hotplug;
+use crate::hotplug::pressure::MemoryWatch;
 use crate::modules::Group;
 use crate::reaper::Reaper;
 use crate::service::Service;
@@ -87,6 +91,7 @@ fn first_process() -> ! {
         error!("preparing the guest: {error}");
         init::power_off();
     }
+    hotplug::policy::set(Path::new("/sys"));
     modules::load(Path::new(modules::DIRECTORY), Group::Boot);
     let modules_us = init::boottime_us();
 
@@ -122,13 +127,16 @@ async fn serve(init_us: u64, modules_us: u64) -> Result<(), Error> {
 
     let reaper = Reaper::start().doing(|| "listening for the ends of children".into())?;
     let (events, queue) = Events::new();
+    let hotplug = Hotplug::new(reaper.clone());
+    let memory_watch = MemoryWatch::start(Path::new(init::CGROUP_ROOT), events.clone());
     let containers = Containers::new(reaper, events);
     let (loaded, modules) = watch::channel(false);
     let (down, mut is_down) = watch::channel(false);
 
     let (calls, mut calls_ended) = Watched::new(vsock::dial(PORT_CALLS).await?);
     // Kept to the end: dropping it would close the connection.
-    let _server = serve_calls(calls, Service::new(containers, modules, down)).await?;
+    let service = Service::new(containers, hotplug, memory_watch, modules, down);
+    let _server = serve_calls(calls, service).await?;
     let (to_host, host_ended) = Watched::new(vsock::dial(PORT_EVENTS).await?);
     let host = HostClient::new(Client::new(Socket::new(to_host)));
     let log = vsock::dial(PORT_LOG).await?;

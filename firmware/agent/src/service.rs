@@ -8,9 +8,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use nacre_protocol::agent::{
     BindDiskRequest, BindDiskResponse, CreateContainerRequest, CreateContainerResponse,
-    DeleteContainerRequest, DeleteExecRequest, Empty, ExecRequest, PauseRequest, PidsRequest,
-    PidsResponse, Process, ResizePtyRequest, ResumeRequest, ShutdownRequest, SignalRequest,
-    StartRequest, StartResponse, StatsRequest, StatsResponse, UnbindDiskRequest, UpdateRequest,
+    DeleteContainerRequest, DeleteExecRequest, Empty, ExecRequest, OfflineCpuRequest,
+    OfflineCpuResponse, OfflineMemoryRequest, OfflineMemoryResponse, OnlineCpuRequest,
+    OnlineCpuResponse, OnlineMemoryRequest, OnlineMemoryResponse, PauseRequest, PidsRequest,
+    PidsResponse, Process, ResizePtyRequest, ResourcesRequest, ResourcesResponse, ResumeRequest,
+    ShutdownRequest, SignalRequest, StartRequest, StartResponse, StatsRequest, StatsResponse,
+    UnbindDiskRequest, UpdateRequest, WatchMemoryRequest,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use tokio::sync::watch;
@@ -20,6 +23,8 @@ use ttrpc::asynchronous::TtrpcContext;
 use crate::container::Containers;
 use crate::devices;
 use crate::error::Error;
+use crate::hotplug::Hotplug;
+use crate::hotplug::pressure::MemoryWatch;
 
 /// The longest grace that a shutdown gives to processes.
 const GRACE_LIMIT: Duration = Duration::from_secs(60);
@@ -28,6 +33,8 @@ const GRACE_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Clone)]
 pub struct Service {
     containers: Containers,
+    hotplug: Hotplug,
+    memory_watch: MemoryWatch,
     modules: watch::Receiver<bool>,
     down: watch::Sender<bool>,
 }
@@ -37,11 +44,15 @@ impl Service {
     /// unmounted and the machine may be switched off.
     pub fn new(
         containers: Containers,
+        hotplug: Hotplug,
+        memory_watch: MemoryWatch,
         modules: watch::Receiver<bool>,
         down: watch::Sender<bool>,
     ) -> Service {
         Service {
             containers,
+            hotplug,
+            memory_watch,
             modules,
             down,
         }
@@ -268,6 +279,85 @@ impl Agent for Service {
         let of = shown(&request.container_id);
         run("DeleteContainer", of, async move {
             this.containers.delete(&request.container_id).await
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn online_cpu(
+        &self,
+        _: &TtrpcContext,
+        request: OnlineCpuRequest,
+    ) -> ttrpc::Result<OnlineCpuResponse> {
+        let this = self.clone();
+        let of = format!("_UID {}", request.uid);
+        run("OnlineCpu", of, async move {
+            this.hotplug.online_cpu(&request).await
+        })
+        .await
+    }
+
+    async fn offline_cpu(
+        &self,
+        _: &TtrpcContext,
+        request: OfflineCpuRequest,
+    ) -> ttrpc::Result<OfflineCpuResponse> {
+        let this = self.clone();
+        let of = format!("_UID {}", request.uid);
+        run("OfflineCpu", of, async move {
+            this.hotplug.offline_cpu(&request).await
+        })
+        .await
+    }
+
+    async fn online_memory(
+        &self,
+        _: &TtrpcContext,
+        request: OnlineMemoryRequest,
+    ) -> ttrpc::Result<OnlineMemoryResponse> {
+        let this = self.clone();
+        let of = format!("{:#x} at {:#x}", request.bytes, request.base);
+        run("OnlineMemory", of, async move {
+            this.hotplug.online_memory(&request).await
+        })
+        .await
+    }
+
+    async fn offline_memory(
+        &self,
+        _: &TtrpcContext,
+        request: OfflineMemoryRequest,
+    ) -> ttrpc::Result<OfflineMemoryResponse> {
+        let this = self.clone();
+        let of = format!("{:#x} at {:#x}", request.bytes, request.base);
+        run("OfflineMemory", of, async move {
+            this.hotplug.offline_memory(&request).await
+        })
+        .await
+    }
+
+    async fn resources(
+        &self,
+        _: &TtrpcContext,
+        _: ResourcesRequest,
+    ) -> ttrpc::Result<ResourcesResponse> {
+        let this = self.clone();
+        run("Resources", "the guest".into(), async move {
+            this.modules_loaded().await;
+            Ok(this.hotplug.resources())
+        })
+        .await
+    }
+
+    async fn watch_memory(
+        &self,
+        _: &TtrpcContext,
+        request: WatchMemoryRequest,
+    ) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let of = format!("from {} bytes on", request.high_bytes);
+        run("WatchMemory", of, async move {
+            this.memory_watch.set(request.high_bytes).await
         })
         .await?;
         Ok(Empty::new())

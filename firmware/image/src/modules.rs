@@ -38,12 +38,15 @@ const fn optional(name: &'static str, group: Group) -> Wanted {
 
 /// In load order. The console and the transport come first: what fails after
 /// them can be told.
-const WANTED: [Wanted; 9] = [
+const WANTED: [Wanted; 11] = [
     necessary("virtio_mmio", Group::Boot),
     necessary("vmw_vsock_virtio_transport", Group::Boot),
     optional("pvpanic_mmio", Group::Boot),
     necessary("virtio_blk", Group::Late),
     optional("virtio_rng", Group::Late),
+    // What the guest is resized with; without them it says what it lacks when it runs.
+    optional("virtio_mem", Group::Late),
+    optional("virtio_balloon", Group::Late),
     // What ext4 computes its checksums with, where it is faster than the built-in one.
     optional("crc32c_intel", Group::Late),
     necessary("ext4", Group::Late),
@@ -390,7 +393,14 @@ mod tests {
         assert_eq!(plan.built_in, ["ext4", "overlay", "virtio_blk"]);
         assert_eq!(
             plan.missing,
-            ["crc32c_intel", "erofs", "pvpanic_mmio", "virtio_rng"]
+            [
+                "crc32c_intel",
+                "erofs",
+                "pvpanic_mmio",
+                "virtio_balloon",
+                "virtio_mem",
+                "virtio_rng"
+            ]
         );
         assert!(
             plan.modules
