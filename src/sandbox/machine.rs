@@ -43,6 +43,8 @@ pub(crate) trait Plug: Send + Sync {
     fn plug_changes(&self) -> watch::Receiver<u64>;
     /// How much the virtio-mem driver is to plug, in bytes.
     fn request_memory(&self, bytes: u64) -> Result<(), Error>;
+    /// Bytes that the guest has given back through the balloon since it began.
+    fn given_back(&self) -> u64;
     /// Where the virtio-mem device is, with each change; `None` without such a device.
     fn requested_memory(&self) -> Option<watch::Receiver<MemStatus>>;
 }

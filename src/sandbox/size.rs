@@ -2,6 +2,7 @@
 
 use oci_spec::runtime::{LinuxResources, Spec};
 
+use super::{MemoryWay, PlugConfig};
 use crate::config::Size;
 
 /// vCPUs and memory at boot.
@@ -99,6 +100,41 @@ fn cpus_in_list(list: &str) -> Option<u64> {
     (count > 0).then_some(count)
 }
 
+/// Units of ACPI memory of a VM whose memory comes by nothing else, and of one for whose guest it is the second choice. Each
+/// costs the guest's boot a few reads.
+const UNITS: (u64, u64) = (128, 16);
+/// MiB of the smallest unit of ACPI memory.
+const UNIT_MIB: u64 = 128;
+
+/// What is to be announced to the guest at boot for a VM of this size to become as large as `most`.
+pub fn plug(boot: BootSize, most: BootSize, way: MemoryWay) -> PlugConfig {
+    let more = most.memory_mib.saturating_sub(boot.memory_mib);
+    let steps = more.div_ceil(UNIT_MIB);
+    let limit = match way {
+        MemoryWay::Acpi => UNITS.0,
+        MemoryWay::Auto => UNITS.1,
+        MemoryWay::VirtioMem => 0,
+    };
+    // The guest's memory blocks are powers of two.
+    let per_unit = match limit {
+        0 => 0,
+        limit => steps.div_ceil(limit).next_power_of_two(),
+    };
+    PlugConfig {
+        max_vcpus: most.vcpus.max(boot.vcpus),
+        acpi_units: match per_unit {
+            0 => 0,
+            per_unit => u8::try_from(steps.div_ceil(per_unit)).unwrap_or(u8::MAX),
+        },
+        acpi_unit_mib: per_unit * UNIT_MIB,
+        virtio_mem_mib: match way {
+            MemoryWay::Acpi => 0,
+            MemoryWay::Auto | MemoryWay::VirtioMem => steps * UNIT_MIB,
+        },
+        balloon: true,
+    }
+}
+
 /// CPUs that this process may use.
 pub fn host_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
@@ -131,6 +167,36 @@ mod tests {
         assert_eq!(meminfo_mib(meminfo, "Mem"), None);
         assert_eq!(meminfo_mib(meminfo, "SwapTotal"), Some(0));
         assert_eq!(meminfo_mib("MemTotal: lots", "MemTotal"), None);
+    }
+
+    #[test]
+    fn what_may_be_plugged_is_in_units_that_suffice() {
+        let size = |vcpus, memory_mib| BootSize { vcpus, memory_mib };
+        // way, boot MiB, most MiB → units, MiB each, virtio-mem MiB
+        let table = [
+            (MemoryWay::Auto, 512, 512, 0, 128, 0),
+            (MemoryWay::Auto, 512, 100, 0, 128, 0),
+            (MemoryWay::Auto, 512, 513, 1, 128, 128),
+            (MemoryWay::Auto, 512, 2560, 16, 128, 2048),
+            (MemoryWay::Auto, 512, 2561, 9, 256, 2176),
+            (MemoryWay::Auto, 512, 512 + 96 * 1024, 12, 8192, 96 * 1024),
+            (MemoryWay::Acpi, 512, 4608, 32, 128, 0),
+            (MemoryWay::Acpi, 512, 512 + 96 * 1024, 96, 1024, 0),
+            (MemoryWay::VirtioMem, 512, 4608, 0, 0, 4096),
+        ];
+        for (way, boot, most, units, unit_mib, virtio_mem_mib) in table {
+            let plug = plug(size(2, boot), size(1, most), way);
+            assert_eq!(
+                (
+                    plug.max_vcpus,
+                    plug.acpi_units,
+                    plug.acpi_unit_mib,
+                    plug.virtio_mem_mib
+                ),
+                (2, units, unit_mib, virtio_mem_mib),
+                "{way:?} {boot} {most}"
+            );
+        }
     }
 
     #[test]

@@ -84,9 +84,12 @@ fn windows(first: u8, disks: usize) -> u8 {
         .clamp(DEFAULT_WINDOWS, nacre_vmm::memory::layout::MAX_WINDOWS)
 }
 
-/// The window of the first disk of the start: vsock, rng and memory come before.
+/// The window of the first disk of the start: vsock, rng, memory and balloon come before.
 pub(crate) fn first_disk_window(config: &SandboxConfig) -> u8 {
-    u8::from(config.agent) + 1 + u8::from(config.plug.virtio_mem_mib > 0)
+    u8::from(config.agent)
+        + 1
+        + u8::from(config.plug.virtio_mem_mib > 0)
+        + u8::from(config.plug.balloon)
 }
 
 impl Plug for Vm {
@@ -147,6 +150,13 @@ impl Plug for Vm {
         })?;
         mem.set_requested(bytes)
             .map_err(|error| Error::machine(doing(), &error))
+    }
+
+    fn given_back(&self) -> u64 {
+        self.balloon().map_or(0, |balloon| {
+            let stats = balloon.stats();
+            stats.reported_bytes.saturating_add(stats.inflated_bytes)
+        })
     }
 
     fn requested_memory(&self) -> Option<watch::Receiver<MemStatus>> {

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::disk::DiskArg;
 use super::inspect::phases_text;
+use super::resize::Most;
 use super::session::{Session, Signals, check_name, default_name};
 use super::terminal::{ConsoleOutput, RawMode, console_input};
 use super::{say, say_json};
@@ -56,6 +57,8 @@ pub(super) struct Args {
     /// vCPUs, 1 to 254 [default: from the configuration]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=254))]
     vcpus: Option<u8>,
+    #[command(flatten)]
+    most: Most,
     /// A raw disk image or block device; with :ro read-only. May be given several times
     #[arg(long = "disk", value_name = "PATH[:ro]")]
     disks: Vec<DiskArg>,
@@ -99,6 +102,7 @@ pub(super) async fn boot(config: &Config, args: &Args, main_ns: u64) -> anyhow::
     let mut signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
     let mut sandbox_config = sandbox_config(config, args, &id, &session);
     sandbox_config.main_ns = Some(main_ns);
+    args.most.apply(config, &mut sandbox_config)?;
     let ending = Arc::new(AtomicBool::new(false));
     // A measured boot has no console: its cost is not the boot's.
     let raw = if args.timing && !args.keep {

@@ -9,6 +9,7 @@ mod doctor;
 mod inspect;
 mod list;
 mod probe;
+mod resize;
 mod run;
 mod session;
 mod terminal;
@@ -56,6 +57,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Show what VMs cost on the host: memory, CPU time, exits
     Top(top::Args),
+    /// Change a running VM's vCPUs and memory, and show how long each part took
+    Resize(resize::Args),
     /// Say whether this host can run guests, and what to do where it cannot
     Doctor(doctor::Args),
     /// Print the reference of the configuration file, every key with its default; or check a file
@@ -108,6 +111,7 @@ fn dispatch(command: Command, main_ns: u64) -> anyhow::Result<u8> {
             Command::Run(args) => run::run(&config, &args, main_ns).await,
             Command::Inspect(args) => inspect::inspect(&config, &args).await,
             Command::Top(args) => top::top(&config, &args).await,
+            Command::Resize(args) => resize::resize(&config, &args).await,
             Command::Doctor(_) | Command::Config(_) => Ok(0),
         }
     });

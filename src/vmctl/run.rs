@@ -10,6 +10,7 @@ use anyhow::{Context, anyhow, bail};
 use tokio::sync::mpsc;
 
 use super::RUN_FAILED;
+use super::resize::Most;
 use super::session::{NAMESPACE, Session, Signals, check_name, default_name};
 use super::terminal::{self, RawMode};
 use crate::config::{ByteSize, Config};
@@ -51,6 +52,8 @@ pub(super) struct Args {
     /// vCPUs of the VM, 1 to 254 [default: from the configuration]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=254))]
     vcpus: Option<u8>,
+    #[command(flatten)]
+    most: Most,
     /// An environment variable; NAME alone takes vmctl's own value. May be given several times
     #[arg(long = "env", short = 'e', value_name = "NAME[=VALUE]")]
     env: Vec<String>,
@@ -140,6 +143,7 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
     if let Some(vcpus) = args.vcpus {
         sandbox_config.vcpus = vcpus;
     }
+    args.most.apply(config, &mut sandbox_config)?;
     if args.verbose {
         sandbox_config.console.lines = Some(Arc::new(print_line));
     }

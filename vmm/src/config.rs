@@ -20,7 +20,7 @@ pub const MAXIMUM_MEMORY_MIB: u64 = (1 << 20) - (1 << 10);
 /// Most vCPUs of one VM, as the in-kernel interrupt controllers address them.
 pub const MAXIMUM_VCPUS: u8 = 254;
 
-/// Windows that [`VmConfig::windows`] should have unless there is a reason: vsock, rng, memory and seven disks. A spare one costs
+/// Windows that [`VmConfig::windows`] should have unless there is a reason: vsock, rng, memory, balloon and six disks. A spare one costs
 /// a Linux guest's boot three reads of its registers, and no time that could be told from noise.
 pub const DEFAULT_WINDOWS: u8 = 10;
 
@@ -98,6 +98,8 @@ pub struct PlugConfig {
     pub acpi_unit_mib: u64,
     /// Most memory in MiB that a virtio-mem device plugs: a multiple of 128; 0: there is no such device.
     pub virtio_mem_mib: u64,
+    /// Whether to have a virtio-balloon device, by which the guest gives back what it frees.
+    pub balloon: bool,
 }
 
 impl PlugConfig {
@@ -150,17 +152,19 @@ pub enum ConfigError {
         asked: usize,
         /// Windows declared.
         windows: u8,
-        /// vsock, rng, memory.
+        /// vsock, rng, memory, balloon.
         others: u8,
         /// Disks that fit.
         room: u8,
     },
     /// More devices other than disks than windows.
-    #[error("{windows} virtio-mmio windows are too few for {others} devices (vsock, rng, memory)")]
+    #[error(
+        "{windows} virtio-mmio windows are too few for {others} devices (vsock, rng, memory, balloon)"
+    )]
     Others {
         /// Windows declared.
         windows: u8,
-        /// vsock, rng, memory.
+        /// vsock, rng, memory, balloon.
         others: u8,
     },
     /// A disk's serial is too long.
@@ -216,7 +220,15 @@ pub enum ConfigError {
 impl VmConfig {
     /// Windows that devices other than disks take.
     pub fn others(&self) -> u8 {
-        u8::from(self.vsock) + u8::from(self.rng) + u8::from(self.plug.virtio_mem_mib > 0)
+        [
+            self.vsock,
+            self.rng,
+            self.plug.virtio_mem_mib > 0,
+            self.plug.balloon,
+        ]
+        .into_iter()
+        .map(u8::from)
+        .sum()
     }
 
     /// Checks all that can be checked without the host.
@@ -373,7 +385,7 @@ mod tests {
                         0
                     },
                     acpi_unit_mib: 1024,
-                    virtio_mem_mib: 0,
+                    ..PlugConfig::default()
                 },
                 ..good()
             };
@@ -384,10 +396,9 @@ mod tests {
     #[test]
     fn a_refusal_names_the_value_and_the_bound() {
         let units = |acpi_units, acpi_unit_mib| PlugConfig {
-            max_vcpus: 0,
             acpi_units,
             acpi_unit_mib,
-            virtio_mem_mib: 0,
+            ..PlugConfig::default()
         };
         let cases: [(String, &[&str]); 15] = [
             (

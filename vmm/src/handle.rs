@@ -11,6 +11,7 @@ use crate::exit::ExitReason;
 use crate::hotplug::SlotView;
 use crate::hotplug::memory::{Area, UnitView};
 use crate::platform::monotonic_ns;
+use crate::virtio::balloon::BalloonHost;
 use crate::virtio::mem::MemHost;
 use crate::virtio::vsock::VsockHost;
 pub use crate::vm::{Counters, Error};
@@ -279,6 +280,13 @@ impl Vm {
     /// The host's end of the virtio-mem device, if the VM has one and has not ended.
     pub fn mem(&self) -> Option<MemHost> {
         self.with_machine(|machine| Ok(machine.mem().cloned()))
+            .ok()
+            .flatten()
+    }
+
+    /// The host's end of the balloon, if the VM has one and has not ended.
+    pub fn balloon(&self) -> Option<BalloonHost> {
+        self.with_machine(|machine| Ok(machine.balloon().cloned()))
             .ok()
             .flatten()
     }

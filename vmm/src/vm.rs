@@ -39,6 +39,7 @@ use crate::vcpu;
 use crate::vcpu::set::{VcpuFactory, VcpuSet};
 use crate::vcpu::state::Entry;
 use crate::vcpu::thread::Surroundings;
+use crate::virtio::balloon::{Balloon, BalloonHost};
 use crate::virtio::block::Block;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mem::{Mem, MemConfig, MemHost, SLOT_UNIT};
@@ -95,7 +96,7 @@ pub enum Error {
     /// A virtio device.
     #[error("cannot make the {kind} device")]
     Device {
-        /// "block", "vsock", "rng", "memory".
+        /// "block", "vsock", "rng", "memory", "balloon".
         kind: &'static str,
         /// The cause.
         #[source]
@@ -173,6 +174,14 @@ struct WindowPlace {
     wires: Option<Wires>,
 }
 
+/// Devices that are there from the start, disks aside.
+struct First {
+    vsock: bool,
+    rng: bool,
+    mem: Option<MemConfig>,
+    balloon: bool,
+}
+
 /// Everything a running VM owns, threads included.
 ///
 /// Fields are dropped in this order; [`Self::take_down`] has stopped what runs before.
@@ -188,6 +197,7 @@ pub struct Machine {
     memory: Arc<GuestMemory>,
     plugs: Plugs,
     mem: Option<MemHost>,
+    balloon: Option<BalloonHost>,
     boot_bytes: u64,
     _ged_line: IrqLine,
     vm: Arc<VmFd>,
@@ -332,18 +342,19 @@ impl Machine {
             memory,
             plugs,
             mem: None,
+            balloon: None,
             boot_bytes: size,
             _ged_line: ged_line,
             vm,
             factory,
         };
-        let result = machine.fill(
-            config.vsock,
-            config.rng,
+        let first = First {
+            vsock: config.vsock,
+            rng: config.rng,
             mem,
-            &config.disks,
-            config.console.input,
-        );
+            balloon: config.plug.balloon,
+        };
+        let result = machine.fill(&first, &config.disks, config.console.input);
         let started = result.and_then(|host| {
             if let Some(host) = &host {
                 before_run(host);
@@ -364,16 +375,14 @@ impl Machine {
         }
     }
 
-    /// Puts the first devices into windows: vsock, rng, memory, then disks; and the console's input to work.
+    /// Puts the first devices into windows: vsock, rng, memory, balloon, then disks; and the console's input to work.
     fn fill(
         &mut self,
-        vsock: bool,
-        rng: bool,
-        mem: Option<MemConfig>,
+        first: &First,
         disks: &[DiskConfig],
         input: Option<std::fs::File>,
     ) -> Result<Option<VsockHost>, Error> {
-        let host = if vsock {
+        let host = if first.vsock {
             let (device, host) =
                 Vsock::new(GUEST_CID, self.events.clone()).map_err(|source| Error::Device {
                     kind: "vsock",
@@ -384,10 +393,10 @@ impl Machine {
         } else {
             None
         };
-        if rng {
+        if first.rng {
             self.plug(Box::new(Rng::new(self.events.clone())))?;
         }
-        if let Some(config) = mem {
+        if let Some(config) = first.mem {
             let made = Mem::new(config, Arc::clone(&self.memory), self.events.clone());
             let (device, host) = made.map_err(|source| Error::Device {
                 kind: "memory",
@@ -395,6 +404,15 @@ impl Machine {
             })?;
             self.plug(Box::new(device))?;
             self.mem = Some(host);
+        }
+        if first.balloon {
+            let made = Balloon::new(Arc::clone(&self.memory), self.events.clone());
+            let (device, host) = made.map_err(|source| Error::Device {
+                kind: "balloon",
+                source: Box::new(source),
+            })?;
+            self.plug(Box::new(device))?;
+            self.balloon = Some(host);
         }
         for disk in disks {
             self.plug_disk(disk)?;
@@ -513,6 +531,11 @@ impl Machine {
         let units: u64 = units.iter().map(|unit| unit.bytes).sum();
         let mem = self.mem.as_ref().map_or(0, |mem| mem.status().plugged);
         self.boot_bytes + units + mem
+    }
+
+    /// The host's end of the balloon, if there is one.
+    pub fn balloon(&self) -> Option<&BalloonHost> {
+        self.balloon.as_ref()
     }
 
     /// The host's end of the virtio-mem device, if there is one.

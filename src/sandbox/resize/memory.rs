@@ -54,7 +54,7 @@ impl Sandbox {
             boot_mib: self.0.memory_mib,
             plugged_mib: self.plugged_bytes() / MIB,
             max_mib: self.max_memory_mib(),
-            given_back_mib: 0,
+            given_back_mib: self.0.machine.given_back() / MIB,
         }
     }
 

@@ -135,11 +135,12 @@ impl Sandbox {
         let within = self.0.timeouts.resize;
         let mut request = OfflineMemoryRequest::new();
         (request.base, request.bytes) = (unit.base, unit.bytes);
+        request.deadline_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
         let agent = self.agent().await.map_err(|error| error.to_string())?;
         let offline = agent
             .call(
                 format!("taking {what} offline"),
-                within,
+                within + self.0.timeouts.agent,
                 |client, context| async move { client.offline_memory(context, &request).await },
             )
             .await
