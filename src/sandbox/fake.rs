@@ -11,17 +11,23 @@ use async_trait::async_trait;
 use nacre_protocol::agent::ReadyRequest;
 use nacre_protocol::agent_ttrpc::{Agent as AgentService, HostClient, create_agent};
 use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG, PROTOCOL_VERSION};
+use nacre_vmm::hotplug::ged::EventLine;
+use nacre_vmm::hotplug::memory::{Area, Regions, UnitView};
+use nacre_vmm::hotplug::{Changes, Plugs, SlotView};
+use nacre_vmm::memory::slots::{SlotAllocator, SlotId};
+use nacre_vmm::virtio::mem::MemStatus;
 use nacre_vmm::{DiskConfig, ExitReason};
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
 use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::bring_up::Ports;
 use super::console::Tail;
-use super::machine::{GuestStream, Machine, PortListener};
+use super::machine::{GuestStream, Machine, Plug, PortListener};
 use super::phases::MachinePhases;
-use super::{Error, Parts, Sandbox, Timeouts};
+use super::{Error, MemoryWay, Parts, Sandbox, Timeouts};
 
 /// A machine whose guest is the caller.
 pub(crate) struct Fake {
@@ -29,12 +35,62 @@ pub(crate) struct Fake {
     ports: Arc<Mutex<HashMap<u32, mpsc::Sender<GuestStream>>>>,
     plugged: AtomicUsize,
     pub(crate) unplugged: Mutex<Vec<u8>>,
+    /// vCPUs and units of memory; the guest's side is [`Plugs::registers`].
+    pub(crate) plugs: Plugs,
+    changes: Changes,
+    /// The virtio-mem device, if there is one; the guest's driver is the caller.
+    pub(crate) mem: watch::Sender<MemStatus>,
+    has_mem: bool,
 }
+
+/// Memory that is not there.
+struct NoMemory(Mutex<SlotAllocator>);
+
+impl Regions for NoMemory {
+    fn add(&self, base: u64, _size: u64) -> Result<SlotId, nacre_vmm::memory::Error> {
+        let slot = self.0.lock().unwrap().allocate();
+        slot.map_err(|source| nacre_vmm::memory::Error::Exhausted { base, source })
+    }
+
+    fn remove(&self, slot: SlotId) -> Result<(), nacre_vmm::memory::Error> {
+        self.0.lock().unwrap().free(slot);
+        Ok(())
+    }
+}
+
+/// Where units of the fake's memory are.
+pub(crate) const AREA: Area = Area {
+    base: 4 << 30,
+    unit: 128 << 20,
+    units: 4,
+};
+/// Most vCPUs of the fake.
+pub(crate) const MAX_VCPUS: u8 = 4;
+/// Region of the fake's virtio-mem device, in bytes.
+pub(crate) const REGION: u64 = 1 << 30;
 
 impl Fake {
     pub(crate) fn new() -> Arc<Self> {
+        Self::with_mem(false)
+    }
+
+    /// One with a virtio-mem device, or without.
+    pub(crate) fn with_mem(has_mem: bool) -> Arc<Self> {
         let (end, _) = watch::channel(None);
+        let changes = Changes::default();
+        let line = EventFd::new(0).unwrap();
+        let regions = Arc::new(NoMemory(Mutex::new(SlotAllocator::new(64))));
+        let plugs = Plugs::new(MAX_VCPUS, AREA, regions, EventLine::new(line), &changes);
+        plugs.cpus().occupy(0, Arc::default());
         Arc::new(Self {
+            plugs,
+            changes,
+            mem: watch::Sender::new(MemStatus {
+                region: REGION,
+                driver: true,
+                ..MemStatus::default()
+            }),
+            has_mem,
             end,
             ports: Arc::default(),
             plugged: AtomicUsize::new(0),
@@ -97,6 +153,78 @@ impl PortListener for FakeListener {
     }
 }
 
+impl Plug for Fake {
+    fn plug_vcpu(&self) -> Result<u8, Error> {
+        let failed = |error| Error::machine("plug a vCPU", &error);
+        let index = self.plugs.cpus().vacancy().map_err(failed)?;
+        self.plugs
+            .plug_vcpu(index, Arc::default())
+            .map_err(failed)?;
+        Ok(index)
+    }
+
+    fn ask_vcpu(&self, index: u8) -> Result<(), Error> {
+        self.plugs
+            .ask_vcpu(index)
+            .map_err(|error| Error::machine("unplug a vCPU", &error))
+    }
+
+    fn withdraw_vcpu(&self, index: u8) -> Result<(), Error> {
+        self.plugs
+            .cpus()
+            .withdraw(index)
+            .map_err(|error| Error::machine("take a vCPU back", &error))
+    }
+
+    fn vcpu_slots(&self) -> Vec<SlotView> {
+        self.plugs.cpus().views()
+    }
+
+    fn plug_memory(&self, bytes: u64) -> Result<Vec<UnitView>, Error> {
+        self.plugs
+            .plug_memory(bytes)
+            .map_err(|error| Error::machine("plug memory", &error))
+    }
+
+    fn ask_memory(&self, unit: u8) -> Result<(), Error> {
+        self.plugs
+            .ask_memory(unit)
+            .map_err(|error| Error::machine("unplug memory", &error))
+    }
+
+    fn withdraw_memory(&self, unit: u8) -> Result<(), Error> {
+        self.plugs
+            .memory()
+            .withdraw(unit)
+            .map_err(|error| Error::machine("take memory back", &error))
+    }
+
+    fn memory_units(&self) -> Vec<UnitView> {
+        self.plugs.memory().views()
+    }
+
+    fn memory_area(&self) -> Area {
+        AREA
+    }
+
+    fn plug_changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    fn request_memory(&self, bytes: u64) -> Result<(), Error> {
+        self.mem.send_modify(|status| status.requested = bytes);
+        Ok(())
+    }
+
+    fn requested_memory(&self) -> Option<watch::Receiver<MemStatus>> {
+        self.has_mem.then(|| self.mem.subscribe())
+    }
+
+    fn given_back(&self) -> u64 {
+        0
+    }
+}
+
 #[async_trait]
 impl Machine for Fake {
     async fn ended(&self) -> ExitReason {
@@ -144,11 +272,16 @@ pub(crate) const TIMEOUTS: Timeouts = Timeouts {
     agent: Duration::from_secs(10),
     create: Duration::from_secs(30),
     stdio: Duration::from_secs(5),
+    resize: Duration::from_secs(20),
 };
 
 /// A sandbox over a machine whose guest is the caller.
 pub(crate) fn boot() -> (Sandbox, Arc<Fake>, Tail) {
-    let fake = Fake::new();
+    boot_over(Fake::new(), MemoryWay::Auto)
+}
+
+/// A sandbox over this machine.
+pub(crate) fn boot_over(fake: Arc<Fake>, memory_way: MemoryWay) -> (Sandbox, Arc<Fake>, Tail) {
     let tail = Tail::default();
     let parts = Parts {
         id: "s".to_owned(),
@@ -157,7 +290,9 @@ pub(crate) fn boot() -> (Sandbox, Arc<Fake>, Tail) {
         kernel: "/k".into(),
         initrd: None,
         vcpus: 1,
+        max_vcpus: MAX_VCPUS,
         memory_mib: 256,
+        memory_way,
         disks: Vec::new(),
         timeouts: TIMEOUTS,
         main_ns: None,

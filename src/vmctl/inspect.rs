@@ -26,14 +26,17 @@ pub(super) async fn inspect(config: &Config, args: &Args) -> anyhow::Result<u8> 
 
 fn text(vm: &Inspection) -> String {
     let mut text = format!(
-        "id          {}\nnamespace   {}\nstate       {}\npid         {}\nsize        {} vCPU{}, {} MiB\nkernel      {}{}\ninitrd      {}\n",
+        "id          {}\nnamespace   {}\nstate       {}\npid         {}\nsize        {} vCPU{} (at most {}), {} MiB (at boot {}, at most {})\nkernel      {}{}\ninitrd      {}\n",
         vm.id,
         vm.namespace,
         vm.state.as_str(),
         vm.pid,
         vm.vcpus,
         if vm.vcpus == 1 { "" } else { "s" },
+        vm.max_vcpus,
         vm.memory_mib,
+        vm.memory.boot_mib,
+        vm.memory.max_mib,
         vm.kernel,
         if vm.kernel_release.is_empty() {
             String::new()

@@ -10,7 +10,11 @@ use crate::control::{self, Client, Usage};
 
 const HELP: &str = "\
 What is shown is the VM's process, not what its containers use of the VM: that is `ctr tasks metrics`.
-  MEMORY    guest memory, the most that the guest can use
+  VCPUS     vCPUs that the VM has, and the most that it may have
+  MEMORY    guest memory, the most that the guest can use now
+  PLUGGED   of that, what the VM did not begin with
+  USED      what the guest's kernel says it uses; - if it did not say
+  GIVEN     what the guest has given back when it was free, since it began; used and given back again it counts again
   RSS, PSS  host memory that the process has: guest memory that was touched, and the VMM's own
   VCPU      CPU time of the vCPU threads, in steps of the kernel's clock tick
   OTHER     CPU time of the process's other threads: devices, streams, calls
@@ -82,6 +86,9 @@ fn table(usages: &[Usage]) -> String {
         "PID",
         "VCPUS",
         "MEMORY",
+        "PLUGGED",
+        "USED",
+        "GIVEN",
         "RSS",
         "PSS",
         "VCPU",
@@ -97,8 +104,13 @@ fn table(usages: &[Usage]) -> String {
             usage.namespace.clone(),
             usage.id.clone(),
             usage.pid.to_string(),
-            usage.vcpus.to_string(),
+            format!("{}/{}", usage.vcpus, usage.max_vcpus),
             format!("{} MiB", usage.memory_mib),
+            format!("{} MiB", usage.memory.plugged_mib),
+            usage
+                .used_mib
+                .map_or_else(|| "-".to_owned(), |mib| format!("{mib} MiB")),
+            format!("{} MiB", usage.memory.given_back_mib),
             mib(usage.rss_kib),
             mib(usage.pss_kib),
             seconds(usage.vcpu_cpu_ms),
@@ -113,7 +125,10 @@ fn table(usages: &[Usage]) -> String {
 
 /// What the table has no room for.
 fn details(usage: &Usage) -> String {
-    let mut text = String::new();
+    let mut text = format!(
+        "memory at boot         {} MiB\nmost memory            {} MiB\n",
+        usage.memory.boot_mib, usage.memory.max_mib
+    );
     for (reason, count) in usage.exits.iter().filter(|(_, count)| **count > 0) {
         text.push_str(&format!("exits by {reason:<14} {count}\n"));
     }
@@ -126,6 +141,7 @@ fn details(usage: &Usage) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Memory;
 
     #[test]
     fn the_table_has_a_line_for_each_vm_and_units() {
@@ -134,7 +150,15 @@ mod tests {
             namespace: "default".to_owned(),
             pid: 7,
             vcpus: 2,
+            max_vcpus: 6,
             memory_mib: 512,
+            memory: Memory {
+                boot_mib: 384,
+                plugged_mib: 128,
+                max_mib: 1024,
+                given_back_mib: 77,
+            },
+            used_mib: Some(99),
             rss_kib: 2049,
             pss_kib: 1024,
             vcpu_cpu_ms: 12_340,
@@ -146,11 +170,21 @@ mod tests {
         let text = table(&[usage.clone(), usage.clone()]);
         assert_eq!(text.lines().count(), 3, "{text}");
         for word in [
-            "512 MiB", "3 MiB", "1 MiB", "12.34 s", "0.05 s", "40", "61 s",
+            "2/6", "512 MiB", "128 MiB", "99 MiB", "77 MiB", "3 MiB", "1 MiB", "12.34 s", "0.05 s",
+            "40", "61 s",
         ] {
             assert!(text.contains(word), "{word} is not in {text}");
         }
+        let silent = Usage {
+            used_mib: None,
+            ..usage.clone()
+        };
+        assert!(table(&[silent]).contains(" - "));
         let text = details(&usage);
+        assert!(
+            text.contains("384 MiB") && text.contains("1024 MiB"),
+            "{text}"
+        );
         assert!(
             text.contains("port-write") && !text.contains("halt"),
             "{text}"
