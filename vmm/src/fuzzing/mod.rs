@@ -25,6 +25,16 @@ pub const TARGETS: &[Target] = &[
         seeds: virtio::seeds,
     },
     Target {
+        name: "mem",
+        run: virtio::mem,
+        seeds: virtio::mem_seeds,
+    },
+    Target {
+        name: "balloon",
+        run: virtio::balloon,
+        seeds: virtio::balloon_seeds,
+    },
+    Target {
         name: "vsock",
         run: vsock::run,
         seeds: vsock::seeds,
@@ -74,13 +84,28 @@ mod tests {
         }
     }
 
+    fn rehearse_named(name: &str) {
+        let target = TARGETS.iter().find(|target| target.name == name);
+        rehearse(target.expect("a target of this name"));
+    }
+
     #[test]
     fn hostile_drivers_of_virtio_devices_break_nothing() {
-        rehearse(&TARGETS[0]);
+        rehearse_named("virtio");
+    }
+
+    #[test]
+    fn hostile_drivers_of_the_memory_device_break_nothing() {
+        rehearse_named("mem");
+    }
+
+    #[test]
+    fn hostile_drivers_of_the_balloon_break_nothing() {
+        rehearse_named("balloon");
     }
 
     #[test]
     fn hostile_vsock_packets_break_nothing() {
-        rehearse(&TARGETS[1]);
+        rehearse_named("vsock");
     }
 }

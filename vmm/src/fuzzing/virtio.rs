@@ -10,18 +10,28 @@ use std::task::{Context, Poll, Waker};
 use arbitrary::{Result, Unstructured};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 use crate::config::DiskConfig;
 use crate::event_loop::{EventLoop, EventLoopHandle};
+use crate::memory::GuestMemory;
+use crate::memory::stand_in::StandIn;
+use crate::virtio::balloon::{Balloon, BalloonHost, PAGE_BYTES};
 use crate::virtio::block::Block;
-use crate::virtio::device::{GuestRam, VirtioDevice};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::mem::{BLOCK_BYTES, Mem, MemConfig, MemHost, SLOT_UNIT};
 use crate::virtio::mmio::{State, WINDOW_SIZE, Window};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{GUEST_CID, Vsock, VsockHost, VsockListener, VsockStream};
 
 /// Two regions that touch, a gap, and a third.
-const REGIONS: [(u64, usize); 3] = [(0, 0x4_0000), (0x4_0000, 0x4_0000), (0x10_0000, 0x4_0000)];
+const REGIONS: [(u64, u64); 3] = [(0, 0x4_0000), (0x4_0000, 0x4_0000), (0x10_0000, 0x4_0000)];
+/// Where the memory device plugs.
+const PLUGGABLE: MemConfig = MemConfig {
+    base: 1 << 32,
+    region_bytes: 12 * SLOT_UNIT,
+    slot_bytes: SLOT_UNIT,
+};
 /// Descriptors, available and used ring of queue `n` are this far apart, from [`RINGS`].
 const RINGS: u64 = 0x1000;
 const RING_STRIDE: u64 = 0x2000;
@@ -83,44 +93,86 @@ struct Driver {
     window: Window,
     queues: u16,
     available: Vec<u16>,
-    host: Option<Host>,
+    host: Host,
 }
 
-/// The host's end of a socket device.
-struct Host {
+/// The host's end of a device.
+enum Host {
+    Silent,
+    Socket(Socket),
+    Mem { host: MemHost, check: Check },
+    Balloon(BalloonHost),
+}
+
+/// Panics if the memory device's state does not agree with itself.
+type Check = Box<dyn Fn()>;
+
+struct Socket {
     host: VsockHost,
     listener: Option<VsockListener>,
     streams: Vec<VsockStream>,
 }
 
+/// A device of its kind with its host.
+type Made = (Box<dyn VirtioDevice>, Host);
+
+/// One of the devices that bring bytes from or to somewhere, by the first byte.
 pub(super) fn run(data: &[u8]) {
-    let mut input = Unstructured::new(data);
-    let Ok(kind) = input.arbitrary::<u8>() else {
+    let Some((kind, data)) = data.split_first() else {
         return;
     };
-    let ranges = REGIONS.map(|(start, len)| (GuestAddress(start), len));
-    let memory = GuestMemoryMmap::from_ranges(&ranges).expect("guest memory");
-    let mut window = Window::new(GuestRam::new(memory.clone())).expect("an eventfd");
-    let events = event_loop().handle.clone();
-    let mut host = None;
-    let device: Box<dyn VirtioDevice> = match kind % 4 {
-        0 => Box::new(Rng::new(events)),
-        1 => {
-            let (device, end) = Vsock::new(GUEST_CID, events).expect("an eventfd");
-            let listener = end.listen(1024).ok();
-            host = Some(Host {
-                host: end,
-                listener,
-                streams: Vec::new(),
-            });
-            Box::new(device)
+    drive(data, |_| {
+        let events = event_loop().handle.clone();
+        match kind % 4 {
+            0 => (Box::new(Rng::new(events)), Host::Silent),
+            1 => {
+                let (device, host) = Vsock::new(GUEST_CID, events).expect("an eventfd");
+                let socket = Socket {
+                    listener: host.listen(1024).ok(),
+                    host,
+                    streams: Vec::new(),
+                };
+                (Box::new(device), Host::Socket(socket))
+            }
+            writable => (Box::new(disk(writable == 2, events)), Host::Silent),
         }
-        writable => Box::new(disk(writable == 2, events)),
-    };
+    });
+}
+
+/// The memory device, which is to have at least a part of its region plugged.
+pub(super) fn mem(data: &[u8]) {
+    drive(data, |memory| {
+        let events = event_loop().handle.clone();
+        let memory = Arc::clone(memory);
+        let (device, host) = Mem::new(PLUGGABLE, memory, events).expect("a configuration");
+        host.set_requested(PLUGGABLE.region_bytes / 2)
+            .expect("whole blocks");
+        let check = Box::new(device.checker());
+        (Box::new(device), Host::Mem { host, check })
+    });
+}
+
+/// The balloon.
+pub(super) fn balloon(data: &[u8]) {
+    drive(data, |memory| {
+        let events = event_loop().handle.clone();
+        let made = Balloon::new(Arc::clone(memory), events);
+        let (device, host) = made.expect("an eventfd");
+        (Box::new(device), Host::Balloon(host))
+    });
+}
+
+/// Drives the device that `make` makes by all of the input.
+fn drive(data: &[u8], make: impl FnOnce(&Arc<GuestMemory>) -> Made) {
+    let mut input = Unstructured::new(data);
+    let (guest, _kvm) = StandIn::memory(&REGIONS);
+    let boot = guest.size();
+    let mut window = Window::new(guest.ram()).expect("an eventfd");
+    let (device, host) = make(&guest);
     let queues = device.queue_sizes().len() as u16;
     window.plug(device).expect("a spare window");
     let mut driver = Driver {
-        memory,
+        memory: (*guest.ram().memory()).clone(),
         window,
         queues,
         available: vec![0; usize::from(queues)],
@@ -130,13 +182,15 @@ pub(super) fn run(data: &[u8]) {
         if input.is_empty() || driver.step(&mut input).is_err() {
             break;
         }
+        driver.host.check(&guest, boot);
     }
     let Driver {
         mut window, host, ..
     } = driver;
     drop(window.unplug());
     assert_eq!(window.state(), None);
-    if let Some(Host {
+    host.check(&guest, boot);
+    if let Host::Socket(Socket {
         host,
         listener,
         streams,
@@ -148,6 +202,24 @@ pub(super) fn run(data: &[u8]) {
     let failures = &event_loop().failures;
     let failures = std::mem::take(&mut *failures.lock().unwrap_or_else(PoisonError::into_inner));
     assert!(failures.is_empty(), "a device failed: {failures:?}");
+}
+
+impl Host {
+    /// What holds at all times.
+    fn check(&self, guest: &GuestMemory, boot: u64) {
+        match self {
+            Self::Silent | Self::Socket(_) => {}
+            Self::Mem { host, check } => {
+                check();
+                assert_eq!(host.status().failures, 0, "the host can do all of this");
+            }
+            Self::Balloon(host) => {
+                let stats = host.stats();
+                assert_eq!(guest.size(), boot, "a balloon removes no memory");
+                assert!(stats.actual_bytes <= boot && stats.target_bytes <= boot);
+            }
+        }
+    }
 }
 
 /// A device over an image of 64 KiB that is gone with it.
@@ -270,8 +342,14 @@ impl Driver {
         self.register(DRIVER_FEATURES_SEL, 1);
         self.register(DRIVER_FEATURES, 1);
         self.register(DRIVER_FEATURES_SEL, 0);
-        // EVENT_IDX, INDIRECT_DESC, FLUSH.
-        let bits = u32::from(features & 3) << 28 | u32::from(features & 4) << 7;
+        // EVENT_IDX and INDIRECT_DESC; then FLUSH, or what the device has.
+        let own = u32::from(features >> 2);
+        let own = match self.host {
+            Host::Silent | Host::Socket(_) => (own & 1) << 9,
+            Host::Mem { .. } => (own & 1) << 1,
+            Host::Balloon(_) => own & 7 | (own & 8) << 2,
+        };
+        let bits = u32::from(features & 3) << 28 | own;
         self.register(DRIVER_FEATURES, bits);
         self.register(STATUS, 11);
         for queue in 0..self.queues {
@@ -327,35 +405,51 @@ impl Driver {
     }
 
     fn host(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
-        let Some(host) = &mut self.host else {
-            return Ok(());
-        };
+        match &mut self.host {
+            Host::Silent => return Ok(()),
+            Host::Socket(socket) => socket.step(input)?,
+            Host::Mem { host, .. } => {
+                let _ = host.set_requested(u64::from(input.arbitrary::<u16>()?) * BLOCK_BYTES);
+            }
+            Host::Balloon(host) => match input.arbitrary::<u16>()? {
+                pages @ 0..0x200 => {
+                    let _ = host.set_target(u64::from(pages) * PAGE_BYTES);
+                }
+                _ => host.refresh(),
+            },
+        }
+        settle();
+        Ok(())
+    }
+}
+
+impl Socket {
+    fn step(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
         let mut cx = Context::from_waker(Waker::noop());
         match input.arbitrary::<u8>()? % 4 {
             0 => {
-                if host.streams.len() < 4
-                    && let Some(listener) = &mut host.listener
+                if self.streams.len() < 4
+                    && let Some(listener) = &mut self.listener
                     && let Poll::Ready(Ok(stream)) = listener.poll_accept(&mut cx)
                 {
-                    host.streams.push(stream);
+                    self.streams.push(stream);
                 }
             }
             1 => {
                 let mut memory = [0; 4096];
-                if let Some(stream) = host.streams.last_mut() {
+                if let Some(stream) = self.streams.last_mut() {
                     let mut buf = ReadBuf::new(&mut memory);
                     let _ = std::pin::Pin::new(stream).poll_read(&mut cx, &mut buf);
                 }
             }
             2 => {
                 let len = usize::from(input.arbitrary::<u16>()?);
-                if let Some(stream) = host.streams.last_mut() {
+                if let Some(stream) = self.streams.last_mut() {
                     let _ = std::pin::Pin::new(stream).poll_write(&mut cx, &vec![1; len]);
                 }
             }
-            _ => drop(host.streams.pop()),
+            _ => drop(self.streams.pop()),
         }
-        settle();
         Ok(())
     }
 }
@@ -368,6 +462,7 @@ fn place(input: &mut Unstructured<'_>) -> Result<u64> {
         2 => 0x8_0000 - 8,
         3 => 0x10_0000,
         4 => RINGS,
+        5 => PLUGGABLE.base,
         _ => 0x1_0000,
     };
     Ok(base + u64::from(input.arbitrary::<u16>()?))
@@ -384,16 +479,98 @@ fn settle() {
     events.remove(barrier).expect("it is there");
 }
 
+/// What [`Driver::request`] reads: a header, and how much room there is for the device.
+fn request_bytes(queue: u8, header: &[u8], room: u16, device_writes: bool) -> Vec<u8> {
+    let mut bytes = vec![14, queue, header.len() as u8];
+    bytes.extend(header);
+    bytes.extend(room.to_le_bytes());
+    bytes.push(device_writes.into());
+    bytes
+}
+
+pub(super) fn mem_seeds() -> Vec<Vec<u8>> {
+    // struct virtio_mem_req.
+    let request = |kind: u8, block: u64, count: u16| {
+        let mut header = [0; 24];
+        header[0] = kind;
+        header[8..16].copy_from_slice(&(PLUGGABLE.base + block * BLOCK_BYTES).to_le_bytes());
+        header[16..18].copy_from_slice(&count.to_le_bytes());
+        request_bytes(0, &header, 16, true)
+    };
+    let per_slot = (SLOT_UNIT / BLOCK_BYTES) as u16;
+    // Bring-up with and without UNPLUGGED_INACCESSIBLE.
+    let up = || vec![4, 7];
+    vec![
+        [up(), request(0, 0, 3), request(3, 0, 4), request(1, 1, 1)].concat(),
+        [
+            vec![4, 0],
+            request(0, 60, 8),
+            request(3, 60, 8),
+            request(2, 0, 0),
+            request(0, 1, 1),
+        ]
+        .concat(),
+        // More slots than a turn works on, the host's requests, and a reset in between.
+        [
+            vec![15, 0, 3],
+            up(),
+            request(0, 0, 10 * per_slot),
+            up(),
+            request(1, 0, 10 * per_slot),
+            vec![15, 1, 0],
+            request(2, 0, 0),
+        ]
+        .concat(),
+        // More than is requested, past the end, misaligned, of no known kind.
+        [
+            up(),
+            request(0, 0, 7 * per_slot),
+            request(0, 12 * u64::from(per_slot) - 1, 2),
+            request(9, 0, 1),
+        ]
+        .concat(),
+    ]
+}
+
+pub(super) fn balloon_seeds() -> Vec<Vec<u8>> {
+    // All of the device's features, so that the statistics are queue 2 and reports queue 3.
+    let up = || vec![4, 0b11_1111];
+    let pages = |pages: &[u32]| pages.iter().flat_map(|page| page.to_le_bytes()).collect();
+    let inflate: Vec<u8> = pages(&[0x13, 0x12, 0x11, 0x11, 0x80, u32::MAX]);
+    let mut stats = vec![4, 0, 7, 0, 0, 0, 0, 0, 0, 0];
+    stats.extend([6, 0, 9, 0, 0, 0, 0, 0, 0, 0]);
+    vec![
+        [
+            up(),
+            request_bytes(0, &inflate, 0, false),
+            request_bytes(1, &inflate, 0, false),
+        ]
+        .concat(),
+        [
+            up(),
+            vec![15, 1, 0],
+            request_bytes(2, &stats, 0, false),
+            vec![15, 0xff, 0xff],
+            request_bytes(2, &stats, 0, false),
+            vec![15, 0xff, 0xff],
+        ]
+        .concat(),
+        [
+            up(),
+            request_bytes(3, &[], 0x2000, true),
+            request_bytes(3, &[], 0x1800, true),
+            request_bytes(3, &[1], 0x1000, false),
+        ]
+        .concat(),
+        // Without the features: two queues do.
+        [vec![4, 3], request_bytes(0, &inflate, 0, false)].concat(),
+    ]
+}
+
 pub(super) fn seeds() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
     // struct virtio_blk_req: read, write, flush and id of sector 0.
-    let request = |queue: u8, header: &[u8], room: u16, device_writes: bool| {
-        let mut bytes = vec![14, queue, header.len() as u8];
-        bytes.extend(header);
-        bytes.extend(room.to_le_bytes());
-        bytes.push(device_writes.into());
-        bytes
-    };
+    let request = request_bytes;
     for (kind, op, writes) in [
         (2, 0, true),
         (2, 1, false),

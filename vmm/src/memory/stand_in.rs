@@ -31,6 +31,7 @@ impl StandIn {
     }
 
     /// Base and size of each slot, lowest base first.
+    #[cfg(test)]
     pub(crate) fn slots(&self) -> Vec<(u64, u64)> {
         let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let mut slots: Vec<_> = slots.values().copied().collect();
@@ -39,11 +40,13 @@ impl StandIn {
     }
 
     /// From now on new slots are refused, or not.
+    #[cfg(test)]
     pub(crate) fn refuse_additions(&self, refuse: bool) {
         self.refuse_additions.store(refuse, Ordering::SeqCst);
     }
 
     /// From now on slots are not taken away, or are.
+    #[cfg(test)]
     pub(crate) fn refuse_removals(&self, refuse: bool) {
         self.refuse_removals.store(refuse, Ordering::SeqCst);
     }

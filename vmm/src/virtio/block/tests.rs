@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backend::Disk;
@@ -16,6 +16,7 @@ use super::request::Target;
 use super::*;
 use crate::config::DiskConfig;
 use crate::event_loop::EventLoop;
+use crate::memory::stand_in::StandIn;
 use crate::virtio::device::{
     Activation, ActiveQueue, GuestRam, INTERRUPT_CONFIG, INTERRUPT_USED_RING, Interrupt,
     VirtioDevice,
@@ -541,5 +542,67 @@ fn a_removed_slot_is_not_read_any_more() {
     running.wait("interrupt", || running.interrupt.status() != 0);
     assert_eq!(running.driver.used(), Some((0, 0)));
     assert_eq!(running.driver.bytes(ISLAND, 512), [0; 512]);
+    running.block.reset();
+}
+
+/// A slot of memory goes while requests with parts in it are queued: they come back without an answer, those
+/// around them are served, and the device goes on.
+#[test]
+fn requests_into_a_removed_slot_fail_alone() {
+    const PLUGGED: u64 = 1 << 32;
+    const SIZE: u64 = 2 << 20;
+    let (guest, _kvm) = StandIn::memory(&[(0, SEAM), (SEAM, GAP - SEAM), (PLUGGED - SIZE, SIZE)]);
+    let image = image(4);
+    let mut running = Running::new(&config(&image, true), 64);
+    guest.add_region(PLUGGED, SIZE).expect("added");
+    running.driver = Driver::new((*guest.ram().memory()).clone(), 64);
+    running
+        .block
+        .activate(Activation {
+            ram: guest.ram(),
+            interrupt: running.interrupt.clone(),
+            queues: vec![ActiveQueue {
+                queue: running.driver.queue(false),
+                kick: Arc::clone(&running.kick),
+            }],
+            features: running.block.features(),
+        })
+        .expect("activated");
+    let read = header(0, 1);
+    running.driver.fill(HEADER, &read);
+    running.driver.fill(PLUGGED, &read);
+    let (head, data, status) = ((HEADER, 16, false), (BUFFER, 512, true), (STATUS, 1, true));
+    let sound = [head, data, status];
+    let gone: [[Part; 3]; 4] = [
+        [(PLUGGED, 16, false), data, status],
+        [head, (PLUGGED + 0x1000, 512, true), status],
+        [head, data, (PLUGGED + SIZE - 1, 1, true)],
+        [head, (PLUGGED - 256, 512, true), status],
+    ];
+    for removed in [false, true] {
+        let mut expected = Vec::new();
+        for parts in &gone {
+            let used = if removed { 0 } else { 513 };
+            expected.push((u32::from(running.driver.chain(parts)), used));
+            expected.push((u32::from(running.driver.chain(&sound)), 513));
+        }
+        if removed {
+            guest.remove_region_at(PLUGGED).expect("removed");
+        }
+        running.driver.fill(BUFFER, &[0; 512]);
+        running.driver.fill(STATUS, &[NONE]);
+        running.interrupt.acknowledge(INTERRUPT_USED_RING);
+        running.kick();
+        let mut used = Vec::new();
+        let start = Instant::now();
+        while used.len() < expected.len() {
+            assert!(start.elapsed() < Duration::from_secs(20), "{used:?}");
+            used.extend(running.driver.used());
+        }
+        assert_eq!(used, expected, "removed: {removed}");
+        assert_eq!(running.driver.bytes(BUFFER, 512), [2; 512]);
+        assert_eq!(running.driver.read::<u8>(STATUS), OK);
+        assert!(!running.interrupt.needs_reset());
+    }
     running.block.reset();
 }

@@ -236,6 +236,8 @@ impl Region {
     /// Panics if what is said in several places does not agree.
     #[cfg(any(test, feature = "fuzzing"))]
     pub fn check(&self) {
+        use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+
         let status = self.shared.status();
         let config = &self.shared.config;
         let plugged = u64::from(self.plugged.count(0..self.plugged.len())) * BLOCK_BYTES;
@@ -245,7 +247,11 @@ impl Region {
         assert_eq!(self.plugged.count(usable..self.plugged.len()), 0);
         let existing = self.slots.iter().filter(|exists| **exists).count();
         assert_eq!(status.slots as usize, existing);
+        let view = self.memory.ram().memory();
         for (slot, exists) in self.slots.iter().enumerate() {
+            let base = config.base + slot as u64 * config.slot_bytes;
+            let region = view.find_region(GuestAddress(base));
+            assert_eq!(region.is_some(), *exists, "slot {slot} at {base:#x}");
             let count = self.plugged.count(self.blocks_of(slot as u32));
             assert!(*exists || count == 0, "slot {slot} has blocks and is not");
         }
