@@ -4,6 +4,7 @@
 //! What each key means is said on its field alone: `docs/nacre.toml`, which
 //! `vmctl config` prints, is made from there.
 
+mod hotplug;
 mod reference;
 pub(crate) mod value;
 
@@ -18,6 +19,7 @@ use toml::de::{DeTable, DeValue};
 use crate::sandbox::Timeouts;
 use crate::sandbox::annotations::Annotation;
 
+pub use hotplug::{CpuRules, Hotplug, MemoryRules};
 pub use reference::reference;
 pub use value::{ByteSize, parse_duration};
 
@@ -99,6 +101,8 @@ pub struct Config {
     pub allowed_annotations: Vec<Annotation>,
     /// Sizes of VMs.
     pub size: Size,
+    /// VMs that grow and shrink with their load. The rules are in docs/hotplug.md.
+    pub hotplug: Hotplug,
     /// Roots that are made from directories.
     pub rootfs: Rootfs,
 }
@@ -113,6 +117,14 @@ pub struct Size {
     /// Memory without a memory limit, 96M to 1023G.
     #[serde(deserialize_with = "value::memory")]
     pub default_memory: ByteSize,
+    /// Most vCPUs that a VM without a CPU limit grows to, 0 to 254, but never more than the host has CPUs; 0: as many
+    /// as the host has. With a limit, that is the most.
+    #[serde(deserialize_with = "value::most_vcpus")]
+    pub max_vcpus: u8,
+    /// Most memory that a VM without a memory limit grows to, 96M to 1023G; 0: half of what the host has. With a limit,
+    /// that and guest_memory is the most.
+    #[serde(deserialize_with = "value::most_memory")]
+    pub max_memory: ByteSize,
     /// The least memory with a limit, however small that is, 96M to 1023G.
     #[serde(deserialize_with = "value::memory")]
     pub minimum_memory: ByteSize,
@@ -154,6 +166,7 @@ impl Default for Config {
             reader_timeout: Duration::from_secs(30),
             allowed_annotations: Annotation::SIZES.to_vec(),
             size: Size::default(),
+            hotplug: Hotplug::default(),
             rootfs: Rootfs::default(),
         }
     }
@@ -164,6 +177,8 @@ impl Default for Size {
         Self {
             default_vcpus: 1,
             default_memory: ByteSize::from_mib(512),
+            max_vcpus: 0,
+            max_memory: ByteSize(0),
             minimum_memory: ByteSize::from_mib(256),
             guest_memory: ByteSize::from_mib(128),
             host_memory: ByteSize::from_mib(128),

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use documented::DocumentedFields;
 use toml::{Table, Value};
 
-use super::{Config, Rootfs, Size};
+use super::{Config, CpuRules, Hotplug, MemoryRules, Rootfs, Size};
 
 /// Columns of a line of text.
 const COLUMNS: usize = 110;
@@ -20,9 +20,9 @@ const HEAD: &str = "\
 # kernel and initrd.
 ";
 
-/// A table of the configuration: its name, its doc comment, and its keys with their doc comments.
+/// A table of the configuration: its name, and its keys with their doc comments. A table in it is a key too.
 pub(super) struct Section {
-    /// Empty: the keys before any table.
+    /// With those of the tables that it is in: `hotplug.cpu`. Empty: the keys before any table.
     pub name: &'static str,
     pub keys: Vec<(&'static str, &'static str)>,
 }
@@ -39,8 +39,19 @@ pub(super) fn sections() -> Vec<Section> {
     vec![
         section::<Config>(""),
         section::<Size>("size"),
+        section::<Hotplug>("hotplug"),
+        section::<CpuRules>("hotplug.cpu"),
+        section::<MemoryRules>("hotplug.memory"),
         section::<Rootfs>("rootfs"),
     ]
+}
+
+/// The name of a key with those of the tables that it is in: `hotplug.cpu.interval`.
+pub(super) fn path(table: &str, key: &str) -> String {
+    match table {
+        "" => key.to_owned(),
+        table => format!("{table}.{key}"),
+    }
 }
 
 /// The reference, as it is in `docs/nacre.toml`.
@@ -48,24 +59,33 @@ pub fn reference() -> String {
     // What is serialized has been deserialized; it has nothing that TOML has not.
     let defaults = Table::try_from(Config::default()).unwrap_or_default();
     let sections = sections();
-    let is_table = |name: &str| sections.iter().any(|section| section.name == name);
+    let is_table = |path: &str| sections.iter().any(|section| section.name == path);
     let mut text = HEAD.to_owned();
     for section in &sections {
         let mut values = &defaults;
         if !section.name.is_empty() {
-            let doc = sections[0]
-                .keys
+            let doc = sections
                 .iter()
-                .find(|(name, _)| *name == section.name)
-                .map_or("", |(_, doc)| doc);
+                .flat_map(|outer| {
+                    outer
+                        .keys
+                        .iter()
+                        .map(|(key, doc)| (path(outer.name, key), doc))
+                })
+                .find_map(|(path, doc)| (path == section.name).then_some(*doc));
             text.push('\n');
-            comment(&mut text, doc);
+            comment(&mut text, doc.unwrap_or_default());
             let _ = writeln!(text, "[{}]", section.name);
-            if let Some(Value::Table(inner)) = defaults.get(section.name) {
-                values = inner;
+            for name in section.name.split('.') {
+                if let Some(Value::Table(inner)) = values.get(name) {
+                    values = inner;
+                }
             }
         }
-        for (name, doc) in section.keys.iter().filter(|(name, _)| !is_table(name)) {
+        for (name, doc) in &section.keys {
+            if is_table(&path(section.name, name)) {
+                continue;
+            }
             text.push('\n');
             comment(&mut text, doc);
             if let Some(value) = values.get(*name) {

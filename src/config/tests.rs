@@ -1,5 +1,6 @@
-use super::reference::sections;
+use super::reference::{path, sections};
 use super::*;
+use crate::hotplug::{CpuPolicy, Host, MemoryPolicy, Room};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::Wish;
 use crate::sandbox::{SandboxConfig, size};
@@ -26,6 +27,30 @@ const DURATIONS: &[(&str, &str)] = &[
     ("10", "a string with a duration"),
     ("[]", "a string with a duration"),
 ];
+const PAUSES: &[(&str, &str)] = &[
+    ("\"10\"", "such as 10s"),
+    ("\"-1s\"", "write 0, or a number"),
+    ("\"525601m\"", "at most 525600m"),
+    ("10", "a string with a duration: 0, or"),
+];
+const INTERVALS: &[(&str, &str)] = &[
+    ("\"99ms\"", "0 or a duration from 100ms to 525600m"),
+    ("\"5\"", "0 or a duration from 100ms to 525600m"),
+    ("5", "0 or a duration from 100ms to 525600m"),
+    ("\"525601m\"", "0 or a duration from 100ms to 525600m"),
+];
+const PERCENT: &[(&str, &str)] = &[
+    ("101", "percent from 0 to 100"),
+    ("-1", "percent from 0 to 100"),
+    ("0.8", "percent from 0 to 100"),
+    ("\"80%\"", "percent from 0 to 100"),
+];
+const READINGS: &[(&str, &str)] = &[
+    ("256", "a whole number from 0 to 255"),
+    ("-1", "a whole number from 0 to 255"),
+    ("\"2\"", "a whole number from 0 to 255"),
+];
+const BYTES: &[(&str, &str)] = &[("\"1T\"", "up to 1023G"), ("128", "up to 1023G")];
 const FILES: &[(&str, &str)] = &[
     ("3", "absolute path"),
     ("\"\"", "absolute path"),
@@ -121,19 +146,65 @@ const KEYS: &[Key] = &[
         ],
     ),
     key("size", "default_memory", "\"1023G\"", MEMORY),
-    key("size", "minimum_memory", "\"96M\"", MEMORY),
     key(
         "size",
-        "guest_memory",
-        "\"0\"",
-        &[("\"1T\"", "up to 1023G"), ("128", "up to 1023G")],
+        "max_vcpus",
+        "2",
+        &[
+            ("255", "from 0 to 254"),
+            ("-1", "from 0 to 254"),
+            ("\"2\"", "from 0 to 254"),
+        ],
     ),
     key(
         "size",
-        "host_memory",
+        "max_memory",
         "\"1G\"",
-        &[("\"1T\"", "up to 1023G"), ("128", "up to 1023G")],
+        &[
+            ("\"95M\"", "96M to 1023G, such as 512M, or 0"),
+            ("\"1T\"", "96M to 1023G, such as 512M, or 0"),
+            ("\"much\"", "or 0"),
+            ("0", "0 or a size from 96M to 1023G"),
+        ],
     ),
+    key("size", "minimum_memory", "\"96M\"", MEMORY),
+    key("size", "guest_memory", "\"0\"", BYTES),
+    key("size", "host_memory", "\"1G\"", BYTES),
+    key(
+        "hotplug",
+        "enabled",
+        "false",
+        &[("1", "a boolean"), ("\"no\"", "a boolean")],
+    ),
+    key("hotplug.cpu", "interval", "\"0\"", INTERVALS),
+    key("hotplug.cpu", "up_load", "0", PERCENT),
+    key("hotplug.cpu", "up_readings", "0", READINGS),
+    key("hotplug.cpu", "up_throttled", "100", PERCENT),
+    key("hotplug.cpu", "up_cooldown", "\"0s\"", PAUSES),
+    key("hotplug.cpu", "down_load", "0", PERCENT),
+    key("hotplug.cpu", "down_readings", "255", READINGS),
+    key("hotplug.cpu", "down_cooldown", "\"0m\"", PAUSES),
+    key("hotplug.memory", "interval", "\"100ms\"", INTERVALS),
+    key(
+        "hotplug.memory",
+        "step",
+        "\"2M\"",
+        &[
+            ("\"1M\"", "a multiple of 2M"),
+            ("\"1T\"", "up to 1023G"),
+            ("128", "a multiple of 2M up to 1023G"),
+        ],
+    ),
+    key("hotplug.memory", "up_used", "100", PERCENT),
+    key("hotplug.memory", "up_available", "\"0\"", BYTES),
+    key("hotplug.memory", "up_readings", "1", READINGS),
+    key("hotplug.memory", "up_cooldown", "\"525600m\"", PAUSES),
+    key("hotplug.memory", "down_used", "0", PERCENT),
+    key("hotplug.memory", "down_available", "\"1G\"", BYTES),
+    key("hotplug.memory", "down_readings", "1", READINGS),
+    key("hotplug.memory", "down_cooldown", "\"0ms\"", PAUSES),
+    key("hotplug.memory", "reserve", "\"0\"", BYTES),
+    key("hotplug.memory", "burst", "\"0\"", BYTES),
     key(
         "rootfs",
         "headroom",
@@ -170,9 +241,27 @@ fn effect(config: &Config) -> String {
     let annotated =
         serde_json::json!({ "ociVersion": "1.1.0", "annotations": { "io.nacre.vcpus": "2" } });
     let annotated = serde_json::from_value(annotated).unwrap();
+    let host = Host {
+        cpus: 8,
+        memory_mib: 65_536,
+    };
+    let room = Room::of(
+        size::boot_size(&size::Limits::default(), &config.size, 1000),
+        &size::Limits::default(),
+        &config.size,
+        host,
+    );
+    let hotplug = &config.hotplug;
+    let controllers = (
+        room,
+        hotplug.enabled,
+        CpuPolicy::new(hotplug.cpu.clone(), room.vcpus, 1),
+        MemoryPolicy::new(hotplug.memory.clone(), room.memory_mib, 512),
+    );
     format!(
         "{:?}",
         (
+            controllers,
             SandboxConfig::new(config, "n", "i", PathBuf::new()),
             size::boot_size(&limits, &config.size, 1000),
             size::boot_size(&large, &config.size, 1000),
@@ -193,11 +282,12 @@ fn empty_is_the_default() {
 
 #[test]
 fn the_table_of_these_tests_has_every_key() {
-    let mut keys: Vec<(&str, &str)> = sections()
+    let sections = sections();
+    let mut keys: Vec<(&str, &str)> = sections
         .iter()
         .flat_map(|section| section.keys.iter().map(|(name, _)| (section.name, *name)))
         .collect();
-    keys.retain(|(table, name)| !(table.is_empty() && sections().iter().any(|s| s.name == *name)));
+    keys.retain(|(table, name)| !sections.iter().any(|s| s.name == path(table, name)));
     let tested: Vec<(&str, &str)> = KEYS.iter().map(|key| (key.table, key.name)).collect();
     assert_eq!(keys, tested);
 }
@@ -253,6 +343,10 @@ fn every_table_refuses_an_unknown_key_and_names_those_that_it_has() {
     for (text, part) in [
         ("size = 1", "a table, [size]"),
         ("[sizes]\n", "unknown key `sizes`"),
+        ("hotplug = 1", "a table, [hotplug]"),
+        ("[hotplug]\ncpu = 1", "`hotplug.cpu`"),
+        ("[hotplug]\ncpu = 1", "line 2"),
+        ("hotplug.memory.step = 1", "`hotplug.memory.step`"),
         ("a", "line 1"),
         ("kernel = /k", "`kernel`"),
         (

@@ -20,6 +20,10 @@ pub(super) const LONGEST_STATE_DIR: usize =
 const LONGEST_CMDLINE: usize = 1024;
 /// A year is for ever; more would overflow clocks.
 const LONGEST_DURATION_MS: u64 = 31_536_000_000;
+/// Shortest time between two readings: each is a call into the guest.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+/// What memory is plugged in, in MiB.
+const PLUG_UNIT_MIB: u64 = 2;
 /// Largest ext4 image with the blocks that its maker chooses.
 const LARGEST_IMAGE: ByteSize = ByteSize(16 << 40);
 
@@ -104,6 +108,18 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     match millis {
         Some(millis @ 1..=LONGEST_DURATION_MS) => Ok(Duration::from_millis(millis)),
         _ => Err(wrong()),
+    }
+}
+
+/// As [`parse_duration`], and zero.
+fn parse_pause(text: &str) -> Result<Duration, String> {
+    match text {
+        "0" | "0ms" | "0s" | "0m" => Ok(Duration::ZERO),
+        text => parse_duration(text).map_err(|_| {
+            format!(
+                "{text:?} is not a duration: write 0, or a number with ms, s or m, such as 10s, and at most 525600m"
+            )
+        }),
     }
 }
 
@@ -217,6 +233,23 @@ kinds! {
     GuestMemory, guest_memory: ByteSize = |text: &str| {
         between(text, ByteSize(0), ByteSize::from_mib(MAXIMUM_MEMORY_MIB), GuestMemory::ALLOWED)
     }, "a string with a size up to 1023G, such as 128M";
+    MostMemory, most_memory: ByteSize = |text: &str| match text.parse() {
+        Ok(ByteSize(0)) => Ok(ByteSize(0)),
+        _ => parse_memory(text).map_err(|error| format!("{error}, or 0")),
+    }, "a string with 0 or a size from 96M to 1023G, such as 4G";
+    Step, step: ByteSize = |text: &str| {
+        let size = between(text, ByteSize(0), ByteSize::from_mib(MAXIMUM_MEMORY_MIB), Step::ALLOWED)?;
+        match size.0.is_multiple_of(PLUG_UNIT_MIB << 20) {
+            true => Ok(size),
+            false => Err(format!("{text:?} is not possible: {}", Step::ALLOWED)),
+        }
+    }, "a string with a multiple of 2M up to 1023G, such as 128M";
+    Pause, read_pause: Duration = parse_pause,
+        "a string with a duration: 0, or a number with ms, s or m, such as 10s";
+    Interval, read_interval: Duration = |text: &str| match parse_pause(text) {
+        Ok(interval) if interval.is_zero() || interval >= SHORTEST_INTERVAL => Ok(interval),
+        _ => Err(format!("{text:?} is not possible: {}", Interval::ALLOWED)),
+    }, "a string with 0 or a duration from 100ms to 525600m, such as 10s";
     Headroom, headroom: ByteSize = parse_headroom,
         "a string with a size up to 16T, such as 1G";
     File, file: PathBuf = parse_file,
@@ -236,19 +269,57 @@ kinds! {
 const VCPUS_ALLOWED: &str = "a whole number from 1 to 254";
 
 pub(super) fn vcpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
-    struct Count;
-    impl Visitor<'_> for Count {
-        type Value = u8;
+    deserializer.deserialize_i64(Count {
+        least: 1,
+        most: MAXIMUM_VCPUS,
+        allowed: VCPUS_ALLOWED,
+    })
+}
 
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str(VCPUS_ALLOWED)
-        }
+pub(super) fn most_vcpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    deserializer.deserialize_i64(Count {
+        least: 0,
+        most: MAXIMUM_VCPUS,
+        allowed: "a whole number from 0 to 254",
+    })
+}
 
-        fn visit_i64<E: serde::de::Error>(self, count: i64) -> Result<u8, E> {
-            parse_vcpus(&count.to_string()).map_err(E::custom)
-        }
+pub(super) fn percent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    deserializer.deserialize_i64(Count {
+        least: 0,
+        most: 100,
+        allowed: "a whole number of percent from 0 to 100",
+    })
+}
+
+pub(super) fn readings<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    deserializer.deserialize_i64(Count {
+        least: 0,
+        most: u8::MAX,
+        allowed: "a whole number from 0 to 255",
+    })
+}
+
+/// Reads a whole number in a range.
+struct Count {
+    least: u8,
+    most: u8,
+    allowed: &'static str,
+}
+
+impl Visitor<'_> for Count {
+    type Value = u8;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.allowed)
     }
-    deserializer.deserialize_i64(Count)
+
+    fn visit_i64<E: serde::de::Error>(self, count: i64) -> Result<u8, E> {
+        u8::try_from(count)
+            .ok()
+            .filter(|count| (self.least..=self.most).contains(count))
+            .ok_or_else(|| E::custom(format!("{count} is not possible: {}", self.allowed)))
+    }
 }
 
 /// Names of annotations.
@@ -274,22 +345,35 @@ pub(super) fn annotations<'de, D: Deserializer<'de>>(
     deserializer.deserialize_seq(Names)
 }
 
-/// For `#[serde(with)]`.
-pub(super) mod duration {
-    use super::*;
+macro_rules! durations {
+    ($($(#[$doc:meta])* $name:ident = $read:ident;)+) => { $(
+        $(#[$doc])*
+        pub(super) mod $name {
+            use super::*;
 
-    pub(crate) fn serialize<S: Serializer>(
-        duration: &Duration,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&show_duration(*duration))
-    }
+            pub(crate) fn serialize<S: Serializer>(
+                duration: &Duration,
+                serializer: S,
+            ) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&show_duration(*duration))
+            }
 
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Duration, D::Error> {
-        read_duration(deserializer)
-    }
+            pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+                deserializer: D,
+            ) -> Result<Duration, D::Error> {
+                $read(deserializer)
+            }
+        }
+    )+ };
+}
+
+durations! {
+    /// For `#[serde(with)]`: a time limit, never zero.
+    duration = read_duration;
+    /// For `#[serde(with)]`: a time to leave something alone, which may be zero.
+    pause = read_pause;
+    /// For `#[serde(with)]`: how often something is done; zero: not at all.
+    interval = read_interval;
 }
 
 /// As it would be written.
@@ -328,6 +412,8 @@ mod tests {
         assert_eq!(ByteSize::from_mib(MAXIMUM_MEMORY_MIB).to_string(), "1023G");
         assert_eq!(LARGEST_IMAGE.to_string(), "16T");
         assert_eq!(MAXIMUM_VCPUS, 254);
+        assert_eq!(show_duration(SHORTEST_INTERVAL), "100ms");
+        assert_eq!(ByteSize::from_mib(PLUG_UNIT_MIB).to_string(), "2M");
         assert_eq!(LONGEST_STATE_DIR, 56);
         assert_eq!(LONGEST_CMDLINE, 1024);
         assert_eq!(
