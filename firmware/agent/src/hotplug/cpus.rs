@@ -2,9 +2,11 @@
 //! by a number of its own; the ACPI node of the CPU's device joins the two. The
 //! kernel makes the device when the CPU is plugged, and leaves it offline.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::error::{Doing, Error};
@@ -14,9 +16,13 @@ use crate::uevents::{self, Changes};
 /// Names of ACPI nodes that may be a processor's: the device's id, and what Linux calls a `Processor` object.
 const NODES: [&str; 2] = ["ACPI0007:", "LNXCPU:"];
 
-/// The machine's CPUs, as sysfs shows them.
+/// The machine's CPUs, as sysfs shows them. Clones share what is remembered.
 #[derive(Clone)]
-pub struct Cpus(KernelFiles);
+pub struct Cpus {
+    files: KernelFiles,
+    /// Linux's numbers of CPUs that were taken offline, by `_UID`: without an ACPI node nothing tells them apart then.
+    taken: Arc<Mutex<BTreeMap<u32, u32>>>,
+}
 
 /// A CPU that the kernel knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,11 +35,14 @@ pub struct Cpu {
 
 impl Cpus {
     pub fn new(files: KernelFiles) -> Cpus {
-        Cpus(files)
+        Cpus {
+            files,
+            taken: Arc::default(),
+        }
     }
 
     fn folder(&self) -> PathBuf {
-        self.0.sys.join("devices/system/cpu")
+        self.files.sys.join("devices/system/cpu")
     }
 
     fn device(&self, number: u32) -> PathBuf {
@@ -47,7 +56,7 @@ impl Cpus {
 
     /// The `_UID`s of the CPUs that are online; where the kernel shows none, APIC ids, which is the same here.
     pub fn online_uids(&self) -> Vec<u32> {
-        let apic_ids = apic_ids(&self.0.proc_text("cpuinfo"));
+        let apic_ids = apic_ids(&self.files.proc_text("cpuinfo"));
         let apic_id = |number: u32| apic_ids.iter().find(|(of, _)| *of == number);
         self.online()
             .into_iter()
@@ -65,12 +74,13 @@ impl Cpus {
     }
 
     /// The CPU with this `_UID`: by the link from the CPU's device to its ACPI node, else by that from the node to the
-    /// device, else, without ACPI, by the APIC id, which the kernel tells of CPUs that are online.
+    /// device, else, without such nodes, by the APIC id, which the kernel tells of CPUs that are online, or by what it was
+    /// before it was taken offline.
     pub fn find(&self, uid: u32) -> Option<Cpu> {
         let devices = names(&self.folder())
             .filter_map(|name| name.strip_prefix("cpu")?.parse::<u32>().ok())
             .find(|number| self.uid_of(*number) == Some(uid));
-        let nodes = self.0.sys.join("bus/acpi/devices");
+        let nodes = self.files.sys.join("bus/acpi/devices");
         let by_node = || {
             names(&nodes)
                 .filter(|name| NODES.iter().any(|node| name.starts_with(node)))
@@ -88,13 +98,22 @@ impl Cpus {
                         .ok()
                 })
         };
+        let apic_ids = apic_ids(&self.files.proc_text("cpuinfo"));
         let by_apic_id = || {
-            apic_ids(&self.0.proc_text("cpuinfo"))
-                .into_iter()
-                .find(|(number, id)| *id == uid && self.uid_of(*number).is_none())
-                .map(|(number, _)| number)
+            let mut online = apic_ids.iter();
+            online.find(|(number, id)| *id == uid && self.uid_of(*number).is_none())
         };
-        let number = devices.or_else(by_node).or_else(by_apic_id)?;
+        let by_memory = || {
+            let taken = self.taken.lock().expect("CPUs that were taken offline");
+            let number = *taken.get(&uid)?;
+            let is_other = apic_ids.iter().any(|(online, _)| *online == number);
+            let is_there = self.device(number).exists() && self.uid_of(number).is_none();
+            (is_there && !is_other).then_some(number)
+        };
+        let number = devices
+            .or_else(by_node)
+            .or_else(|| by_apic_id().map(|(number, _)| *number))
+            .or_else(by_memory)?;
         Some(Cpu { uid, number })
     }
 
@@ -147,7 +166,10 @@ impl Cpus {
         if cpu.number == 0 {
             return Err(first_stays(cpu.uid));
         }
-        self.switch(cpu, false)
+        self.switch(cpu, false)?;
+        let mut taken = self.taken.lock().expect("CPUs that were taken offline");
+        taken.insert(cpu.uid, cpu.number);
+        Ok(())
     }
 
     fn switch(&self, cpu: Cpu, on: bool) -> Result<(), Error> {
@@ -333,6 +355,33 @@ mod tests {
         machine.add(1, Some(6), None);
         assert_eq!(machine.cpus.find(4), None);
         assert_eq!(machine.cpus.online_uids(), [0, 6]);
+    }
+
+    #[test]
+    fn without_acpi_a_cpu_that_was_taken_offline_is_remembered() {
+        let machine = Machine::new();
+        machine.add(1, None, Some("1\n"));
+        let cpuinfo = machine.folder.path().join("proc/cpuinfo");
+        let (first, both) = (
+            "processor: 0\napicid: 0\n",
+            "processor: 0\napicid: 0\nprocessor: 1\napicid: 4\n",
+        );
+        fs::write(&cpuinfo, both).unwrap();
+        machine
+            .cpus
+            .take_offline(machine.cpus.find(4).unwrap())
+            .unwrap();
+        fs::write(&cpuinfo, first).unwrap();
+        assert_eq!(machine.cpus.find(4), Some(Cpu { uid: 4, number: 1 }));
+        // Its number went to another.
+        fs::write(&cpuinfo, both.replace("apicid: 4", "apicid: 5")).unwrap();
+        assert_eq!(machine.cpus.find(4), None);
+        fs::write(&cpuinfo, first).unwrap();
+        machine.add(1, Some(5), None);
+        assert_eq!(machine.cpus.find(4), None);
+        // It was ejected.
+        fs::remove_dir_all(machine.cpus.device(1)).unwrap();
+        assert_eq!(machine.cpus.find(4), None);
     }
 
     #[tokio::test]

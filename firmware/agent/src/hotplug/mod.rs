@@ -47,6 +47,7 @@ const TURN_LIMIT: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub struct Hotplug {
     files: KernelFiles,
+    cpus: Cpus,
     page_bytes: u64,
     offline: OwnProcess,
     turn: Arc<Mutex<()>>,
@@ -56,8 +57,10 @@ impl Hotplug {
     /// Of this machine; `reaper` is told of the ends of the processes that take memory offline.
     pub fn new(reaper: Reaper) -> Hotplug {
         let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+        let files = KernelFiles::of_the_machine();
         Hotplug {
-            files: KernelFiles::of_the_machine(),
+            cpus: Cpus::new(files.clone()),
+            files,
             page_bytes: page
                 .ok()
                 .flatten()
@@ -85,7 +88,7 @@ impl Hotplug {
     pub async fn online_cpu(&self, request: &OnlineCpuRequest) -> Result<OnlineCpuResponse, Error> {
         let begun = Instant::now();
         let mut changes = listen()?;
-        let cpus = Cpus::new(self.files.clone());
+        let cpus = &self.cpus;
         let wait = wait(request.wait_ms);
         let cpu = cpus.appeared(request.uid, wait, &mut changes).await?;
         let noticed_us = micros(begun);
@@ -102,7 +105,7 @@ impl Hotplug {
             cpu: cpu.number,
             noticed_us,
             online_us: micros(begun),
-            vcpus_online: count(&cpus),
+            vcpus_online: count(cpus),
             ..Default::default()
         })
     }
@@ -120,7 +123,7 @@ impl Hotplug {
         if request.uid == 0 {
             return Err(first_stays(0));
         }
-        let cpus = Cpus::new(self.files.clone());
+        let cpus = &self.cpus;
         let _turn = self.turn("taking a CPU offline").await?;
         let cpu = cpus.find(request.uid).ok_or_else(|| {
             Error::NotFound(format!("CPU _UID {}: there is no such CPU", request.uid))
@@ -135,7 +138,7 @@ impl Hotplug {
         Ok(OfflineCpuResponse {
             cpu: cpu.number,
             offline_us: micros(begun),
-            vcpus_online: count(&cpus),
+            vcpus_online: count(cpus),
             ..Default::default()
         })
     }

@@ -3,6 +3,8 @@
 //! on the console what it saw, `PASS case` or `FAIL case: why`. It needs
 //! /rootfs, a directory with busybox and its links, and ends the machine.
 
+mod hotplug;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -29,6 +31,7 @@ struct Seen {
     exits: Arc<Mutex<HashMap<String, u32>>>,
     order: Arc<Mutex<Vec<String>>>,
     oom: Arc<Mutex<Vec<String>>>,
+    pressure: Arc<Mutex<Vec<Instant>>>,
     fresh: Arc<Notify>,
 }
 
@@ -55,6 +58,7 @@ impl Host for Seen {
                 self.order.lock().unwrap().push(key);
             }
             Some(Event::Oom(oom)) => self.oom.lock().unwrap().push(oom.container_id),
+            Some(Event::Pressure(_)) => self.pressure.lock().unwrap().push(Instant::now()),
             _ => {}
         }
         self.fresh.notify_waiters();
@@ -1052,6 +1056,9 @@ async fn main() {
         seen,
         next_port: Mutex::new(70000),
     };
+    use hotplug::{
+        cpu_off_and_on, cpu_plug, memory_busy, memory_plug, resources, virtio_mem, watch_memory,
+    };
     // `host.only=CASE,CASE` on the kernel's command line.
     let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let only: Vec<&str> = line
@@ -1060,8 +1067,8 @@ async fn main() {
         .map(|list| list.split(',').collect())
         .unwrap_or_default();
     macro_rules! cases {
-        ($($case:ident),*) => { $(
-            if only.is_empty() || only.contains(&stringify!($case)) {
+        ($unasked:expr, $($case:ident),*) => { $(
+            if $unasked && only.is_empty() || only.contains(&stringify!($case)) {
                 let begun = Instant::now();
                 match $case(&harness).await {
                     Ok(()) => println!("PASS {} in {:?}", stringify!($case), begun.elapsed()),
@@ -1071,6 +1078,7 @@ async fn main() {
         )* };
     }
     cases!(
+        true,
         outputs,
         inside,
         working_directory,
@@ -1093,8 +1101,13 @@ async fn main() {
         confinement,
         seccomp,
         device_rules,
-        many
+        many,
+        resources,
+        cpu_off_and_on,
+        watch_memory
     );
+    // Somebody must plug when asked on the console: only when named.
+    cases!(false, cpu_plug, memory_plug, memory_busy, virtio_mem);
     let request = ShutdownRequest {
         grace_ms: 500,
         ..Default::default()
