@@ -54,10 +54,26 @@ pub struct CpuRules {
     pub down_cooldown: Duration,
 }
 
+/// How memory comes and goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryWay {
+    /// By virtio-mem if the guest has its driver, else by ACPI.
+    #[default]
+    Auto,
+    /// By virtio-mem, in steps of 2 MiB.
+    VirtioMem,
+    /// By ACPI, in units that are fixed when the VM starts.
+    Acpi,
+}
+
 /// When memory comes and goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, DocumentedFields)]
 #[serde(default, deny_unknown_fields, expecting = "a table, [hotplug.memory]")]
 pub struct MemoryRules {
+    /// How memory comes and goes: virtio-mem, in steps of 2M; acpi, in units of 128M or more that are fixed when the VM starts; or
+    /// auto, which is virtio-mem if the guest has its driver, else acpi.
+    pub way: MemoryWay,
     /// Between two readings, from 100ms to a year; 0: memory does not come and go by itself, for a stall neither.
     #[serde(with = "value::interval")]
     pub interval: Duration,
@@ -128,6 +144,7 @@ impl Default for CpuRules {
 impl Default for MemoryRules {
     fn default() -> Self {
         Self {
+            way: MemoryWay::Auto,
             interval: Duration::from_secs(10),
             step: ByteSize::from_mib(128),
             up_used: 85,

@@ -19,7 +19,7 @@ use toml::de::{DeTable, DeValue};
 use crate::sandbox::Timeouts;
 use crate::sandbox::annotations::Annotation;
 
-pub use hotplug::{CpuRules, Hotplug, MemoryRules};
+pub use hotplug::{CpuRules, Hotplug, MemoryRules, MemoryWay};
 pub use reference::reference;
 pub use value::{ByteSize, parse_duration};
 
@@ -87,6 +87,9 @@ pub struct Config {
     /// Until the guest has dialled a stdio stream.
     #[serde(with = "value::duration")]
     pub stdio_timeout: Duration,
+    /// Until the guest has taken, or given back, one vCPU or one step of memory.
+    #[serde(with = "value::duration")]
+    pub resize_timeout: Duration,
     /// A shim that nobody has called since its start ends itself.
     #[serde(with = "value::duration")]
     pub idle_timeout: Duration,
@@ -162,6 +165,7 @@ impl Default for Config {
             agent_timeout: Duration::from_secs(10),
             create_timeout: Duration::from_secs(30),
             stdio_timeout: Duration::from_secs(10),
+            resize_timeout: Duration::from_secs(20),
             idle_timeout: Duration::from_secs(30),
             reader_timeout: Duration::from_secs(30),
             allowed_annotations: Annotation::SIZES.to_vec(),
@@ -261,7 +265,7 @@ impl Config {
             agent: self.agent_timeout,
             create: self.create_timeout,
             stdio: self.stdio_timeout,
-            resize: std::time::Duration::from_secs(30),
+            resize: self.resize_timeout,
         }
     }
 

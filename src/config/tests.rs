@@ -119,6 +119,7 @@ const KEYS: &[Key] = &[
     key("", "agent_timeout", "\"11s\"", DURATIONS),
     key("", "create_timeout", "\"1ms\"", DURATIONS),
     key("", "stdio_timeout", "\"2m\"", DURATIONS),
+    key("", "resize_timeout", "\"21s\"", DURATIONS),
     key("", "idle_timeout", "\"525600m\"", DURATIONS),
     key("", "reader_timeout", "\"1s\"", DURATIONS),
     key(
@@ -184,6 +185,12 @@ const KEYS: &[Key] = &[
     key("hotplug.cpu", "down_load", "0", PERCENT),
     key("hotplug.cpu", "down_readings", "255", READINGS),
     key("hotplug.cpu", "down_cooldown", "\"0m\"", PAUSES),
+    key(
+        "hotplug.memory",
+        "way",
+        "\"acpi\"",
+        &[("1", "string"), ("\"dimm\"", "virtio-mem")],
+    ),
     key("hotplug.memory", "interval", "\"100ms\"", INTERVALS),
     key(
         "hotplug.memory",

@@ -21,7 +21,6 @@ use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
 use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::bring_up::Ports;
 use super::console::Tail;
@@ -78,9 +77,9 @@ impl Fake {
     pub(crate) fn with_mem(has_mem: bool) -> Arc<Self> {
         let (end, _) = watch::channel(None);
         let changes = Changes::default();
-        let line = EventFd::new(0).unwrap();
+        let line = EventLine::unheard().unwrap();
         let regions = Arc::new(NoMemory(Mutex::new(SlotAllocator::new(64))));
-        let plugs = Plugs::new(MAX_VCPUS, AREA, regions, EventLine::new(line), &changes);
+        let plugs = Plugs::new(MAX_VCPUS, AREA, regions, line, &changes);
         plugs.cpus().occupy(0, Arc::default());
         Arc::new(Self {
             plugs,

@@ -130,7 +130,7 @@ impl SandboxConfig {
             vcpus: config.size.default_vcpus,
             memory_mib: config.size.default_memory.mib(),
             plug: PlugConfig::default(),
-            memory_way: MemoryWay::default(),
+            memory_way: config.hotplug.memory.way,
             disks: Vec::new(),
             console: ConsoleSink::default(),
             timeouts: config.timeouts(),

@@ -100,14 +100,6 @@ fn cpus_in_list(list: &str) -> Option<u64> {
     (count > 0).then_some(count)
 }
 
-/// The most that a VM may become on this host: as many vCPUs as there are CPUs, and half of the memory.
-pub fn most(_config: &Size) -> BootSize {
-    BootSize {
-        vcpus: u8::try_from(host_cpus().clamp(1, 254)).unwrap_or(254),
-        memory_mib: host_memory_mib().map_or(0, |mib| mib / 2),
-    }
-}
-
 /// Units of ACPI memory of a VM whose memory comes by nothing else, and of one for whose guest it is the second choice. Each
 /// costs the guest's boot a few reads.
 const UNITS: (u64, u64) = (128, 16);

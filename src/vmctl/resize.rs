@@ -8,8 +8,9 @@ use anyhow::bail;
 use super::list;
 use crate::config::{ByteSize, Config};
 use crate::control::{Client, Wanted};
+use crate::hotplug::{Host, Room};
 use crate::sandbox::resize::Resized;
-use crate::sandbox::size::{self, BootSize};
+use crate::sandbox::size::{self, BootSize, Limits};
 use crate::sandbox::{MemoryWay, SandboxConfig};
 
 const HELP: &str = "\
@@ -103,17 +104,10 @@ pub(super) struct Most {
     /// Most memory that `vmctl resize` may give the VM, such as 4G [default: from the configuration]
     #[arg(long, value_name = "SIZE")]
     max_memory: Option<ByteSize>,
-    /// How memory comes and goes: by virtio-mem, by ACPI, or auto: by virtio-mem if the guest has its driver
-    #[arg(long, value_name = "WAY", default_value = "auto")]
-    memory_way: Way,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-enum Way {
-    #[default]
-    Auto,
-    VirtioMem,
-    Acpi,
+    /// How memory comes and goes: virtio-mem; acpi; or auto, which is virtio-mem if the guest has its driver [default: from the
+    /// configuration]
+    #[arg(long, value_name = "WAY", value_enum)]
+    memory_way: Option<MemoryWay>,
 }
 
 impl Most {
@@ -136,16 +130,12 @@ impl Most {
                 boot.memory_mib
             );
         }
-        let host = size::most(&config.size);
+        let host = Room::ceiling(&Limits::default(), &config.size, Host::read());
         let most = BootSize {
             vcpus: self.max_vcpus.unwrap_or(host.vcpus),
             memory_mib: self.max_memory.map_or(host.memory_mib, ByteSize::mib),
         };
-        vm.memory_way = match self.memory_way {
-            Way::Auto => MemoryWay::Auto,
-            Way::VirtioMem => MemoryWay::VirtioMem,
-            Way::Acpi => MemoryWay::Acpi,
-        };
+        vm.memory_way = self.memory_way.unwrap_or(config.hotplug.memory.way);
         vm.plug = size::plug(boot, most, vm.memory_way);
         Ok(())
     }

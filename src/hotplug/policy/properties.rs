@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{ByteSize, CpuRules, MemoryRules};
+use crate::config::{ByteSize, CpuRules, MemoryRules, MemoryWay};
 use crate::hotplug::Bounds;
 
 /// What happens to a policy. Times are in ms.
@@ -50,6 +50,7 @@ fn memory_rules() -> impl Strategy<Value = MemoryRules> {
         (0..=100_u8, size(), 0..5_u8, pause(), size(), size()),
     )
         .prop_map(|(up, down)| MemoryRules {
+            way: MemoryWay::Auto,
             interval: up.0,
             step: up.1,
             up_used: up.2,

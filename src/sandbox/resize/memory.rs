@@ -1,21 +1,9 @@
 //! Which way memory goes, and how much of it: the size that is asked for is that of the whole VM.
 
-use super::{Resized, Step};
+use super::{MemoryWay, Resized, Step};
 use crate::control::Memory;
 use crate::sandbox::Sandbox;
 use crate::sandbox::error::Error;
-
-/// How memory comes and goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum MemoryWay {
-    /// By virtio-mem if the guest has the driver, else by ACPI.
-    #[default]
-    Auto,
-    /// By virtio-mem, in steps of 2 MiB.
-    VirtioMem,
-    /// By ACPI, in units that were fixed when the VM started.
-    Acpi,
-}
 
 /// Bytes of a page, and of what the kernel keeps for each: 1.56 %.
 const PAGE: u64 = 4096;

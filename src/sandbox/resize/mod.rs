@@ -9,7 +9,7 @@ mod requested;
 mod units;
 mod vcpus;
 
-pub use memory::MemoryWay;
+pub use crate::config::MemoryWay;
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::ByteSize;
+use crate::config::{ByteSize, MemoryWay};
 
 const MIB: u64 = 1 << 20;
 
@@ -389,6 +389,7 @@ fn every_number_may_be_zero() {
     assert_eq!(guest.stalls(0), Decision::Hold(Hold::Off));
 
     let all = MemoryRules {
+        way: MemoryWay::Auto,
         interval: Duration::from_secs(1),
         step: ByteSize::from_mib(2),
         up_used: 0,
