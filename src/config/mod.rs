@@ -121,7 +121,7 @@ pub struct Size {
     #[serde(deserialize_with = "value::memory")]
     pub default_memory: ByteSize,
     /// Most vCPUs that a VM without a CPU limit grows to, 0 to 254, but never more than the host has CPUs; 0: as many
-    /// as the host has. With a limit, that is the most.
+    /// as the host has, up to 32. With a limit, that is the most.
     #[serde(deserialize_with = "value::most_vcpus")]
     pub max_vcpus: u8,
     /// Most memory that a VM without a memory limit grows to, 96M to 1023G; 0: half of what the host has. With a limit,

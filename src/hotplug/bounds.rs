@@ -69,6 +69,10 @@ impl<T: Copy + Ord> Bounds<T> {
     }
 }
 
+/// Most vCPUs that a VM has without a limit and without configuration: a guest keeps about a quarter of a MiB for each that
+/// may come.
+const UNASKED: u8 = 32;
+
 /// What the host has, for ceilings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Host {
@@ -116,7 +120,7 @@ impl Room {
         let most = of_host.clamp(1, MAXIMUM_VCPUS);
         let vcpus = match (limits.cpus(), config.max_vcpus) {
             (Some(cpus), _) => u8::try_from(cpus).unwrap_or(u8::MAX),
-            (None, 0) => most,
+            (None, 0) => most.min(UNASKED),
             (None, max) => max,
         };
         let memory_mib = match (limits.memory_bytes(), config.max_memory.mib()) {

@@ -97,6 +97,44 @@ impl Fake {
         })
     }
 
+    /// From here on the guest's kernel does as it is told: notices what is plugged, ejects what it is asked for, and its driver
+    /// plugs what is requested.
+    #[cfg(test)]
+    pub(crate) fn obey(self: &Arc<Self>) {
+        use nacre_vmm::bus::BusDevice;
+        use nacre_vmm::hotplug::registers::{CPUS, FETCH, KIND_CPU, MEMORY, SLOT_BYTES};
+
+        const EJECT: u32 = 3;
+        let fake = Arc::clone(self);
+        let (mut changes, mut requests) = (self.changes.subscribe(), self.mem.subscribe());
+        tokio::spawn(async move {
+            let guest = fake.plugs.registers();
+            loop {
+                let mut word = [0; 4];
+                guest.read(FETCH, &mut word);
+                let word = u32::from_le_bytes(word);
+                if word != 0 {
+                    let slots = if word >> 24 == KIND_CPU { CPUS } else { MEMORY };
+                    if word & 0xff == EJECT {
+                        let slot = u64::from(word >> 8 & 0xff) * SLOT_BYTES;
+                        guest.write(slots + slot, &1u32.to_le_bytes());
+                    }
+                    continue;
+                }
+                fake.mem.send_if_modified(|status| {
+                    let differs = status.plugged != status.requested;
+                    status.plugged = status.requested;
+                    differs
+                });
+                tokio::select! {
+                    _ = changes.changed() => {}
+                    _ = requests.changed() => {}
+                    _ = fake.ended() => return,
+                }
+            }
+        });
+    }
+
     #[cfg(test)]
     pub(crate) fn has_ended(&self) -> bool {
         self.end.borrow().is_some()

@@ -111,6 +111,11 @@ impl HostService {
             self.complain(request.sequence, "", "the agent's events skip numbers");
         }
         if let Some(event) = self.judge(request) {
+            // One that finds no room would be old news when there is some.
+            if matches!(event, AgentEvent::Pressure { .. }) && self.events.capacity() <= 1 {
+                *last = request.sequence;
+                return Ok(());
+            }
             match self.events.try_send(event) {
                 Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
                 Err(mpsc::error::TrySendError::Full(_)) => return Err("the event queue is full"),
@@ -125,6 +130,12 @@ impl HostService {
             self.complain(request.sequence, "", "dropped an event without content");
             return None;
         };
+        if let Event::Pressure(pressure) = event {
+            return Some(AgentEvent::Pressure {
+                total_bytes: pressure.memory_total_bytes,
+                available_bytes: pressure.memory_available_bytes,
+            });
+        }
         let container_id = match event {
             Event::Exit(exit) => &exit.container_id,
             Event::Oom(oom) => &oom.container_id,
@@ -233,7 +244,7 @@ impl Host for HostService {
 
 #[cfg(test)]
 mod tests {
-    use nacre_protocol::agent::{Exit, OutOfMemory};
+    use nacre_protocol::agent::{Exit, MemoryPressure, OutOfMemory};
 
     use super::*;
 
@@ -294,6 +305,32 @@ mod tests {
         assert!(events.try_recv().is_err());
         service.take_event(&exit(4, "c", 0)).unwrap();
         assert!(events.try_recv().is_ok());
+    }
+
+    #[test]
+    fn want_of_memory_is_passed_on_while_there_is_room_and_never_takes_the_last_place() {
+        let (service, mut events, _said) = service();
+        let pressure = |sequence| {
+            let mut what = MemoryPressure::new();
+            (what.memory_total_bytes, what.memory_available_bytes) = (u64::MAX, 7);
+            let mut request = EventRequest::new();
+            request.sequence = sequence;
+            request.event = Some(Event::Pressure(what));
+            request
+        };
+        for sequence in 1..=5 {
+            service.take_event(&pressure(sequence)).unwrap();
+        }
+        service.take_event(&exit(6, "c", 3)).unwrap();
+        let expected = AgentEvent::Pressure {
+            total_bytes: u64::MAX,
+            available_bytes: 7,
+        };
+        assert_eq!(events.try_recv().unwrap(), expected);
+        assert!(matches!(
+            events.try_recv(),
+            Ok(AgentEvent::Exit { status: 3, .. })
+        ));
     }
 
     #[test]

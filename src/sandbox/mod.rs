@@ -186,6 +186,13 @@ pub enum AgentEvent {
         /// The container.
         container_id: String,
     },
+    /// Containers stall for want of memory; by the guest's figures, in bytes.
+    Pressure {
+        /// MemTotal.
+        total_bytes: u64,
+        /// MemAvailable.
+        available_bytes: u64,
+    },
 }
 
 /// A disk in the guest.

@@ -62,6 +62,28 @@ impl Limits {
         by_quota.or_else(|| self.cpuset.as_deref().and_then(cpus_in_list))
     }
 
+    /// As [`Self::cpus`], before it is rounded up: in thousandths of a CPU.
+    pub fn cpu_thousandths(&self) -> Option<u64> {
+        let period = self.period.filter(|period| *period > 0).unwrap_or(100_000);
+        let by_quota = self
+            .quota
+            .and_then(|quota| u64::try_from(quota).ok())
+            .filter(|quota| *quota > 0)
+            .map(|quota| {
+                let thousandths = (u128::from(quota) * 1000).div_ceil(u128::from(period));
+                u64::try_from(thousandths).unwrap_or(u64::MAX)
+            });
+        by_quota.or_else(|| Some(cpus_in_list(self.cpuset.as_deref()?)?.saturating_mul(1000)))
+    }
+
+    /// Takes over what an update sets; a quota or memory limit of 0 or less takes the limit away.
+    pub fn update(&mut self, new: Self) {
+        self.quota = new.quota.or(self.quota);
+        self.period = new.period.or(self.period);
+        self.cpuset = new.cpuset.or(self.cpuset.take());
+        self.memory = new.memory.or(self.memory);
+    }
+
     /// The memory limit in bytes. None: no limit.
     pub fn memory_bytes(&self) -> Option<u64> {
         self.memory

@@ -21,12 +21,15 @@ use super::settings::Patience;
 use super::task::{self, Identity, Shim};
 use crate::config::Config;
 use crate::control;
+use crate::hotplug::{Host, Room};
 use crate::origin;
 use crate::record::{self, Owner, PidFile, Record, Resource};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::{Cpu, Tree, VmCgroup, Wish};
+use crate::sandbox::size::BootSize;
 use crate::sandbox::{
-    ConsoleSink, ExitReason, GuestLine, Sandbox, SandboxConfig, Source, chain, monotonic_ns, size,
+    ConsoleSink, ExitReason, GuestLine, PlugConfig, Sandbox, SandboxConfig, Source, chain,
+    monotonic_ns, size,
 };
 
 /// How long a predecessor with the same id may take to be gone.
@@ -138,11 +141,13 @@ fn take_place(
     let record = Record::create(&directory, owner).map_err(|error| chain(&error))?;
     let lock = PidFile::hold(&directory).map_err(|error| chain(&error))?;
 
-    let size = size::boot_size(&size::Limits::of(&spec), &config.size, size::host_cpus());
+    let limits = size::Limits::of(&spec);
+    let size = size::boot_size(&limits, &config.size, size::host_cpus());
     let mut sandbox = SandboxConfig::new(&config, &flags.namespace, &id, directory);
     sandbox.vcpus = size.vcpus;
     sandbox.memory_mib = size.memory_mib;
     overrides.apply(&mut sandbox);
+    sandbox.plug = what_may_come(&config, &limits, &sandbox);
     let cgroup = enter_cgroup(&config, &spec, &flags.id, sandbox.memory_mib, &record)?;
     sandbox.console = ConsoleSink {
         lines: Some(Arc::new(guest_line)),
@@ -155,6 +160,7 @@ fn take_place(
         container: flags.id.clone(),
         pid: std::process::id(),
         overrides,
+        limits,
     };
     Ok(Place {
         listener,
@@ -168,6 +174,23 @@ fn take_place(
         lock,
         begun_ns: flags.begun_ns,
     })
+}
+
+/// What is announced to the guest at boot, to come later: up to what a VM without limits may have, since Update can take them
+/// away, and other containers can come.
+fn what_may_come(config: &Config, limits: &size::Limits, vm: &SandboxConfig) -> PlugConfig {
+    let host = Host::read();
+    let free = Room::ceiling(&size::Limits::default(), &config.size, host);
+    let limited = Room::ceiling(limits, &config.size, host);
+    let boot = BootSize {
+        vcpus: vm.vcpus,
+        memory_mib: vm.memory_mib,
+    };
+    let most = BootSize {
+        vcpus: free.vcpus.max(limited.vcpus),
+        memory_mib: free.memory_mib.max(limited.memory_mib),
+    };
+    size::plug(boot, most, vm.memory_way)
 }
 
 /// Puts this process into the cgroup that is to hold the VM, if it has one.
@@ -331,7 +354,10 @@ impl control::Target for ControlTarget {
     }
 
     async fn resize(&self, wanted: control::Wanted) -> Result<control::Changed, String> {
-        self.sandbox.resize(wanted).await
+        match self.shim.upgrade() {
+            Some(shim) => shim.resize_vm(wanted).await,
+            None => Err("The shim ends".to_owned()),
+        }
     }
 
     async fn stop(&self) -> ExitReason {

@@ -299,7 +299,7 @@ impl Container {
                 event = events.recv() => match event {
                     Some(AgentEvent::Exit { exec_id, status, .. }) if exec_id.is_empty() => break status,
                     Some(AgentEvent::Oom { .. }) => eprintln!("vmctl: the container ran out of memory\r"),
-                    Some(AgentEvent::Exit { .. }) => {}
+                    Some(AgentEvent::Exit { .. } | AgentEvent::Pressure { .. }) => {}
                     None => {
                         let reason = self.sandbox.ended().await;
                         let console = self.sandbox.console_tail();

@@ -186,6 +186,8 @@ struct Part {
 #[derive(Debug)]
 struct Parts {
     by_container: BTreeMap<String, Part>,
+    /// Guest memory and what the shim itself needs, bytes.
+    vm: u64,
     /// The memory maximum that is written.
     memory: u64,
 }
@@ -194,8 +196,6 @@ struct Parts {
 #[derive(Debug)]
 pub struct VmCgroup {
     directories: Vec<Directory>,
-    /// Guest memory and what the shim itself needs, bytes.
-    memory: u64,
     parts: Mutex<Parts>,
 }
 
@@ -222,9 +222,9 @@ impl VmCgroup {
         let part = Part { cpu, image: 0 };
         let cgroup = Self {
             directories,
-            memory,
             parts: Mutex::new(Parts {
                 by_container: BTreeMap::from([(first.to_owned(), part.clone())]),
+                vm: memory,
                 memory,
             }),
         };
@@ -255,13 +255,21 @@ impl VmCgroup {
         Ok(share)
     }
 
+    /// The VM's memory is about to grow, or has shrunk, to this, what the shim itself needs included, in bytes.
+    ///
+    /// # Errors
+    /// What the kernel says to the new maximum.
+    pub fn resize(&self, memory: u64) -> Result<(), Error> {
+        self.change(|parts| parts.vm = memory)
+    }
+
     /// Changes the parts, and writes what they come to.
     fn change(&self, change: impl FnOnce(&mut Parts)) -> Result<(), Error> {
         // Held while files of the kernel's are written, which does not wait for anything.
         let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut parts);
         let images = parts.by_container.values().map(|part| part.image);
-        let memory = self.memory.saturating_add(images.sum::<u64>());
+        let memory = parts.vm.saturating_add(images.sum::<u64>());
         // A maximum below what is in use would kill the VM. Pages of an image go with its file.
         if memory > parts.memory || (memory < parts.memory && self.used() < memory) {
             self.write_memory(memory)?;

@@ -246,6 +246,26 @@ fn quotas_add_up_and_images_in_memory_raise_the_maximum() {
 }
 
 #[test]
+fn the_maximum_follows_the_vms_size_and_never_falls_below_what_is_in_use() {
+    let host = Host::v2();
+    let cgroup = host.enter("/g", CPU).unwrap();
+    fs::write(host.path("c2/g/memory.current"), "1000").unwrap();
+    let mib = |mib: u64| (mib << 20).to_string();
+    let first = cgroup.join("c1", Cpu::default()).unwrap();
+    first.image_in_memory(1 << 20).unwrap();
+    cgroup.resize(1024 << 20).unwrap();
+    assert_eq!(host.read("c2/g/memory.max"), mib(1025));
+    cgroup.resize(512 << 20).unwrap();
+    assert_eq!(host.read("c2/g/memory.max"), mib(513));
+    fs::write(host.path("c2/g/memory.current"), mib(400)).unwrap();
+    cgroup.resize(256 << 20).unwrap();
+    assert_eq!(host.read("c2/g/memory.max"), mib(513));
+    fs::write(host.path("c2/g/memory.current"), mib(100)).unwrap();
+    drop(first);
+    assert_eq!(host.read("c2/g/memory.max"), mib(256));
+}
+
+#[test]
 fn weights_follow_shares() {
     for (shares, expected) in [
         (0, 1),

@@ -5,6 +5,25 @@ use crate::control::Memory;
 use crate::sandbox::Sandbox;
 use crate::sandbox::error::Error;
 
+/// Where a size goes that is between two steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rounding {
+    /// To the larger.
+    Up,
+    /// To the one that is nearer to the present size.
+    Towards,
+}
+
+impl Rounding {
+    /// `wanted` as a multiple of `step`, for a present size of `now`.
+    fn apply(self, wanted: u64, step: u64, now: u64) -> u64 {
+        match self {
+            Self::Towards if wanted > now => (wanted - wanted % step).max(now),
+            Self::Up | Self::Towards => wanted.next_multiple_of(step),
+        }
+    }
+}
+
 /// Bytes of a page, and of what the kernel keeps for each: 1.56 %.
 const PAGE: u64 = 4096;
 const PAGE_STRUCTURE: u64 = 64;
@@ -51,12 +70,12 @@ impl Sandbox {
         self.unit_bytes() + self.mem_status().map_or(0, |status| status.plugged)
     }
 
-    /// Brings the VM's memory to `to_mib` in all, or a little more where the way has larger steps. What the VM began with stays.
+    /// Brings the VM's memory to `to_mib` in all, rounded to a step of the way that it goes. What the VM began with stays.
     /// Waits for the agent.
     ///
     /// # Errors
     /// [`Error::Resize`] with the cause, and the size is as before; where the guest did not let that be, the words say so.
-    pub async fn resize_memory(&self, to_mib: u64) -> Result<Resized, Error> {
+    pub async fn resize_memory(&self, to_mib: u64, rounding: Rounding) -> Result<Resized, Error> {
         let doing = format!("bring the VM to {to_mib} MiB of memory");
         let _turn = self.turn(&doing).await?;
         let before = self.memory_mib();
@@ -70,14 +89,14 @@ impl Sandbox {
                 "it began with {boot} MiB, and only what was plugged can be unplugged"
             )));
         };
-        let result = self.to_plugged(wanted.saturating_mul(MIB)).await;
+        let result = self.to_plugged(wanted.saturating_mul(MIB), rounding).await;
         let steps = result.map_err(failed)?;
         let now = self.memory_mib();
         tracing::info!(id = self.0.id, before, now, "memory resized");
         Ok(Resized { before, now, steps })
     }
 
-    async fn to_plugged(&self, wanted: u64) -> Result<Vec<Step>, String> {
+    async fn to_plugged(&self, wanted: u64, rounding: Rounding) -> Result<Vec<Step>, String> {
         let now = self.plugged_bytes();
         if wanted == now {
             return Ok(Vec::new());
@@ -113,9 +132,12 @@ impl Sandbox {
                     self.0.memory_mib + (status.region + units) / MIB
                 ));
             }
-            return self
-                .request(wanted.saturating_sub(units).next_multiple_of(2 * MIB))
-                .await;
+            let wanted = rounding.apply(
+                wanted.saturating_sub(units),
+                2 * MIB,
+                now.saturating_sub(units),
+            );
+            return self.request(wanted).await;
         }
         let area = self.0.machine.memory_area();
         if area.units == 0 {
@@ -159,6 +181,28 @@ fn room_for_pages(more: u64, available: u64) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_size_between_two_steps_goes_up_or_towards_the_present_one() {
+        // wanted, step, now → up, towards
+        for (wanted, step, now, up, towards) in [
+            (0, 128, 256, 0, 0),
+            (100, 128, 256, 128, 128),
+            (256, 128, 256, 256, 256),
+            (300, 128, 256, 384, 256),
+            (384, 128, 256, 384, 384),
+            (511, 128, 0, 512, 384),
+            // A present size that is no multiple is not shrunk by growing.
+            (130, 128, 129, 256, 129),
+        ] {
+            assert_eq!(Rounding::Up.apply(wanted, step, now), up, "{wanted} {now}");
+            assert_eq!(
+                Rounding::Towards.apply(wanted, step, now),
+                towards,
+                "{wanted} {now}"
+            );
+        }
+    }
 
     #[test]
     fn new_memory_needs_room_for_its_page_structures() {

@@ -10,6 +10,7 @@ mod units;
 mod vcpus;
 
 pub use crate::config::MemoryWay;
+pub use memory::Rounding;
 
 use std::time::Duration;
 
@@ -81,7 +82,8 @@ impl Sandbox {
             changed.vcpus = Some(resized.map_err(|error| chain(&error))?);
         }
         if let Some(to) = wanted.memory_mib {
-            changed.memory = Some(self.resize_memory(to).await.map_err(|error| {
+            let resized = self.resize_memory(to, Rounding::Up).await;
+            changed.memory = Some(resized.map_err(|error| {
                 let mut why = chain(&error);
                 if let Some(vcpus) = &changed.vcpus {
                     why.push_str(&format!("; the VM has {} vCPUs now", vcpus.now));

@@ -17,6 +17,11 @@ impl Sandbox {
         }
     }
 
+    /// vCPUs that the VM began with.
+    pub fn boot_vcpus(&self) -> u8 {
+        self.0.vcpus
+    }
+
     /// Most vCPUs that there may be.
     pub fn max_vcpus(&self) -> u8 {
         self.0.max_vcpus

@@ -20,6 +20,7 @@ use crate::hooks::HostHooks;
 use crate::record::{Record, Resource};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::{self, Cpu, Share, VmCgroup};
+use crate::sandbox::size::Limits;
 use crate::sandbox::{DiskConfig, Sandbox, chain, monotonic_ns, spec, storage};
 use crate::shim::bootstrap;
 use crate::shim::events::TaskEvent;
@@ -122,6 +123,7 @@ impl Shim {
             timings: Timings::of(id),
             hooks: None,
             share: None,
+            limits: None,
         };
         state.containers.insert(id.to_owned(), container);
         Ok(())
@@ -179,6 +181,7 @@ impl Shim {
             .directory()
             .join(format!("root-{}.img", file_name(id)));
         let share = self.join_cgroup(id, &spec)?;
+        let alone = self.note_limits(id, &spec);
         let recorded = image.insert(Image::new(self.record.clone(), image_path.clone()).await?);
         let make_image = {
             let (mounts, config) = (request.rootfs.clone(), overrides.rootfs(&self.config));
@@ -218,6 +221,15 @@ impl Shim {
             "the guest is ready"
         );
 
+        // The VM was started in the size that its first container needs.
+        if !alone {
+            let fit = self.fit(&sandbox, self.sum(None)).await;
+            fit.map_err(|cause| {
+                Error::Failed(format!(
+                    "The VM does not grow for another container: {cause}"
+                ))
+            })?;
+        }
         let disk = DiskConfig {
             path: image_path,
             // A read-only root is made so by the guest's runtime at the end, as its mount points may be missing.
@@ -259,6 +271,15 @@ impl Shim {
             container.share.clone_from(&share);
         }
         Ok(share)
+    }
+
+    /// Takes down a container's limits; whether it is the only one.
+    fn note_limits(&self, id: &str, spec: &Spec) -> bool {
+        let mut state = self.lock();
+        if let Some(container) = state.containers.get_mut(id) {
+            container.limits = Some(Limits::of(spec));
+        }
+        state.containers.len() == 1
     }
 
     /// All of it is there: makes it known, then what happened to it meanwhile.
@@ -318,6 +339,7 @@ impl Shim {
             last
         };
         if !last {
+            self.fit_later();
             return;
         }
         if let Some(sandbox) = self.sandbox_now() {

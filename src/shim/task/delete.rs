@@ -75,6 +75,7 @@ impl Shim {
             container.timings
         };
         self.note_delete(timings, begun_ns);
+        self.fit_later();
         Ok(self.answer(exit))
     }
 

@@ -85,8 +85,12 @@ impl Steps for Ending {
             shim.drained.send_replace(true);
         }
         match phase {
-            // Controllers and interfaces come with their features.
-            Phase::Hotplug | Phase::Network => Ok(()),
+            Phase::Hotplug => {
+                shim.stop_resizing().await;
+                Ok(())
+            }
+            // Interfaces come with their feature.
+            Phase::Network => Ok(()),
             Phase::Stdio => {
                 self.stdio().await;
                 Ok(())

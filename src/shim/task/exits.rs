@@ -32,6 +32,9 @@ impl Shim {
             // Allowed in every state.
             state.life = state.life.after(SandboxEvent::End).unwrap_or(state.life);
         }
+        if let Some(sandbox) = &sandbox {
+            self.control_size(sandbox);
+        }
         self.boot.send_replace(Some(made));
         let Some(sandbox) = sandbox else {
             // Whoever asked for it may have gone.
@@ -79,6 +82,10 @@ impl Shim {
                         };
                         self.process_ended(&container_id, &exec_id, exit);
                     }
+                    AgentEvent::Pressure {
+                        total_bytes,
+                        available_bytes,
+                    } => self.pressed(total_bytes, available_bytes),
                     AgentEvent::Oom { container_id } => {
                         let last = last_oom.get(&container_id);
                         if last.is_some_and(|last| last.elapsed() < OOM_PAUSE) {

@@ -132,6 +132,7 @@ async fn play(data: &[u8]) {
         container: ID.to_owned(),
         pid: 4711,
         overrides: Default::default(),
+        limits: Default::default(),
     };
     let shim = Shim::new(
         identity,
@@ -215,6 +216,7 @@ fn container() -> Container {
         image: None,
         hooks: None,
         share: None,
+        limits: None,
         guest_pid: 0,
         timings: Timings::of(ID),
     }
@@ -257,7 +259,7 @@ async fn call(shim: Arc<Shim>, kind: u8) {
                 br#"{"user":{"uid":0,"gid":0},"args":["ls"],"cwd":"/"}"#.to_vec();
             drop(shim.exec(request).await);
         }
-        12 => drop(shim.resize(ID, exec, 80, 24).await),
+        12 => drop(shim.resize_pty(ID, exec, 80, 24).await),
         13 => drop(shim.close_stdin(ID, exec)),
         14 if exec.is_empty() => {}
         14 => drop(shim.delete(ID, exec).await),

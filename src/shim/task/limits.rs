@@ -68,7 +68,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Applies new limits in the guest. What the VM has not got is refused.
+    /// Applies new limits in the guest, and brings the VM to the size that they come to. What the VM can never have is refused.
     pub(super) async fn update(self: Arc<Self>, request: UpdateTaskRequest) -> Result<(), Error> {
         let id = request.id.as_str();
         {
@@ -83,18 +83,36 @@ impl Shim {
                 ))
             })?;
         let sandbox = self.sandbox().await?;
-        check(
-            &size::Limits::of_resources(&resources),
-            sandbox.vcpus(),
-            sandbox.memory_mib(),
-            self.config.size.guest_memory.mib(),
-        )?;
+        let mut limits = {
+            let state = self.lock();
+            let container = state.containers.get(id);
+            container.and_then(|container| container.limits.clone())
+        }
+        .unwrap_or_default();
+        limits.update(size::Limits::of_resources(&resources));
+        let sum = self.sum(Some((id, &limits)));
+        self.check_most(&sandbox, sum)?;
         let guest =
             spec::resources_for_guest(&resources).map_err(|error| Error::Invalid(chain(&error)))?;
         for warning in &guest.warnings {
             tracing::warn!(container = id, "{warning}");
         }
-        sandbox.update(id, guest.json).await.map_err(refused)?;
+        // A VM that is to grow has grown before a container may use it.
+        let grows = sum.vcpus.is_none_or(|vcpus| vcpus > sandbox.vcpus().into())
+            || sum.memory_mib.is_none_or(|mib| mib > sandbox.memory_mib());
+        if grows {
+            let fit = self.fit(&sandbox, sum).await;
+            fit.map_err(|cause| Error::Failed(format!("Cannot update container {id:?}: {cause}")))?;
+        }
+        let updated = sandbox.update(id, guest.json).await.map_err(refused);
+        if let Err(error) = updated {
+            // Back to what the limits are.
+            self.fit_later();
+            return Err(error);
+        }
+        if let Some(container) = self.lock().containers.get_mut(id) {
+            container.limits = Some(limits);
+        }
         let share = {
             let state = self.lock();
             let container = state.containers.get(id);
@@ -104,6 +122,15 @@ impl Shim {
             share
                 .update(&resources)
                 .map_err(|error| Error::Failed(chain(&error)))?;
+        }
+        // One that is to shrink does so when its containers use no more than that. The limits are in force whether it
+        // does or not.
+        if let Err(cause) = self.fit(&sandbox, sum).await {
+            tracing::warn!(
+                container = id,
+                cause,
+                "the VM stays larger than its containers need"
+            );
         }
         tracing::info!(container = id, "updated");
         Ok(())
@@ -136,22 +163,6 @@ fn refused(error: sandbox::Error) -> Error {
         Some(Code::INVALID_ARGUMENT) => Error::Invalid(error.to_string()),
         _ => Error::Failed(error.to_string()),
     }
-}
-
-/// Refuses limits that a VM of this size cannot give, whose guest itself needs `guest_mib` of its memory.
-fn check(limits: &size::Limits, vcpus: u8, memory_mib: u64, guest_mib: u64) -> Result<(), Error> {
-    if let Some(wanted) = limits.cpus().filter(|wanted| *wanted > u64::from(vcpus)) {
-        return Err(Error::Invalid(format!(
-            "The CPU limit asks for {wanted} CPUs and the VM has {vcpus}: it cannot be resized yet"
-        )));
-    }
-    let wanted = limits.memory_bytes().map(|bytes| bytes.div_ceil(1 << 20));
-    if let Some(wanted) = wanted.filter(|wanted| wanted + guest_mib > memory_mib) {
-        return Err(Error::Invalid(format!(
-            "The memory limit is {wanted} MiB, the guest itself needs {guest_mib}, and the VM has {memory_mib}: it cannot be resized yet"
-        )));
-    }
-    Ok(())
 }
 
 fn metrics(stats: &StatsResponse) -> Metrics {
@@ -251,38 +262,6 @@ fn metrics(stats: &StatsResponse) -> Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn limits_beyond_the_vm_are_refused_with_both_figures() {
-        let limits = |quota, cpuset: Option<&str>, memory| size::Limits {
-            quota,
-            period: Some(100_000),
-            cpuset: cpuset.map(str::to_owned),
-            memory,
-        };
-        for fits in [
-            limits(None, None, None),
-            limits(Some(200_000), None, Some(384 << 20)),
-            limits(Some(-1), Some("4-5"), Some(-1)),
-            limits(None, None, Some(i64::MAX)),
-        ] {
-            check(&fits, 2, 512, 128).unwrap();
-        }
-        for (limits, words) in [
-            (limits(Some(200_001), None, None), ["3 CPUs", "has 2"]),
-            (limits(None, Some("0-2"), None), ["3 CPUs", "has 2"]),
-            (
-                limits(None, None, Some((384 << 20) + 1)),
-                ["385 MiB", "has 512"],
-            ),
-        ] {
-            let error = check(&limits, 2, 512, 128).unwrap_err();
-            assert!(matches!(error, Error::Invalid(_)));
-            for word in words {
-                assert!(error.to_string().contains(word), "{error}");
-            }
-        }
-    }
 
     #[test]
     fn readings_have_their_names_in_containerds_message() {

@@ -13,13 +13,14 @@ pub(crate) mod fuzz;
 mod hooks;
 mod limits;
 mod process;
+mod resize;
 mod service;
 #[cfg(test)]
 mod tests;
 mod timings;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
@@ -31,11 +32,13 @@ use super::stdio::{Limits, Paths, ProcessIo};
 use crate::config::Config;
 use crate::control::{self, Timings};
 use crate::hooks::HostHooks;
+use crate::hotplug::Controller;
 use crate::record::{Record, Resource};
-use crate::sandbox::Sandbox;
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::{Share, VmCgroup};
+use crate::sandbox::{Sandbox, size};
 
+use resize::LastSteps;
 use timings::{Past, Startup};
 
 pub use ending::Ending;
@@ -112,6 +115,8 @@ struct Container {
     hooks: Option<(Arc<HostHooks>, Resource)>,
     /// Its part in the limits of the VM's cgroup.
     share: Option<Arc<Share>>,
+    /// Its limits, once its specification is read: the VM is sized by them.
+    limits: Option<size::Limits>,
 }
 
 impl Container {
@@ -203,6 +208,8 @@ pub struct Identity {
     pub pid: u32,
     /// What the annotations asked for of the container that it was started for.
     pub overrides: Overrides,
+    /// That container's limits, by which the VM was sized.
+    pub limits: size::Limits,
 }
 
 /// The sandbox as its boot left it: none yet, there, or why not.
@@ -219,6 +226,8 @@ pub struct Shim {
     boot: watch::Sender<Boot>,
     control: Mutex<Option<control::Served>>,
     publisher: Publisher,
+    controller: OnceLock<Controller>,
+    last_steps: LastSteps,
     startup: Startup,
     end: watch::Sender<bool>,
     /// The end has got beyond the output of processes.
@@ -250,6 +259,8 @@ impl Shim {
             boot: watch::channel(None).0,
             control: Mutex::default(),
             publisher,
+            controller: OnceLock::new(),
+            last_steps: LastSteps::default(),
             startup: Startup::default(),
             end: watch::channel(false).0,
             drained: watch::channel(false).0,

@@ -253,7 +253,7 @@ impl Shim {
     }
 
     /// Sets the size of a terminal.
-    pub(super) async fn resize(
+    pub(super) async fn resize_pty(
         &self,
         id: &str,
         exec_id: &str,

@@ -183,7 +183,7 @@ impl Task for Tasks {
         request: api::ResizePtyRequest,
     ) -> ttrpc::Result<Empty> {
         self.detached(|shim| async move {
-            shim.resize(&request.id, &request.exec_id, request.width, request.height)
+            shim.resize_pty(&request.id, &request.exec_id, request.width, request.height)
                 .await
         })
         .await?;

@@ -69,6 +69,8 @@ struct Manners {
     mute_start: bool,
     /// Signals and deletes are never answered.
     mute: bool,
+    /// That a CPU is to come online is never answered.
+    mute_cpus: bool,
     /// Execs are refused for want of a running container.
     refuses_exec: bool,
     /// Asked for its pids, it names execs that are not there.
@@ -89,6 +91,8 @@ struct Acting {
     stdout: Arc<Mutex<Option<DuplexStream>>>,
     /// What it was asked for, beyond what every container needs.
     asked: Arc<Mutex<Vec<String>>>,
+    /// How the VM's size changed.
+    sized: Arc<Mutex<Vec<String>>>,
     lots: Arc<Mutex<races::Lots>>,
     /// Containers so far; the first one's init has the pid 101.
     made: Arc<Mutex<u32>>,
@@ -126,6 +130,11 @@ impl Acting {
         exit.exec_id = exec_id.to_owned();
         exit.status = status;
         self.tell(wire::event_request::Event::Exit(exit)).await;
+    }
+
+    /// The VM gets another size; told apart from what it is asked of containers.
+    fn size(&self, what: String) {
+        self.sized.lock().unwrap().push(what);
     }
 
     fn ask(&self, what: String) {
@@ -169,6 +178,59 @@ impl Agent for Acting {
         self.reach(dying::Step::BindDisk).await;
         let mut answer = wire::BindDiskResponse::new();
         answer.device = "/dev/vda".to_owned();
+        Ok(answer)
+    }
+
+    async fn online_cpu(
+        &self,
+        _: &TtrpcContext,
+        request: wire::OnlineCpuRequest,
+    ) -> ttrpc::Result<wire::OnlineCpuResponse> {
+        if self.manners.mute_cpus {
+            std::future::pending::<()>().await;
+        }
+        self.size(format!("cpu {} online", request.uid));
+        Ok(wire::OnlineCpuResponse::new())
+    }
+
+    async fn offline_cpu(
+        &self,
+        _: &TtrpcContext,
+        request: wire::OfflineCpuRequest,
+    ) -> ttrpc::Result<wire::OfflineCpuResponse> {
+        self.size(format!("cpu {} offline", request.uid));
+        Ok(wire::OfflineCpuResponse::new())
+    }
+
+    async fn online_memory(
+        &self,
+        _: &TtrpcContext,
+        request: wire::OnlineMemoryRequest,
+    ) -> ttrpc::Result<wire::OnlineMemoryResponse> {
+        self.size(format!("{} MiB online", request.bytes >> 20));
+        Ok(wire::OnlineMemoryResponse::new())
+    }
+
+    async fn offline_memory(
+        &self,
+        _: &TtrpcContext,
+        request: wire::OfflineMemoryRequest,
+    ) -> ttrpc::Result<wire::OfflineMemoryResponse> {
+        self.size(format!("{} MiB offline", request.bytes >> 20));
+        Ok(wire::OfflineMemoryResponse::new())
+    }
+
+    async fn resources(
+        &self,
+        _: &TtrpcContext,
+        _: wire::ResourcesRequest,
+    ) -> ttrpc::Result<wire::ResourcesResponse> {
+        self.mute().await;
+        let mut answer = wire::ResourcesResponse::new();
+        answer.memory_block_bytes = 128 << 20;
+        (answer.memory_total_bytes, answer.memory_available_bytes) = (200 << 20, 150 << 20);
+        let slots = self.fake.plugs.cpus().views();
+        answer.online_uids = slots.iter().map(|slot| slot.index.into()).collect();
         Ok(answer)
     }
 
@@ -389,6 +451,7 @@ impl Stage {
             container: "c1".into(),
             pid: 4711,
             overrides: Default::default(),
+            limits: Default::default(),
         };
         let publisher = Publisher::start("ns", heard.clone());
         let shim = Shim::new(
@@ -407,6 +470,7 @@ impl Stage {
             sequence: Arc::default(),
             stdout: Arc::default(),
             asked: Arc::default(),
+            sized: Arc::default(),
             lots: Arc::default(),
             made: Arc::default(),
         };

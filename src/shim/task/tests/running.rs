@@ -311,30 +311,108 @@ async fn a_frozen_container_says_so_and_takes_no_exec_until_it_is_thawed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn new_limits_reach_the_guest_unless_the_vm_is_too_small() {
+async fn new_limits_reach_the_guest_and_the_vm_grows_before_and_shrinks_after() {
     let stage = Stage::set(Manners::default()).await;
+    stage.acting.fake.obey();
     stage.running("c1").await;
-    stage
-        .update(r#"{"cpu":{"quota":50000,"period":100000,"cpus":"3"},"pids":{"limit":9}}"#)
-        .await
-        .unwrap();
-    let asked = stage.asked();
-    assert!(
-        asked.len() == 1 && asked[0].contains("50000") && !asked[0].contains("cpus"),
-        "{asked:?}"
-    );
-    for (resources, word) in [
-        (r#"{"memory":{"limit":1073741824}}"#, "1024 MiB"),
-        (r#"{"cpu":{"quota":150000,"period":100000}}"#, "2 CPUs"),
-        ("nonsense", "c1"),
+    let (cpu, memory) = ("\"cpu\":{\"quota\":", "\"memory\":{\"limit\":");
+    // What is asked for: a change of the VM's size each, and the vCPUs and MiB that it has then.
+    let table = [
+        (
+            r#"{"cpu":{"quota":50000,"period":100000,"cpus":"3"},"pids":{"limit":9}}"#.to_owned(),
+            vec![],
+            (1, 256),
+        ),
+        (
+            format!("{{{cpu}150001}},{memory}536870912}}}}"),
+            vec![
+                "128 MiB online",
+                "128 MiB online",
+                "128 MiB online",
+                "cpu 1 online",
+            ],
+            (2, 640),
+        ),
+        // What is not mentioned stays.
+        (
+            format!("{{{cpu}400000}}}}"),
+            vec!["cpu 2 online", "cpu 3 online"],
+            (4, 640),
+        ),
+        (
+            format!("{{{cpu}100000}},{memory}402653184}}}}"),
+            vec![
+                "128 MiB offline",
+                "cpu 3 offline",
+                "cpu 2 offline",
+                "cpu 1 offline",
+            ],
+            (1, 512),
+        ),
+        // The size of the boot stays.
+        (
+            format!("{{{memory}1048576}}}}"),
+            vec!["128 MiB offline", "128 MiB offline"],
+            (1, 256),
+        ),
+    ];
+    for (resources, expected, size) in table {
+        stage.update(&resources).await.unwrap();
+        let asked = stage.asked();
+        assert!(
+            asked.len() == 1 && !asked[0].contains("cpus"),
+            "{resources}: {asked:?}"
+        );
+        let sized = std::mem::take(&mut *stage.acting.sized.lock().unwrap());
+        assert_eq!(sized, expected, "{resources}");
+        let sandbox = stage.shim.sandbox_now().unwrap();
+        assert_eq!((sandbox.vcpus(), sandbox.memory_mib()), size, "{resources}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn limits_that_the_vm_can_never_have_are_refused_with_the_figures() {
+    let stage = Stage::set(Manners::default()).await;
+    stage.acting.fake.obey();
+    stage.running("c1").await;
+    for (resources, words) in [
+        (
+            r#"{"memory":{"limit":1073741824}}"#,
+            ["1024 MiB", "768 MiB"],
+        ),
+        (
+            r#"{"cpu":{"quota":450000,"period":100000}}"#,
+            ["5 CPUs", "can have 4"],
+        ),
+        ("nonsense", ["c1", "Cannot read"]),
     ] {
         let error = stage.update(resources).await.unwrap_err();
-        assert!(
-            matches!(&error, Error::Invalid(text) if text.contains(word)),
-            "{error}"
-        );
+        assert!(matches!(&error, Error::Invalid(_)), "{error}");
+        for word in words {
+            assert!(error.to_string().contains(word), "{error}");
+        }
     }
     assert!(stage.asked().is_empty());
+    assert!(stage.acting.sized.lock().unwrap().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_does_not_grow_leaves_the_old_limits() {
+    // Nobody obeys: what is plugged is never noticed, and the agent says nothing of it.
+    let stage = Stage::set(Manners {
+        mute_cpus: true,
+        ..Manners::default()
+    })
+    .await;
+    stage.running("c1").await;
+    let update = stage.update(r#"{"cpu":{"quota":200000,"period":100000}}"#);
+    let error = update.await.unwrap_err().to_string();
+    assert!(
+        error.contains("vCPU 1") && error.contains("unplugged again"),
+        "{error}"
+    );
+    assert!(stage.asked().is_empty());
+    assert_eq!(stage.shim.sandbox_now().unwrap().vcpus(), 1);
 }
 
 #[tokio::test(start_paused = true)]
