@@ -16,6 +16,7 @@ mod mute;
 mod pause;
 mod races;
 mod refusals;
+mod resize;
 mod restart;
 mod stats;
 mod tty;
@@ -42,6 +43,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         pause::CASES,
         stats::CASES,
         group::CASES,
+        resize::CASES,
         inspect::CASES,
         bench::CASES,
         host_cgroup::CASES,

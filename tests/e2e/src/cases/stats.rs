@@ -40,7 +40,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// A reading of `ctr tasks metrics` by its name.
-fn reading(ctr: &Ctr<'_>, id: &str, name: &str) -> Result<u64> {
+pub(super) fn reading(ctr: &Ctr<'_>, id: &str, name: &str) -> Result<u64> {
     let output = ctr.call(&["tasks", "metrics", id])?;
     output.expect_code(0)?;
     let out = output.out();
@@ -88,7 +88,7 @@ fn out_of_memory(context: &Context) -> Result<()> {
 }
 
 /// The shim of a task of this suite.
-fn shim_of(ctr: &Ctr<'_>, id: &str) -> Result<Connection> {
+pub(super) fn shim_of(ctr: &Ctr<'_>, id: &str) -> Result<Connection> {
     let file = ctr
         .daemon
         .state
@@ -100,7 +100,7 @@ fn shim_of(ctr: &Ctr<'_>, id: &str) -> Result<Connection> {
     Connection::dial(text.trim().trim_start_matches("unix://"))
 }
 
-fn update(shim: &Connection, id: &str, resources: &str) -> Result<()> {
+pub(super) fn update(shim: &Connection, id: &str, resources: &str) -> Result<()> {
     let mut any = Any::new();
     any.type_url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned();
     any.value = resources.as_bytes().to_vec();
@@ -131,7 +131,7 @@ fn updated(context: &Context) -> Result<()> {
     let Err(error) = update(&shim, &id, r#"{"memory":{"limit":1099511627776}}"#) else {
         anyhow::bail!("a terabyte is taken");
     };
-    expect_words(&format!("{error:#}"), &["1048576 MiB", "the VM has"])?;
+    expect_words(&format!("{error:#}"), &["1048576 MiB", "the VM can have"])?;
     let limit = reading(&ctr, &id, "memory.usage_limit")?;
     ensure!(limit == 96 << 20, "the memory limit has become {limit}");
     super::exec::end(&ctr, context, &id)
