@@ -1,9 +1,12 @@
 //! Which way memory goes, and how much of it: the size that is asked for is that of the whole VM.
 
+use nacre_vmm::virtio::mem::BLOCK_BYTES;
+
 use super::{MemoryWay, Resized, Step};
 use crate::control::Memory;
 use crate::sandbox::Sandbox;
-use crate::sandbox::error::Error;
+use crate::sandbox::error::{Error, chain};
+use crate::sandbox::host::bounded;
 
 /// Bytes of a page, and of what the kernel keeps for each: 1.56 %.
 const PAGE: u64 = 4096;
@@ -58,71 +61,104 @@ impl Sandbox {
     /// [`Error::Resize`] with the cause, and the size is as before; where the guest did not let that be, the words say so.
     pub async fn resize_memory(&self, to_mib: u64) -> Result<Resized, Error> {
         let doing = format!("bring the VM to {to_mib} MiB of memory");
-        let _turn = self.turn(&doing).await?;
-        let before = self.memory_mib();
-        let failed = |cause: String| Error::Resize {
+        let failed = |before: u64, cause: String| Error::Resize {
             doing: format!("{doing} from {before}"),
             cause,
         };
-        let boot = self.0.memory_mib;
-        let Some(wanted) = to_mib.checked_sub(boot) else {
-            return Err(failed(format!(
-                "it began with {boot} MiB, and only what was plugged can be unplugged"
-            )));
-        };
-        let result = self.to_plugged(wanted.saturating_mul(MIB)).await;
-        let steps = result.map_err(failed)?;
+        let possible = self.unless_gone(self.within_bounds(to_mib));
+        let wanted = possible.map_err(|cause| failed(self.memory_mib(), cause))?;
+        let _turn = self.turn(&doing).await?;
+        let before = self.memory_mib();
+        let outcome = self.to_plugged(wanted).await;
+        let steps = self
+            .unless_gone(outcome)
+            .map_err(|cause| failed(before, cause))?;
         let now = self.memory_mib();
         tracing::info!(id = self.0.id, before, now, "memory resized");
         Ok(Resized { before, now, steps })
     }
 
+    /// Bytes to be plugged for a size.
+    fn within_bounds(&self, to_mib: u64) -> Result<u64, String> {
+        let (boot, max) = (self.0.memory_mib, self.max_memory_mib());
+        let Some(plugged) = to_mib.checked_sub(boot) else {
+            return Err(format!(
+                "it began with {boot} MiB, and only what was plugged can be unplugged"
+            ));
+        };
+        if to_mib > max {
+            return Err(format!(
+                "it was started for {max} MiB at most (the most is fixed when the VM starts)"
+            ));
+        }
+        Ok(plugged * MIB)
+    }
+
     async fn to_plugged(&self, wanted: u64) -> Result<Vec<Step>, String> {
         let now = self.plugged_bytes();
-        if wanted == now {
-            return Ok(Vec::new());
+        if wanted < now {
+            return self.shrink(now - wanted).await;
         }
-        let resources = self.resources().await.map_err(|error| error.to_string())?;
-        let virtio = match self.0.memory_way {
-            MemoryWay::VirtioMem => true,
-            MemoryWay::Acpi => false,
-            MemoryWay::Auto => resources.virtio_mem && self.mem_status().is_some(),
-        };
+        let mut steps = Vec::new();
+        for unit in self.left_over_units() {
+            let used = self.use_unit(&unit).await;
+            steps.push(used.map_err(|stuck| stuck.why)?);
+        }
+        // Where the last change of the virtio-mem device came to another size than it was to, the device is not to move any more.
+        if let Some(status) = self.mem_status()
+            && status.requested != status.plugged
+        {
+            steps.extend(self.request(status.plugged).await?);
+        }
         if wanted > now {
-            room_for_pages(wanted - now, resources.memory_available_bytes)?;
+            steps.extend(self.grow(wanted).await?);
         }
-        let units = self.unit_bytes();
+        Ok(steps)
+    }
+
+    /// Gives the guest more, until `wanted` bytes are plugged.
+    async fn grow(&self, wanted: u64) -> Result<Vec<Step>, String> {
+        let resources = self.resources().await.map_err(|error| chain(&error))?;
         let lacks = |what: &str| {
             let mut why = what.to_owned();
             for lack in resources.lacks.iter().take(8) {
                 why.push_str("; the guest lacks ");
-                why.push_str(&super::super::host::bounded(lack, 128));
+                why.push_str(&bounded(lack, 128));
             }
-            why
+            Err(why)
+        };
+        let (units, status) = (self.unit_bytes(), self.mem_status());
+        let virtio = match self.0.memory_way {
+            MemoryWay::VirtioMem => true,
+            MemoryWay::Acpi => false,
+            MemoryWay::Auto => resources.virtio_mem && status.is_some(),
         };
         if virtio {
-            let Some(status) = self.mem_status() else {
-                return Err("the VM was started without a virtio-mem device".to_owned());
+            let Some(status) = status else {
+                return lacks("the VM was started without a virtio-mem device");
             };
             if !status.driver && !resources.virtio_mem {
-                return Err(lacks("no driver has taken the virtio-mem device up"));
+                return lacks("no driver has taken the virtio-mem device up");
             }
-            if wanted.saturating_sub(units) > status.region {
+            let to = wanted.saturating_sub(units).next_multiple_of(BLOCK_BYTES);
+            if to > status.region {
                 return Err(format!(
                     "it was started for {} MiB at most",
                     self.0.memory_mib + (status.region + units) / MIB
                 ));
             }
-            return self
-                .request(wanted.saturating_sub(units).next_multiple_of(2 * MIB))
-                .await;
+            room_for_pages(
+                to.saturating_sub(status.plugged),
+                resources.memory_available_bytes,
+            )?;
+            return self.request(to).await;
         }
         let area = self.0.machine.memory_area();
         if area.units == 0 {
-            return Err(lacks("the VM was started without units of ACPI memory"));
+            return lacks("the VM was started without units of ACPI memory");
         }
         if resources.memory_block_bytes == 0 {
-            return Err(lacks("the guest's kernel takes no memory while it runs"));
+            return lacks("the guest's kernel takes no memory while it runs");
         }
         if !area.unit.is_multiple_of(resources.memory_block_bytes) {
             return Err(format!(
@@ -131,13 +167,51 @@ impl Sandbox {
                 resources.memory_block_bytes / MIB
             ));
         }
-        let requested = self.mem_status().map_or(0, |status| status.plugged);
-        let wanted = wanted.saturating_sub(requested).next_multiple_of(area.unit);
-        match wanted.checked_sub(units) {
-            Some(0) => Ok(Vec::new()),
-            Some(more) => self.add_units(more).await,
-            None => self.remove_units(units - wanted).await,
+        let more = wanted.saturating_sub(self.plugged_bytes());
+        let more = more.next_multiple_of(area.unit);
+        room_for_pages(more, resources.memory_available_bytes)?;
+        self.add_units(more).await
+    }
+
+    /// Takes `less` bytes of what is plugged, rounded down to what can go: of the virtio-mem device first, if its driver runs. Both
+    /// ways have plugged some only in a guest whose driver came or went.
+    async fn shrink(&self, less: u64) -> Result<Vec<Step>, String> {
+        let units = self.unit_bytes();
+        let status = self.mem_status().unwrap_or_default();
+        let by_device = if status.driver {
+            less.min(status.plugged)
+        } else {
+            0
+        };
+        let to = (status.plugged - by_device).next_multiple_of(BLOCK_BYTES);
+        let rest = less.saturating_sub(status.plugged.saturating_sub(to));
+        let unit = self.0.machine.memory_area().unit.max(1);
+        let by_units = (rest - rest % unit).min(units);
+        if !status.driver && status.plugged > 0 && rest > by_units {
+            return Err(format!(
+                "the virtio-mem device has {} MiB plugged, and no driver runs it any more",
+                status.plugged / MIB
+            ));
         }
+        let mut steps = Vec::new();
+        if status.driver && (status.plugged, status.requested) != (to, to) {
+            steps = self.request(to).await?;
+        }
+        if by_units == 0 {
+            return Ok(steps);
+        }
+        match self.remove_units(units - by_units).await {
+            Ok(more) => steps.extend(more),
+            Err(why) if steps.is_empty() => return Err(why),
+            Err(why) => {
+                let undone = match self.request(status.plugged).await {
+                    Ok(_) => "what the virtio-mem device gave back is plugged again".to_owned(),
+                    Err(error) => error,
+                };
+                return Err(format!("{why}; {undone}"));
+            }
+        }
+        Ok(steps)
     }
 }
 
