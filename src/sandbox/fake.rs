@@ -75,11 +75,16 @@ impl Fake {
 
     /// One with a virtio-mem device, or without.
     pub(crate) fn with_mem(has_mem: bool) -> Arc<Self> {
+        Self::with(has_mem, AREA)
+    }
+
+    /// One with a virtio-mem device, or without, and with units of ACPI memory.
+    pub(crate) fn with(has_mem: bool, area: Area) -> Arc<Self> {
         let (end, _) = watch::channel(None);
         let changes = Changes::default();
         let line = EventLine::unheard().unwrap();
         let regions = Arc::new(NoMemory(Mutex::new(SlotAllocator::new(64))));
-        let plugs = Plugs::new(MAX_VCPUS, AREA, regions, line, &changes);
+        let plugs = Plugs::new(MAX_VCPUS, area, regions, line, &changes);
         plugs.cpus().occupy(0, Arc::default());
         Arc::new(Self {
             plugs,

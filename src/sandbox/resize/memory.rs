@@ -86,6 +86,14 @@ impl Sandbox {
                 "it began with {boot} MiB, and only what was plugged can be unplugged"
             ));
         };
+        if plugged > 0 && max == boot {
+            let what = match self.0.memory_way {
+                MemoryWay::VirtioMem => "a virtio-mem device",
+                MemoryWay::Acpi => "units of ACPI memory",
+                MemoryWay::Auto => "a virtio-mem device or units of ACPI memory",
+            };
+            return Err(format!("the VM was started without {what}"));
+        }
         if to_mib > max {
             return Err(format!(
                 "it was started for {max} MiB at most (the most is fixed when the VM starts)"
@@ -134,9 +142,8 @@ impl Sandbox {
             MemoryWay::Auto => resources.virtio_mem && status.is_some(),
         };
         if virtio {
-            let Some(status) = status else {
-                return lacks("the VM was started without a virtio-mem device");
-            };
+            // A VM without the device is refused before.
+            let status = status.unwrap_or_default();
             if !status.driver && !resources.virtio_mem {
                 return lacks("no driver has taken the virtio-mem device up");
             }

@@ -205,3 +205,6 @@ fn with_report(error: &Error, slot: Option<&SlotView>) -> String {
         None => chain(error),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,7 +71,7 @@ impl Sandbox {
     }
 
     /// Waits until the driver has plugged just so much, as long as it gets on: each bit of it gives it the time of a step anew,
-    /// up to that of as many steps as there are [`STEP`]s to go.
+    /// up to that of as many steps as there are [`STEP`]s to go, and of a change of some steps at least.
     async fn follow(
         &self,
         status: &mut watch::Receiver<MemStatus>,
@@ -83,7 +83,7 @@ impl Sandbox {
         let start = status.borrow().plugged;
         let mut best = start.abs_diff(bytes);
         let steps = u32::try_from(best.div_ceil(STEP)).unwrap_or(u32::MAX);
-        let longest = patience.saturating_mul(steps.max(1));
+        let longest = patience.saturating_mul(steps).max(self.longest());
         let (asked, mut deadline) = (Instant::now(), Instant::now() + patience);
         loop {
             let seen = *status.borrow_and_update();
