@@ -11,13 +11,11 @@ pub(super) fn request(wanted: Wanted) -> proto::ResizeRequest {
 }
 
 pub(super) fn wanted(request: &proto::ResizeRequest) -> Result<Wanted, String> {
-    let vcpus = u8::try_from(request.vcpus).map_err(|_| {
-        format!(
-            "{} vCPUs: at most {} are possible",
-            request.vcpus,
-            nacre_vmm::config::MAXIMUM_VCPUS
-        )
-    })?;
+    let most = nacre_vmm::config::MAXIMUM_VCPUS;
+    let possible = u8::try_from(request.vcpus).ok();
+    let vcpus = possible
+        .filter(|vcpus| *vcpus <= most)
+        .ok_or_else(|| format!("{} vCPUs: at most {most} are possible", request.vcpus))?;
     Ok(Wanted {
         vcpus: (vcpus > 0).then_some(vcpus),
         memory_mib: (request.memory_mib > 0).then_some(request.memory_mib),

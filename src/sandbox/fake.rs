@@ -15,7 +15,7 @@ use nacre_vmm::hotplug::ged::EventLine;
 use nacre_vmm::hotplug::memory::{Area, Regions, UnitView};
 use nacre_vmm::hotplug::{Changes, Plugs, SlotView};
 use nacre_vmm::memory::slots::{SlotAllocator, SlotId};
-use nacre_vmm::virtio::mem::MemStatus;
+use nacre_vmm::virtio::mem::{BLOCK_BYTES, MemStatus};
 use nacre_vmm::{DiskConfig, ExitReason};
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
@@ -75,11 +75,16 @@ impl Fake {
 
     /// One with a virtio-mem device, or without.
     pub(crate) fn with_mem(has_mem: bool) -> Arc<Self> {
+        Self::with(has_mem, AREA)
+    }
+
+    /// One with a virtio-mem device, or without, and with units of ACPI memory.
+    pub(crate) fn with(has_mem: bool, area: Area) -> Arc<Self> {
         let (end, _) = watch::channel(None);
         let changes = Changes::default();
         let line = EventLine::unheard().unwrap();
         let regions = Arc::new(NoMemory(Mutex::new(SlotAllocator::new(64))));
-        let plugs = Plugs::new(MAX_VCPUS, AREA, regions, line, &changes);
+        let plugs = Plugs::new(MAX_VCPUS, area, regions, line, &changes);
         plugs.cpus().occupy(0, Arc::default());
         Arc::new(Self {
             plugs,
@@ -178,6 +183,19 @@ impl Fake {
     }
 }
 
+impl Fake {
+    /// Nothing is left of a VM that has ended.
+    fn alive(&self, doing: &str) -> Result<(), Error> {
+        match &*self.end.borrow() {
+            None => Ok(()),
+            Some(reason) => Err(Error::Machine {
+                doing: doing.to_owned(),
+                cause: format!("the VM has ended: {reason}"),
+            }),
+        }
+    }
+}
+
 struct FakeListener(mpsc::Receiver<GuestStream>);
 
 #[async_trait]
@@ -192,6 +210,7 @@ impl PortListener for FakeListener {
 
 impl Plug for Fake {
     fn plug_vcpu(&self) -> Result<u8, Error> {
+        self.alive("plug a vCPU")?;
         let failed = |error| Error::machine("plug a vCPU", &error);
         let index = self.plugs.cpus().vacancy().map_err(failed)?;
         self.plugs
@@ -201,12 +220,14 @@ impl Plug for Fake {
     }
 
     fn ask_vcpu(&self, index: u8) -> Result<(), Error> {
+        self.alive("unplug a vCPU")?;
         self.plugs
             .ask_vcpu(index)
             .map_err(|error| Error::machine("unplug a vCPU", &error))
     }
 
     fn withdraw_vcpu(&self, index: u8) -> Result<(), Error> {
+        self.alive("take a vCPU back")?;
         self.plugs
             .cpus()
             .withdraw(index)
@@ -214,22 +235,28 @@ impl Plug for Fake {
     }
 
     fn vcpu_slots(&self) -> Vec<SlotView> {
-        self.plugs.cpus().views()
+        match self.alive("") {
+            Ok(()) => self.plugs.cpus().views(),
+            Err(_) => Vec::new(),
+        }
     }
 
     fn plug_memory(&self, bytes: u64) -> Result<Vec<UnitView>, Error> {
+        self.alive("plug memory")?;
         self.plugs
             .plug_memory(bytes)
             .map_err(|error| Error::machine("plug memory", &error))
     }
 
     fn ask_memory(&self, unit: u8) -> Result<(), Error> {
+        self.alive("unplug memory")?;
         self.plugs
             .ask_memory(unit)
             .map_err(|error| Error::machine("unplug memory", &error))
     }
 
     fn withdraw_memory(&self, unit: u8) -> Result<(), Error> {
+        self.alive("take memory back")?;
         self.plugs
             .memory()
             .withdraw(unit)
@@ -237,11 +264,21 @@ impl Plug for Fake {
     }
 
     fn memory_units(&self) -> Vec<UnitView> {
-        self.plugs.memory().views()
+        match self.alive("") {
+            Ok(()) => self.plugs.memory().views(),
+            Err(_) => Vec::new(),
+        }
     }
 
     fn memory_area(&self) -> Area {
-        AREA
+        match self.alive("") {
+            Ok(()) => self.plugs.memory().area(),
+            Err(_) => Area {
+                base: 0,
+                unit: 0,
+                units: 0,
+            },
+        }
     }
 
     fn plug_changes(&self) -> watch::Receiver<u64> {
@@ -249,12 +286,15 @@ impl Plug for Fake {
     }
 
     fn request_memory(&self, bytes: u64) -> Result<(), Error> {
+        self.alive("request memory")?;
+        assert!(bytes.is_multiple_of(BLOCK_BYTES) && bytes <= REGION);
         self.mem.send_modify(|status| status.requested = bytes);
         Ok(())
     }
 
     fn requested_memory(&self) -> Option<watch::Receiver<MemStatus>> {
-        self.has_mem.then(|| self.mem.subscribe())
+        let there = self.has_mem && self.alive("").is_ok();
+        there.then(|| self.mem.subscribe())
     }
 
     fn given_back(&self) -> u64 {

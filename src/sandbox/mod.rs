@@ -30,7 +30,7 @@ pub mod storage;
 pub(crate) mod tests;
 mod vm;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -237,6 +237,8 @@ struct Inner {
     containers: Containers,
     disks: Mutex<Vec<Device>>,
     resizing: tokio::sync::Semaphore,
+    /// What is plugged, or is going, without the guest's word for it.
+    unacknowledged: Mutex<BTreeSet<resize::Plugged>>,
     next_port: AtomicU32,
     end: OnceCell<ExitReason>,
     tasks: Mutex<JoinSet<()>>,
@@ -301,6 +303,7 @@ impl Sandbox {
             containers,
             disks: Mutex::new(parts.disks),
             resizing: tokio::sync::Semaphore::new(1),
+            unacknowledged: Mutex::default(),
             next_port: AtomicU32::new(PORT_STDIO_FIRST),
             end: OnceCell::new(),
             tasks: Mutex::new(tasks),

@@ -1,9 +1,12 @@
 //! Which way memory goes, and how much of it: the size that is asked for is that of the whole VM.
 
+use nacre_vmm::virtio::mem::BLOCK_BYTES;
+
 use super::{MemoryWay, Resized, Step};
 use crate::control::Memory;
 use crate::sandbox::Sandbox;
-use crate::sandbox::error::Error;
+use crate::sandbox::error::{Error, chain};
+use crate::sandbox::host::bounded;
 
 /// Where a size goes that is between two steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,11 +18,11 @@ pub enum Rounding {
 }
 
 impl Rounding {
-    /// `wanted` as a multiple of `step`, for a present size of `now`.
-    fn apply(self, wanted: u64, step: u64, now: u64) -> u64 {
+    /// What is to come, as a multiple of `step`. What is to go is always rounded down.
+    fn apply(self, more: u64, step: u64) -> u64 {
         match self {
-            Self::Towards if wanted > now => (wanted - wanted % step).max(now),
-            Self::Up | Self::Towards => wanted.next_multiple_of(step),
+            Self::Up => more.next_multiple_of(step),
+            Self::Towards => more - more % step,
         }
     }
 }
@@ -70,81 +73,134 @@ impl Sandbox {
         self.unit_bytes() + self.mem_status().map_or(0, |status| status.plugged)
     }
 
-    /// Brings the VM's memory to `to_mib` in all, rounded to a step of the way that it goes. What the VM began with stays.
+    /// Brings the VM's memory to `to_mib` in all, or a little more where the way has larger steps. What the VM began with stays.
     /// Waits for the agent.
     ///
     /// # Errors
     /// [`Error::Resize`] with the cause, and the size is as before; where the guest did not let that be, the words say so.
-    pub async fn resize_memory(&self, to_mib: u64, rounding: Rounding) -> Result<Resized, Error> {
+    pub async fn resize_memory(&self, to_mib: u64) -> Result<Resized, Error> {
+        self.resize_memory_rounded(to_mib, Rounding::Up).await
+    }
+
+    /// [`Self::resize_memory`], with a choice of where a size between two steps goes.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn resize_memory_rounded(
+        &self,
+        to_mib: u64,
+        rounding: Rounding,
+    ) -> Result<Resized, Error> {
         let doing = format!("bring the VM to {to_mib} MiB of memory");
-        let _turn = self.turn(&doing).await?;
-        let before = self.memory_mib();
-        let failed = |cause: String| Error::Resize {
+        let failed = |before: u64, cause: String| Error::Resize {
             doing: format!("{doing} from {before}"),
             cause,
         };
-        let boot = self.0.memory_mib;
-        let Some(wanted) = to_mib.checked_sub(boot) else {
-            return Err(failed(format!(
-                "it began with {boot} MiB, and only what was plugged can be unplugged"
-            )));
-        };
-        let result = self.to_plugged(wanted.saturating_mul(MIB), rounding).await;
-        let steps = result.map_err(failed)?;
+        let possible = self.unless_gone(self.within_bounds(to_mib));
+        let wanted = possible.map_err(|cause| failed(self.memory_mib(), cause))?;
+        let _turn = self.turn(&doing).await?;
+        let before = self.memory_mib();
+        let outcome = self.to_plugged(wanted, rounding).await;
+        let steps = self
+            .unless_gone(outcome)
+            .map_err(|cause| failed(before, cause))?;
         let now = self.memory_mib();
         tracing::info!(id = self.0.id, before, now, "memory resized");
         Ok(Resized { before, now, steps })
     }
 
+    /// Bytes to be plugged for a size.
+    fn within_bounds(&self, to_mib: u64) -> Result<u64, String> {
+        let (boot, max) = (self.0.memory_mib, self.max_memory_mib());
+        let Some(plugged) = to_mib.checked_sub(boot) else {
+            return Err(format!(
+                "it began with {boot} MiB, and only what was plugged can be unplugged"
+            ));
+        };
+        if plugged > 0 && max == boot {
+            let what = match self.0.memory_way {
+                MemoryWay::VirtioMem => "a virtio-mem device",
+                MemoryWay::Acpi => "units of ACPI memory",
+                MemoryWay::Auto => "a virtio-mem device or units of ACPI memory",
+            };
+            return Err(format!("the VM was started without {what}"));
+        }
+        if to_mib > max {
+            return Err(format!(
+                "it was started for {max} MiB at most (the most is fixed when the VM starts)"
+            ));
+        }
+        Ok(plugged * MIB)
+    }
+
     async fn to_plugged(&self, wanted: u64, rounding: Rounding) -> Result<Vec<Step>, String> {
         let now = self.plugged_bytes();
-        if wanted == now {
-            return Ok(Vec::new());
+        if wanted < now {
+            return self.shrink(now - wanted).await;
         }
-        let resources = self.resources().await.map_err(|error| error.to_string())?;
-        let virtio = match self.0.memory_way {
-            MemoryWay::VirtioMem => true,
-            MemoryWay::Acpi => false,
-            MemoryWay::Auto => resources.virtio_mem && self.mem_status().is_some(),
-        };
+        let mut steps = Vec::new();
+        for unit in self.left_over_units() {
+            let used = self.use_unit(&unit).await;
+            steps.push(used.map_err(|stuck| stuck.why)?);
+        }
+        // Where the last change of the virtio-mem device came to another size than it was to, the device is not to move any more.
+        if let Some(status) = self.mem_status()
+            && status.requested != status.plugged
+        {
+            steps.extend(self.request(status.plugged).await?);
+        }
         if wanted > now {
-            room_for_pages(wanted - now, resources.memory_available_bytes)?;
+            steps.extend(self.grow(wanted, rounding).await?);
         }
-        let units = self.unit_bytes();
+        Ok(steps)
+    }
+
+    /// Gives the guest more, until `wanted` bytes are plugged.
+    async fn grow(&self, wanted: u64, rounding: Rounding) -> Result<Vec<Step>, String> {
+        let resources = self.resources().await.map_err(|error| chain(&error))?;
         let lacks = |what: &str| {
             let mut why = what.to_owned();
             for lack in resources.lacks.iter().take(8) {
                 why.push_str("; the guest lacks ");
-                why.push_str(&super::super::host::bounded(lack, 128));
+                why.push_str(&bounded(lack, 128));
             }
-            why
+            Err(why)
+        };
+        let (units, status) = (self.unit_bytes(), self.mem_status());
+        let virtio = match self.0.memory_way {
+            MemoryWay::VirtioMem => true,
+            MemoryWay::Acpi => false,
+            MemoryWay::Auto => resources.virtio_mem && status.is_some(),
         };
         if virtio {
-            let Some(status) = self.mem_status() else {
-                return Err("the VM was started without a virtio-mem device".to_owned());
-            };
+            // A VM without the device is refused before.
+            let status = status.unwrap_or_default();
             if !status.driver && !resources.virtio_mem {
-                return Err(lacks("no driver has taken the virtio-mem device up"));
+                return lacks("no driver has taken the virtio-mem device up");
             }
-            if wanted.saturating_sub(units) > status.region {
+            let more = wanted.saturating_sub(units + status.plugged);
+            let to = status.plugged + rounding.apply(more, BLOCK_BYTES);
+            if to > status.region {
                 return Err(format!(
                     "it was started for {} MiB at most",
                     self.0.memory_mib + (status.region + units) / MIB
                 ));
             }
-            let wanted = rounding.apply(
-                wanted.saturating_sub(units),
-                2 * MIB,
-                now.saturating_sub(units),
-            );
-            return self.request(wanted).await;
+            room_for_pages(
+                to.saturating_sub(status.plugged),
+                resources.memory_available_bytes,
+            )?;
+            if to == status.plugged {
+                return Ok(Vec::new());
+            }
+            return self.request(to).await;
         }
         let area = self.0.machine.memory_area();
         if area.units == 0 {
-            return Err(lacks("the VM was started without units of ACPI memory"));
+            return lacks("the VM was started without units of ACPI memory");
         }
         if resources.memory_block_bytes == 0 {
-            return Err(lacks("the guest's kernel takes no memory while it runs"));
+            return lacks("the guest's kernel takes no memory while it runs");
         }
         if !area.unit.is_multiple_of(resources.memory_block_bytes) {
             return Err(format!(
@@ -153,13 +209,54 @@ impl Sandbox {
                 resources.memory_block_bytes / MIB
             ));
         }
-        let requested = self.mem_status().map_or(0, |status| status.plugged);
-        let wanted = wanted.saturating_sub(requested).next_multiple_of(area.unit);
-        match wanted.checked_sub(units) {
-            Some(0) => Ok(Vec::new()),
-            Some(more) => self.add_units(more).await,
-            None => self.remove_units(units - wanted).await,
+        let more = wanted.saturating_sub(self.plugged_bytes());
+        let more = rounding.apply(more, area.unit);
+        if more == 0 {
+            return Ok(Vec::new());
         }
+        room_for_pages(more, resources.memory_available_bytes)?;
+        self.add_units(more).await
+    }
+
+    /// Takes `less` bytes of what is plugged, rounded down to what can go: of the virtio-mem device first, if its driver runs. Both
+    /// ways have plugged some only in a guest whose driver came or went.
+    async fn shrink(&self, less: u64) -> Result<Vec<Step>, String> {
+        let units = self.unit_bytes();
+        let status = self.mem_status().unwrap_or_default();
+        let by_device = if status.driver {
+            less.min(status.plugged)
+        } else {
+            0
+        };
+        let to = (status.plugged - by_device).next_multiple_of(BLOCK_BYTES);
+        let rest = less.saturating_sub(status.plugged.saturating_sub(to));
+        let unit = self.0.machine.memory_area().unit.max(1);
+        let by_units = (rest - rest % unit).min(units);
+        if !status.driver && status.plugged > 0 && rest > by_units {
+            return Err(format!(
+                "the virtio-mem device has {} MiB plugged, and no driver runs it any more",
+                status.plugged / MIB
+            ));
+        }
+        let mut steps = Vec::new();
+        if status.driver && (status.plugged, status.requested) != (to, to) {
+            steps = self.request(to).await?;
+        }
+        if by_units == 0 {
+            return Ok(steps);
+        }
+        match self.remove_units(units - by_units).await {
+            Ok(more) => steps.extend(more),
+            Err(why) if steps.is_empty() => return Err(why),
+            Err(why) => {
+                let undone = match self.request(status.plugged).await {
+                    Ok(_) => "what the virtio-mem device gave back is plugged again".to_owned(),
+                    Err(error) => error,
+                };
+                return Err(format!("{why}; {undone}"));
+            }
+        }
+        Ok(steps)
     }
 }
 
@@ -183,24 +280,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_size_between_two_steps_goes_up_or_towards_the_present_one() {
-        // wanted, step, now → up, towards
-        for (wanted, step, now, up, towards) in [
-            (0, 128, 256, 0, 0),
-            (100, 128, 256, 128, 128),
-            (256, 128, 256, 256, 256),
-            (300, 128, 256, 384, 256),
-            (384, 128, 256, 384, 384),
-            (511, 128, 0, 512, 384),
-            // A present size that is no multiple is not shrunk by growing.
-            (130, 128, 129, 256, 129),
-        ] {
-            assert_eq!(Rounding::Up.apply(wanted, step, now), up, "{wanted} {now}");
-            assert_eq!(
-                Rounding::Towards.apply(wanted, step, now),
-                towards,
-                "{wanted} {now}"
-            );
+    fn what_is_between_two_steps_goes_up_or_towards_the_present_size() {
+        for (more, up, towards) in [(0, 0, 0), (1, 128, 0), (128, 128, 128), (255, 256, 128)] {
+            assert_eq!(Rounding::Up.apply(more, 128), up, "{more}");
+            assert_eq!(Rounding::Towards.apply(more, 128), towards, "{more}");
         }
     }
 

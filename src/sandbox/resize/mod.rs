@@ -2,20 +2,24 @@
 //! made it, or undoes itself and says why not. One change at a time; which
 //! size is wanted is for others to say.
 //!
-//! `vcpus` and `units` go by ACPI, `requested` by the virtio-mem device; the guest's part of the first two is the agent's.
+//! `vcpus` and `units` go by ACPI and its `slots`, `requested` by the virtio-mem device; the guest's part of the first two is the
+//! agent's. What the guest is not known to use, since a change failed or was given up, is remembered, and is what the next change
+//! begins with.
 
 mod memory;
 mod requested;
+mod slots;
 mod units;
 mod vcpus;
 
 pub use crate::config::MemoryWay;
 pub use memory::Rounding;
+pub(super) use slots::Plugged;
 
 use std::time::Duration;
 
 use nacre_protocol::agent::{ResourcesRequest, ResourcesResponse, WatchMemoryRequest};
-use nacre_vmm::hotplug::{Ost, SlotView, State};
+use nacre_vmm::hotplug::{Ost, SlotView};
 use serde::{Deserialize, Serialize};
 use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
@@ -38,6 +42,20 @@ pub struct Step {
     pub online_us: u64,
     /// From the first part to the last, the guest's eject and the host's giving back included.
     pub total_us: u64,
+}
+
+impl Step {
+    /// One whose `(noticed_us, online_us)` are the guest's word, which cannot be more than the whole took.
+    fn of_guest(what: String, (noticed_us, online_us): (u64, u64), total_us: u64) -> Self {
+        let online_us = online_us.min(total_us);
+        Self {
+            what,
+            host_us: 0,
+            noticed_us: noticed_us.min(online_us),
+            online_us,
+            total_us,
+        }
+    }
 }
 
 /// A change that came about.
@@ -82,7 +100,7 @@ impl Sandbox {
             changed.vcpus = Some(resized.map_err(|error| chain(&error))?);
         }
         if let Some(to) = wanted.memory_mib {
-            let resized = self.resize_memory(to, Rounding::Up).await;
+            let resized = self.resize_memory(to).await;
             changed.memory = Some(resized.map_err(|error| {
                 let mut why = chain(&error);
                 if let Some(vcpus) = &changed.vcpus {
@@ -126,8 +144,7 @@ impl Sandbox {
 
     /// Waits for its turn: one change at a time.
     async fn turn(&self, doing: &str) -> Result<SemaphorePermit<'_>, Error> {
-        // As long as a change of some steps takes.
-        let longest = self.0.timeouts.resize * 4;
+        let longest = self.longest();
         let taken = tokio::time::timeout(longest, self.0.resizing.acquire()).await;
         match taken {
             Ok(Ok(permit)) => Ok(permit),
@@ -140,57 +157,39 @@ impl Sandbox {
         }
     }
 
-    /// Waits until a slot is as wanted, the VM ends, or it takes too long; what the slot is then.
-    async fn settled(
-        &self,
-        within: Duration,
-        slot: impl Fn() -> Option<SlotView>,
-        wanted: impl Fn(Option<&SlotView>) -> bool,
-    ) -> Result<SlotView, Unsettled> {
-        let mut changes = self.0.machine.plug_changes();
-        let deadline = Instant::now() + within;
-        loop {
-            let seen = slot();
-            if wanted(seen.as_ref()) {
-                return Ok(seen.unwrap_or(SlotView {
-                    index: 0,
-                    state: State::Empty,
-                    ost: None,
-                }));
-            }
-            tokio::select! {
-                changed = tokio::time::timeout_at(deadline, changes.changed()) => match changed {
-                    Ok(Ok(())) => {}
-                    // The sender lives as long as the VM.
-                    Ok(Err(_)) | Err(_) => return Err(Unsettled::Late(seen)),
-                },
-                reason = self.0.machine.ended() => return Err(Unsettled::Gone(self.gone(reason))),
-            }
+    /// As long as a change of some steps takes.
+    fn longest(&self) -> Duration {
+        self.0.timeouts.resize * 4
+    }
+
+    /// What came of a change; a VM that has ended has come to no size, and its end is the cause of whatever went wrong.
+    fn unless_gone<T>(&self, outcome: Result<T, String>) -> Result<T, String> {
+        match self.0.machine.exit_reason() {
+            Some(reason) => Err(chain(&self.gone(reason))),
+            None => outcome,
         }
     }
 }
 
-/// Why a slot did not become as wanted.
-enum Unsettled {
-    /// It took too long; the slot as it was seen last.
-    Late(Option<SlotView>),
-    /// The VM has ended.
-    Gone(Error),
+/// Why a step did not come about.
+struct Stuck {
+    why: String,
+    /// The guest did not answer in time, or cannot any more: to ask it for the like would take as long.
+    late: bool,
 }
 
-impl Unsettled {
-    /// In words; `within` is how long it was waited for.
-    fn why(&self, within: Duration) -> String {
-        match self {
-            Self::Late(Some(slot)) => {
-                let mut why = format!("after {within:?} it is {}", slot.state);
-                if let Some(ost) = slot.ost {
-                    why.push_str(&format!("; the guest's last word on it: {ost}"));
-                }
-                why
-            }
-            Self::Late(None) => format!("after {within:?} nothing has changed"),
-            Self::Gone(error) => chain(error),
+impl Stuck {
+    fn by(error: &Error) -> Self {
+        Self {
+            why: chain(error),
+            late: !matches!(error, Error::Refused { .. }),
+        }
+    }
+
+    fn map(self, words: impl FnOnce(String) -> String) -> Self {
+        Self {
+            why: words(self.why),
+            late: self.late,
         }
     }
 }
@@ -208,3 +207,6 @@ fn with_report(error: &Error, slot: Option<&SlotView>) -> String {
         None => chain(error),
     }
 }
+
+#[cfg(test)]
+mod tests;

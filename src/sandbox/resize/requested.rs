@@ -1,5 +1,6 @@
 //! Memory by the virtio-mem device: the guest's driver plugs and unplugs by itself what it is asked for.
 
+use nacre_vmm::hotplug::memory::SMALLEST_UNIT;
 use nacre_vmm::virtio::mem::MemStatus;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -7,6 +8,9 @@ use tokio::time::Instant;
 use super::{Step, us};
 use crate::sandbox::Sandbox;
 use crate::sandbox::error::chain;
+
+/// Memory that has the time of one step, as a unit of ACPI memory has: the smallest that one can be.
+const STEP: u64 = SMALLEST_UNIT;
 
 impl Sandbox {
     /// Where the device is, if there is one.
@@ -28,7 +32,7 @@ impl Sandbox {
         self.0
             .machine
             .request_memory(bytes)
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| chain(&error))?;
         let host_us = us(began);
         let mut first_us = 0;
         match self.follow(&mut status, bytes, began, &mut first_us).await {
@@ -53,11 +57,8 @@ impl Sandbox {
     }
 
     async fn go_back(&self, status: &mut watch::Receiver<MemStatus>, bytes: u64) -> String {
-        if self.0.machine.exit_reason().is_some() {
-            return String::new();
-        }
         if let Err(error) = self.0.machine.request_memory(bytes) {
-            return format!("; it cannot be asked to go back: {error}");
+            return format!("; it cannot be asked to go back: {}", chain(&error));
         }
         match self.follow(status, bytes, Instant::now(), &mut 0).await {
             Ok(()) => format!("; it is back at {} MiB", bytes >> 20),
@@ -69,7 +70,8 @@ impl Sandbox {
         }
     }
 
-    /// Waits until the driver has plugged just so much, as long as it gets on.
+    /// Waits until the driver has plugged just so much, as long as it gets on: each bit of it gives it the time of a step anew,
+    /// up to that of as many steps as there are [`STEP`]s to go, and of a change of some steps at least.
     async fn follow(
         &self,
         status: &mut watch::Receiver<MemStatus>,
@@ -80,7 +82,9 @@ impl Sandbox {
         let patience = self.0.timeouts.resize;
         let start = status.borrow().plugged;
         let mut best = start.abs_diff(bytes);
-        let mut deadline = Instant::now() + patience;
+        let steps = u32::try_from(best.div_ceil(STEP)).unwrap_or(u32::MAX);
+        let longest = patience.saturating_mul(steps).max(self.longest());
+        let (asked, mut deadline) = (Instant::now(), Instant::now() + patience);
         loop {
             let seen = *status.borrow_and_update();
             if seen.plugged != start && *first_us == 0 {
@@ -89,22 +93,33 @@ impl Sandbox {
             if seen.plugged == bytes {
                 return Ok(());
             }
+            if let Some(reason) = self.0.machine.exit_reason() {
+                return Err(chain(&self.gone(reason)));
+            }
+            // Looked at here, since a driver that goes to and fro without end makes a change for every look.
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(if !seen.driver {
+                    format!("in {patience:?} no driver has taken the device up")
+                } else if now.duration_since(asked) >= longest {
+                    format!("it was too slow, {longest:?} are over")
+                } else {
+                    format!("it did not get on for {patience:?}")
+                });
+            }
             // A driver that goes to and fro gets no further.
             let distance = seen.plugged.abs_diff(bytes);
             if distance < best {
                 best = distance;
-                deadline = Instant::now() + patience;
+                deadline = (now + patience).min(asked + longest);
             }
             tokio::select! {
-                changed = tokio::time::timeout_at(deadline, status.changed()) => match changed {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) => return Err("the device is gone".to_owned()),
-                    Err(_) if !seen.driver => {
-                        return Err(format!("in {patience:?} no driver has taken the device up"));
+                changed = tokio::time::timeout_at(deadline, status.changed()) => {
+                    if let Ok(Err(_)) = changed {
+                        return Err("the device is gone".to_owned());
                     }
-                    Err(_) => return Err(format!("it did not get on for {patience:?}")),
-                },
-                reason = self.0.machine.ended() => return Err(chain(&self.gone(reason))),
+                }
+                _ = self.0.machine.ended() => {}
             }
         }
     }

@@ -1,12 +1,13 @@
 //! Memory by ACPI: units that are made, announced and brought online by the agent; and back.
 
-use nacre_protocol::agent::{OfflineMemoryRequest, OnlineMemoryRequest};
+use nacre_protocol::agent::{OfflineMemoryRequest, OnlineMemoryRequest, OnlineMemoryResponse};
 use nacre_vmm::hotplug::memory::UnitView;
-use nacre_vmm::hotplug::{SlotView, State};
 use tokio::time::Instant;
+use ttrpc::Code;
 
-use super::{Step, Unsettled, refusal, us, with_report};
+use super::{Plugged, Step, Stuck, us, with_report};
 use crate::sandbox::Sandbox;
+use crate::sandbox::error::{Error, chain};
 
 impl Sandbox {
     /// Bytes of the units that are there.
@@ -18,36 +19,58 @@ impl Sandbox {
     /// Plugs `bytes` more, a multiple of the unit. What went wrong is in words, and is undone.
     pub(super) async fn add_units(&self, bytes: u64) -> Result<Vec<Step>, String> {
         let began = Instant::now();
-        let units = self
-            .0
-            .machine
-            .plug_memory(bytes)
-            .map_err(|error| error.to_string())?;
+        let plugged = self.0.machine.plug_memory(bytes);
+        let units = plugged.map_err(|error| chain(&error))?;
+        for unit in &units {
+            self.begin(slot_of(unit));
+        }
         let host_us = us(began) / units.len().max(1) as u64;
         let mut steps = Vec::new();
         for (done, unit) in units.iter().enumerate() {
             match self.online_unit(unit).await {
-                Ok(step) => steps.push(Step {
+                Ok(answer) => steps.push(Step {
                     host_us,
-                    total_us: us(began),
-                    ..step
+                    ..Step::of_guest(
+                        named(unit),
+                        (answer.noticed_us, answer.online_us),
+                        us(began),
+                    )
                 }),
-                Err(cause) => {
+                Err(stuck) => {
                     let undone = self.take_units_back(&units, done).await;
-                    return Err(format!("{cause}{undone}"));
+                    let why = stuck.why;
+                    return Err(format!("{} was plugged, but {why}; {undone}", named(unit)));
                 }
             }
         }
         Ok(steps)
     }
 
-    async fn online_unit(&self, unit: &UnitView) -> Result<Step, String> {
+    /// Units that are there and that the guest may not have online, since an earlier change left them.
+    pub(super) fn left_over_units(&self) -> Vec<UnitView> {
+        let mut units = self.0.machine.memory_units();
+        units.retain(|unit| self.is_left_over(slot_of(unit)));
+        units
+    }
+
+    /// One that is there comes online, which an earlier change left.
+    pub(super) async fn use_unit(&self, unit: &UnitView) -> Result<Step, Stuck> {
+        let began = Instant::now();
+        let answer = self.online_unit(unit).await.map_err(|stuck| {
+            stuck.map(|why| format!("{} was plugged earlier, but {why}", named(unit)))
+        })?;
+        let times = (answer.noticed_us, answer.online_us);
+        Ok(Step::of_guest(named(unit), times, us(began)))
+    }
+
+    /// Has the agent bring a unit online, and acknowledges it.
+    async fn online_unit(&self, unit: &UnitView) -> Result<OnlineMemoryResponse, Stuck> {
         let what = named(unit);
         let within = self.0.timeouts.resize;
         let mut request = OnlineMemoryRequest::new();
         (request.base, request.bytes) = (unit.base, unit.bytes);
         request.wait_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
-        let agent = self.agent().await.map_err(|error| error.to_string())?;
+        let agent = self.agent().await.map_err(|error| Stuck::by(&error))?;
         let answer = agent
             .call(
                 format!("bringing {what} online"),
@@ -56,60 +79,67 @@ impl Sandbox {
             )
             .await
             .map_err(|error| {
-                let cause = with_report(&error, self.unit_slot(unit.slot.index).as_ref());
-                format!("{what} was plugged, but {cause}")
+                let slot = self.slot(slot_of(unit));
+                Stuck::by(&error).map(|_| with_report(&error, slot.as_ref()))
             })?;
-        let blocks: Vec<u64> = answer.blocks.iter().map(|block| block.number).collect();
+        self.acknowledge(slot_of(unit));
+        let (blocks, first) = (answer.blocks.len(), answer.blocks.first());
+        let first = first.map(|block| block.number);
         let fixed = answer.blocks.iter().filter(|block| !block.movable).count();
-        tracing::debug!(id = self.0.id, %what, ?blocks, not_removable = fixed, "memory online");
-        Ok(Step {
-            what,
-            noticed_us: answer.noticed_us,
-            online_us: answer.online_us,
-            ..Step::default()
-        })
+        tracing::debug!(id = self.0.id, %what, first, blocks, not_removable = fixed, "memory online");
+        Ok(answer)
     }
 
-    /// Takes all of these units away again, of which the first `online` are online.
+    /// Takes all of these units away again, of which the first `online` are online; what came of it. The guest's kernel refuses
+    /// to eject one that came online after all.
     async fn take_units_back(&self, units: &[UnitView], online: usize) -> String {
-        if self.0.machine.exit_reason().is_some() {
-            return String::new();
-        }
-        let mut left = Vec::new();
+        let mut left = Causes::default();
+        let mut late = false;
         for (place, unit) in units.iter().enumerate() {
-            let index = unit.slot.index;
-            if self.0.machine.withdraw_memory(index).is_ok() {
+            if self.take_unnoticed_back(slot_of(unit)) {
                 continue;
             }
-            let gone = if place < online {
-                self.remove_unit(unit).await.map(|_| ())
+            let gone = if late {
+                Err("it stays, since the guest does not answer".to_owned())
             } else {
-                self.eject_unit(index).await
+                let gone = if place < online {
+                    self.remove_unit(unit).await.map(|_| ())
+                } else {
+                    self.eject(slot_of(unit)).await
+                };
+                gone.map_err(|stuck| {
+                    late = stuck.late;
+                    stuck.why
+                })
             };
             if let Err(why) = gone {
-                left.push(format!("{}: {why}", named(unit)));
+                left.add(unit, &why);
             }
         }
-        if left.is_empty() {
-            "; it was unplugged again".to_owned()
-        } else {
-            format!("; it could not all be unplugged again: {}", left.join("; "))
+        match left.words() {
+            None => "it was unplugged again".to_owned(),
+            Some(words) => format!("it could not all be unplugged again{words}"),
         }
     }
 
-    /// Unplugs `bytes`, a multiple of the unit, from the highest units that go. If too few go, those that went are plugged again.
-    pub(super) async fn remove_units(&self, bytes: u64) -> Result<Vec<Step>, String> {
+    /// Unplugs units until those that stay have `to` bytes, a multiple of the unit: what the guest may not have online first,
+    /// then the highest that go. If too few go, those that went are plugged again.
+    pub(super) async fn remove_units(&self, to: u64) -> Result<Vec<Step>, String> {
+        let (began, before) = (Instant::now(), self.unit_bytes());
         let mut units = self.0.machine.memory_units();
+        units.sort_by_key(|unit| (self.is_left_over(slot_of(unit)), unit.slot.index));
         let mut steps = Vec::new();
-        let mut stays: Vec<String> = Vec::new();
-        let mut gone = 0;
-        while gone < bytes {
+        let mut stays = Causes::default();
+        // What the guest was asked for by an earlier change may go by itself.
+        while self.unit_bytes() > to {
             let Some(unit) = units.pop() else {
-                let mut why = format!("{} of {} MiB can be unplugged", gone >> 20, bytes >> 20);
-                for cause in &stays {
-                    why.push_str("; ");
-                    why.push_str(cause);
-                }
+                let gone = before.saturating_sub(self.unit_bytes());
+                let mut why = format!(
+                    "{} of {} MiB can be unplugged{}",
+                    gone >> 20,
+                    (before - to) >> 20,
+                    stays.words().unwrap_or_default()
+                );
                 if gone > 0 {
                     why.push_str(&match self.add_units(gone).await {
                         Ok(_) => "; what went is plugged again".to_owned(),
@@ -119,84 +149,115 @@ impl Sandbox {
                 return Err(why);
             };
             match self.remove_unit(&unit).await {
-                Ok(step) => {
-                    gone += unit.bytes;
-                    steps.push(step);
+                Ok(step) => steps.push(step),
+                Err(stuck) => {
+                    stays.add(&unit, &stuck.why);
+                    // A guest that takes its time to refuse each would take hours for all.
+                    if stuck.late || began.elapsed() >= self.longest() {
+                        stays.untried = units.len();
+                        units.clear();
+                    }
                 }
-                Err(why) => stays.push(format!("{}: {why}", named(&unit))),
             }
         }
         Ok(steps)
     }
 
-    async fn remove_unit(&self, unit: &UnitView) -> Result<Step, String> {
+    async fn remove_unit(&self, unit: &UnitView) -> Result<Step, Stuck> {
         let what = named(unit);
-        let began = Instant::now();
+        let of = slot_of(unit);
         let within = self.0.timeouts.resize;
+        let agent = self.agent().await.map_err(|error| Stuck::by(&error))?;
+        let was_known = self.begin(of);
+        let began = Instant::now();
         let mut request = OfflineMemoryRequest::new();
         (request.base, request.bytes) = (unit.base, unit.bytes);
         request.deadline_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
-        let agent = self.agent().await.map_err(|error| error.to_string())?;
-        let offline = agent
+        let answer = agent
             .call(
                 format!("taking {what} offline"),
                 within + self.0.timeouts.agent,
                 |client, context| async move { client.offline_memory(context, &request).await },
             )
-            .await
-            .map_err(|error| error.to_string())?;
+            .await;
+        let offline_us = match answer {
+            Ok(answer) => answer.offline_us,
+            // The guest's kernel never took it, or has let go of it already.
+            Err(Error::Refused {
+                code: Code::NOT_FOUND,
+                ..
+            }) => 0,
+            Err(error) => {
+                let stuck = Stuck::by(&error);
+                if !stuck.late {
+                    if was_known {
+                        self.acknowledge(of);
+                    }
+                    return Err(stuck);
+                }
+                // It may still go.
+                let undone = self.unit_back_online(unit).await;
+                return Err(stuck.map(|why| format!("{why}; {undone}")));
+            }
+        };
         let asked = Instant::now();
-        if let Err(why) = self.eject_unit(unit.slot.index).await {
-            let undone = match self.online_unit(unit).await {
-                Ok(_) => "it is online again".to_owned(),
-                Err(error) => format!("it stays offline: {error}"),
-            };
-            return Err(format!("{why}; {undone}"));
+        if let Err(stuck) = self.eject(of).await {
+            let undone = self.unit_back_online(unit).await;
+            return Err(stuck.map(|why| format!("{why}; {undone}")));
         }
         Ok(Step {
-            what,
             host_us: us(asked),
-            noticed_us: 0,
-            online_us: offline.offline_us,
-            total_us: us(began),
+            ..Step::of_guest(what, (0, offline_us), us(began))
         })
     }
 
-    fn unit_slot(&self, index: u8) -> Option<SlotView> {
-        let units = self.0.machine.memory_units();
-        let unit = units.into_iter().find(|unit| unit.slot.index == index)?;
-        Some(unit.slot)
-    }
-
-    /// Has the guest eject a unit, and waits until it has.
-    async fn eject_unit(&self, index: u8) -> Result<(), String> {
-        let within = self.0.timeouts.resize;
-        self.0
-            .machine
-            .ask_memory(index)
-            .map_err(|error| error.to_string())?;
-        let settled = self
-            .settled(
-                within,
-                || self.unit_slot(index),
-                |slot| slot.is_none() || refusal(slot).is_some(),
-            )
-            .await;
-        match settled {
-            Ok(slot) if slot.state == State::Empty => Ok(()),
-            Ok(slot) => Err(format!(
-                "the guest does not eject it{}",
-                slot.ost.map_or_else(String::new, |ost| format!(": {ost}"))
-            )),
-            Err(unsettled) => {
-                let why = unsettled.why(within);
-                if let Unsettled::Late(_) = unsettled {
-                    let _ = self.0.machine.withdraw_memory(index);
-                }
-                Err(format!("the guest does not eject it: {why}"))
-            }
+    /// The guest may use it again; what came of it.
+    async fn unit_back_online(&self, unit: &UnitView) -> String {
+        match self.online_unit(unit).await {
+            Ok(_) => "it is online again".to_owned(),
+            Err(stuck) => format!("it could not be brought online again: {}", stuck.why),
         }
     }
+}
+
+/// Why units stay. A guest has a cause for each of hundreds; a few are told.
+#[derive(Default)]
+struct Causes {
+    told: Vec<String>,
+    more: usize,
+    untried: usize,
+}
+
+impl Causes {
+    const TOLD: usize = 4;
+
+    fn add(&mut self, unit: &UnitView, why: &str) {
+        if self.told.len() < Self::TOLD {
+            self.told.push(format!("{}: {why}", named(unit)));
+        } else {
+            self.more += 1;
+        }
+    }
+
+    /// All of it, if there is any, beginning with a semicolon.
+    fn words(&self) -> Option<String> {
+        let mut words = String::new();
+        for cause in &self.told {
+            words.push_str("; ");
+            words.push_str(cause);
+        }
+        if self.more > 0 {
+            words.push_str(&format!("; and {} more stay", self.more));
+        }
+        if self.untried > 0 {
+            words.push_str(&format!("; {} more were not tried", self.untried));
+        }
+        (!words.is_empty()).then_some(words)
+    }
+}
+
+fn slot_of(unit: &UnitView) -> Plugged {
+    Plugged::Unit(unit.slot.index)
 }
 
 fn named(unit: &UnitView) -> String {

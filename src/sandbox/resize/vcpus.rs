@@ -1,12 +1,14 @@
 //! vCPUs: made on demand, announced, brought online by the agent; and back.
 
-use nacre_protocol::agent::{OfflineCpuRequest, OnlineCpuRequest};
-use nacre_vmm::hotplug::{SlotView, State};
-use tokio::time::Instant;
+use std::cmp::Ordering;
 
-use super::{Resized, Step, Unsettled, refusal, us, with_report};
+use nacre_protocol::agent::{OfflineCpuRequest, OnlineCpuRequest, OnlineCpuResponse};
+use tokio::time::Instant;
+use ttrpc::Code;
+
+use super::{Plugged, Resized, Step, us, with_report};
 use crate::sandbox::Sandbox;
-use crate::sandbox::error::Error;
+use crate::sandbox::error::{Error, chain};
 
 impl Sandbox {
     /// vCPUs that are there; after the VM's end those that it began with.
@@ -33,38 +35,28 @@ impl Sandbox {
     /// [`Error::Resize`] with the cause, and the number is as before; where the guest did not let that be, the words say so.
     pub async fn resize_vcpus(&self, to: u8) -> Result<Resized, Error> {
         let doing = format!("bring the VM to {to} vCPUs");
-        let _turn = self.turn(&doing).await?;
-        let before = self.vcpus();
-        let failed = |cause: String| Error::Resize {
+        let failed = |before: u8, cause: String| Error::Resize {
             doing: format!("{doing} from {before}"),
             cause,
         };
-        if to == 0 {
-            return Err(failed("a VM has at least one vCPU".to_owned()));
-        }
         let max = self.0.max_vcpus;
+        if to == 0 {
+            let cause = "a VM has at least one vCPU".to_owned();
+            return Err(failed(self.vcpus(), cause));
+        }
         if to > max {
-            return Err(failed(format!(
+            let cause = format!(
                 "it was started for {max} at most, of {} that are possible",
                 nacre_vmm::config::MAXIMUM_VCPUS
-            )));
+            );
+            return Err(failed(self.vcpus(), cause));
         }
-        let mut steps = Vec::new();
-        loop {
-            let now = self.vcpus();
-            let step = match now.cmp(&to) {
-                std::cmp::Ordering::Less => self.add_vcpu().await,
-                std::cmp::Ordering::Greater => self.remove_vcpu().await,
-                std::cmp::Ordering::Equal => break,
-            };
-            match step {
-                Ok(step) => steps.push(step),
-                Err(cause) => {
-                    let undone = self.back_to_vcpus(before, now).await;
-                    return Err(failed(format!("{cause}{undone}")));
-                }
-            }
-        }
+        let _turn = self.turn(&doing).await?;
+        let before = self.vcpus();
+        let outcome = self.to_vcpus(to, before).await;
+        let steps = self
+            .unless_gone(outcome)
+            .map_err(|cause| failed(before, cause))?;
         tracing::info!(id = self.0.id, before, now = to, "vCPUs resized");
         Ok(Resized {
             before: before.into(),
@@ -73,13 +65,38 @@ impl Sandbox {
         })
     }
 
+    async fn to_vcpus(&self, to: u8, before: u8) -> Result<Vec<Step>, String> {
+        let mut steps = Vec::new();
+        // Each round takes a vCPU that is not acknowledged, adds one, or removes one. The guest can make it take more rounds only
+        // by ejecting what it was asked for earlier, which it can do once for each.
+        loop {
+            let now = self.vcpus();
+            let step = match (now.cmp(&to), self.left_over_vcpu()) {
+                (Ordering::Greater, _) => self.remove_vcpu().await,
+                (_, Some(index)) => self.use_vcpu(index).await,
+                (Ordering::Less, None) => self.add_vcpu().await,
+                (Ordering::Equal, None) => return Ok(steps),
+            };
+            match step {
+                Ok(step) => steps.push(step),
+                Err(cause) => {
+                    let undone = self.back_to_vcpus(before, now).await;
+                    return Err(format!("{cause}{undone}"));
+                }
+            }
+            if self.0.machine.exit_reason().is_some() {
+                return Ok(steps);
+            }
+        }
+    }
+
     /// Undoes the steps before the one that failed at `at`; what there is to say of it.
     async fn back_to_vcpus(&self, before: u8, at: u8) -> String {
-        if at == before || self.0.machine.exit_reason().is_some() {
+        if at == before {
             return String::new();
         }
         // Bounded: a step that fails ends it.
-        while self.vcpus() != before {
+        while self.vcpus() != before && self.0.machine.exit_reason().is_none() {
             let step = if self.vcpus() < before {
                 self.add_vcpu().await
             } else {
@@ -95,21 +112,16 @@ impl Sandbox {
         format!("; it is back at {before} vCPUs")
     }
 
-    fn vcpu_slot(&self, index: u8) -> Option<SlotView> {
+    /// The highest that is there and that the guest may not have online.
+    fn left_over_vcpu(&self) -> Option<u8> {
         let slots = self.0.machine.vcpu_slots();
-        slots.into_iter().find(|slot| slot.index == index)
+        let mut indices = slots.iter().map(|slot| slot.index);
+        indices.rfind(|index| self.is_left_over(Plugged::Vcpu(*index)))
     }
 
-    /// One more. What went wrong is in words, and is undone.
-    async fn add_vcpu(&self) -> Result<Step, String> {
-        let agent = self.agent().await.map_err(|error| error.to_string())?;
-        let began = Instant::now();
-        let index = self
-            .0
-            .machine
-            .plug_vcpu()
-            .map_err(|error| error.to_string())?;
-        let host_us = us(began);
+    /// Has the agent bring one online, and acknowledges it.
+    async fn online_vcpu(&self, index: u8) -> Result<OnlineCpuResponse, Error> {
+        let agent = self.agent().await?;
         let within = self.0.timeouts.resize;
         let mut request = OnlineCpuRequest::new();
         request.uid = u32::from(index);
@@ -121,113 +133,116 @@ impl Sandbox {
                 within + self.0.timeouts.agent,
                 |client, context| async move { client.online_cpu(context, &request).await },
             )
-            .await;
-        match answer {
+            .await?;
+        self.acknowledge(Plugged::Vcpu(index));
+        Ok(answer)
+    }
+
+    /// One that is there comes online, which an earlier change left.
+    async fn use_vcpu(&self, index: u8) -> Result<Step, String> {
+        let began = Instant::now();
+        let answer = self.online_vcpu(index).await.map_err(|error| {
+            let cause = with_report(&error, self.slot(Plugged::Vcpu(index)).as_ref());
+            format!("vCPU {index} was plugged earlier, but {cause}")
+        })?;
+        Ok(Step::of_guest(
+            format!("vCPU {index}"),
+            (answer.noticed_us, answer.online_us),
+            us(began),
+        ))
+    }
+
+    /// One more. What went wrong is in words, and is undone.
+    async fn add_vcpu(&self) -> Result<Step, String> {
+        // A guest that is not ready yet is not to notice it.
+        self.agent().await.map_err(|error| chain(&error))?;
+        let began = Instant::now();
+        let plugged = self.0.machine.plug_vcpu();
+        let index = plugged.map_err(|error| chain(&error))?;
+        let of = Plugged::Vcpu(index);
+        self.begin(of);
+        let host_us = us(began);
+        match self.online_vcpu(index).await {
             Ok(answer) => Ok(Step {
-                what: format!("vCPU {index}"),
                 host_us,
-                noticed_us: answer.noticed_us,
-                online_us: answer.online_us,
-                total_us: us(began),
+                ..Step::of_guest(
+                    format!("vCPU {index}"),
+                    (answer.noticed_us, answer.online_us),
+                    us(began),
+                )
             }),
             Err(error) => {
-                let cause = with_report(&error, self.vcpu_slot(index).as_ref());
-                let undone = self.take_vcpu_back(index).await;
-                Err(format!("vCPU {index} was plugged, but {cause}{undone}"))
+                let cause = with_report(&error, self.slot(of).as_ref());
+                let undone = match self.eject(of).await {
+                    Ok(()) => "it was unplugged again".to_owned(),
+                    Err(stuck) => format!("it could not be unplugged again: {}", stuck.why),
+                };
+                Err(format!("vCPU {index} was plugged, but {cause}; {undone}"))
             }
         }
     }
 
-    /// Takes a vCPU away that did not come online.
-    async fn take_vcpu_back(&self, index: u8) -> String {
-        if self.0.machine.exit_reason().is_some() {
-            return String::new();
-        }
-        let back = "; it was unplugged again".to_owned();
-        if self.0.machine.withdraw_vcpu(index).is_ok() {
-            return back;
-        }
-        match self.eject_vcpu(index).await {
-            Ok(()) => back,
-            Err(why) => format!("; it could not be unplugged again: {why}"),
-        }
-    }
-
-    /// One fewer: the highest.
+    /// One fewer: one that the guest may not have online, or else the highest.
     async fn remove_vcpu(&self) -> Result<Step, String> {
         let slots = self.0.machine.vcpu_slots();
-        let index = slots.last().map_or(0, |slot| slot.index);
+        let highest = || slots.last().map_or(0, |slot| slot.index);
+        let index = self.left_over_vcpu().unwrap_or_else(highest);
         if index == 0 {
             return Err("vCPU 0 stays".to_owned());
         }
-        let agent = self.agent().await.map_err(|error| error.to_string())?;
+        let agent = self.agent().await.map_err(|error| chain(&error))?;
+        let of = Plugged::Vcpu(index);
+        let was_known = self.begin(of);
         let began = Instant::now();
-        let within = self.0.timeouts.resize;
         let mut request = OfflineCpuRequest::new();
         request.uid = u32::from(index);
-        let offline = agent
+        let answer = agent
             .call(
                 format!("taking vCPU {index} offline"),
-                within,
+                self.0.timeouts.resize,
                 |client, context| async move { client.offline_cpu(context, &request).await },
             )
-            .await
-            .map_err(|error| format!("vCPU {index} did not go offline: {error}"))?;
+            .await;
+        let offline_us = match answer {
+            Ok(answer) => answer.offline_us,
+            // The guest's kernel never took it, or has let go of it already.
+            Err(Error::Refused {
+                code: Code::NOT_FOUND,
+                ..
+            }) => 0,
+            Err(error) => {
+                let why = format!("vCPU {index} did not go offline: {}", chain(&error));
+                return match error {
+                    Error::Refused { .. } => {
+                        if was_known {
+                            self.acknowledge(of);
+                        }
+                        Err(why)
+                    }
+                    // It may still go.
+                    _ => Err(format!("{why}; {}", self.back_online(index).await)),
+                };
+            }
+        };
         let asked = Instant::now();
-        if let Err(why) = self.eject_vcpu(index).await {
-            // The guest may use it again.
-            let mut request = OnlineCpuRequest::new();
-            request.uid = u32::from(index);
-            let online = agent
-                .call(
-                    format!("bringing vCPU {index} back online"),
-                    within,
-                    |client, context| async move { client.online_cpu(context, &request).await },
-                )
-                .await;
-            let undone = match online {
-                Ok(_) => "; it is online again".to_owned(),
-                Err(error) => format!("; it stays offline: {error}"),
-            };
-            return Err(format!("vCPU {index} is offline, but {why}{undone}"));
+        if let Err(stuck) = self.eject(of).await {
+            let undone = self.back_online(index).await;
+            return Err(format!(
+                "vCPU {index} is offline, but {}; {undone}",
+                stuck.why
+            ));
         }
         Ok(Step {
-            what: format!("vCPU {index}"),
             host_us: us(asked),
-            noticed_us: 0,
-            online_us: offline.offline_us,
-            total_us: us(began),
+            ..Step::of_guest(format!("vCPU {index}"), (0, offline_us), us(began))
         })
     }
 
-    /// Has the guest eject a vCPU, and waits until it has.
-    async fn eject_vcpu(&self, index: u8) -> Result<(), String> {
-        let within = self.0.timeouts.resize;
-        self.0
-            .machine
-            .ask_vcpu(index)
-            .map_err(|error| error.to_string())?;
-        let settled = self
-            .settled(
-                within,
-                || self.vcpu_slot(index),
-                |slot| slot.is_none() || refusal(slot).is_some(),
-            )
-            .await;
-        match settled {
-            Ok(slot) if slot.state == State::Empty => Ok(()),
-            Ok(slot) => Err(format!(
-                "the guest does not eject it{}",
-                slot.ost.map_or_else(String::new, |ost| format!(": {ost}"))
-            )),
-            Err(unsettled) => {
-                let why = unsettled.why(within);
-                if let Unsettled::Late(_) = unsettled {
-                    // Else it would leave whenever the guest comes to look.
-                    let _ = self.0.machine.withdraw_vcpu(index);
-                }
-                Err(format!("the guest does not eject it: {why}"))
-            }
+    /// The guest may use it again; what came of it.
+    async fn back_online(&self, index: u8) -> String {
+        match self.online_vcpu(index).await {
+            Ok(_) => "it is online again".to_owned(),
+            Err(error) => format!("it could not be brought online again: {}", chain(&error)),
         }
     }
 }

@@ -131,7 +131,9 @@ impl Actuator for Vm {
                 message,
             })?;
         }
-        let resized = sandbox.resize_memory(to_mib, Rounding::Towards).await;
+        let resized = sandbox
+            .resize_memory_rounded(to_mib, Rounding::Towards)
+            .await;
         // Whatever came of it is what may be used from now on.
         if let Err(error) = self.hold(sandbox.memory_mib()) {
             tracing::warn!(error, "the VM's cgroup keeps the maximum that it had");
