@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -46,7 +47,8 @@ impl Phase {
     /// Its share of the time, and what those before it have left of theirs is its too. Together they stay
     /// well under the five seconds in which Shutdown must end the process, since a machine may be busy and all of it is
     /// used where no containerd takes the events. Most of it is for output, which is lost
-    /// with the guest; a guest that does not power off in its time loses nothing that would be kept.
+    /// with the guest, and which may have [`Self::overrun`] too; a guest that does not power off in its time loses
+    /// nothing that would be kept.
     pub const fn share(self) -> Duration {
         Duration::from_millis(match self {
             Self::Stdio => 3000,
@@ -55,6 +57,15 @@ impl Phase {
             Self::Events => 300,
             Self::Hotplug | Self::Network => 50,
         })
+    }
+
+    /// What it may take beyond its share, if it knows a reason: output that comes, but slowly since the machine is
+    /// busy, would be cut by the clock alone. The phases after it have their shares all the same.
+    pub const fn overrun(self) -> Duration {
+        match self {
+            Self::Stdio => Duration::from_secs(15),
+            _ => Duration::ZERO,
+        }
     }
 }
 
@@ -99,9 +110,22 @@ pub trait Steps: Send + Sync {
 #[derive(Debug, Default)]
 pub struct Cleanup {
     report: OnceCell<Report>,
+    /// Milliseconds.
+    granted: AtomicU64,
 }
 
 impl Cleanup {
+    /// A phase takes `more` of its overrun.
+    pub fn grant(&self, more: Duration) {
+        let more = u64::try_from(more.as_millis()).unwrap_or(u64::MAX);
+        self.granted.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// How much of their overrun phases have taken so far: by so much later the end may be.
+    pub fn granted(&self) -> Duration {
+        Duration::from_millis(self.granted.load(Ordering::Relaxed))
+    }
+
     /// Runs the phases, or waits for the run that is under way, and answers with what it came to.
     pub async fn run(&self, steps: Arc<dyn Steps>) -> &Report {
         self.report
@@ -113,7 +137,10 @@ impl Cleanup {
                     let steps = steps.clone();
                     // A task of its own, so that a panic ends the phase and not the clean-up.
                     let mut step = tokio::spawn(async move { steps.run(phase).await });
-                    let cause = match tokio::time::timeout_at(deadline, &mut step).await {
+                    let limit = deadline + phase.overrun();
+                    let ended = tokio::time::timeout_at(limit, &mut step).await;
+                    deadline = deadline.max(Instant::now());
+                    let cause = match ended {
                         Ok(Ok(Ok(()))) => continue,
                         Ok(Ok(Err(cause))) => cause,
                         Ok(Err(_)) => "panicked".to_owned(),
@@ -223,6 +250,35 @@ mod tests {
         }
         let cleanup = Cleanup::default();
         assert!(cleanup.run(Arc::new(Slow)).await.failures.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn output_beyond_its_share_takes_no_time_from_what_follows() {
+        struct Late(Mutex<Vec<(Phase, Duration)>>, Instant);
+        #[async_trait]
+        impl Steps for Late {
+            async fn run(&self, phase: Phase) -> Result<(), String> {
+                let at = self.1.elapsed();
+                self.0.lock().unwrap().push((phase, at));
+                match phase {
+                    Phase::Stdio => tokio::time::sleep(phase.share() * 2).await,
+                    Phase::Guest => std::future::pending().await,
+                    _ => {}
+                }
+                Ok(())
+            }
+        }
+        let steps = Arc::new(Late(Mutex::default(), Instant::now()));
+        let cleanup = Cleanup::default();
+        let report = cleanup.run(steps.clone()).await;
+        assert_eq!(report.failures.len(), 1, "{report}");
+        let began = |wanted| {
+            let at = steps.0.lock().unwrap();
+            at.iter().find(|(phase, _)| *phase == wanted).unwrap().1
+        };
+        let guest = began(Phase::Connections) - began(Phase::Guest);
+        let share = Phase::Guest.share();
+        assert!((share..share * 2).contains(&guest), "{guest:?}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use oci_spec::runtime::Spec;
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,7 +34,8 @@ use crate::sandbox::{
 
 /// How long a predecessor with the same id may take to be gone.
 const PREDECESSOR_ENDS: Duration = Duration::from_secs(8);
-/// After so long an end that hangs is an end by force: what it leaves, `delete` frees from the record.
+/// After so long, and what output that keeps coming was granted, an end that hangs is an end by force: what it leaves,
+/// `delete` frees from the record.
 const ENDS_BY_FORCE: Duration = Duration::from_secs(5);
 /// For the answer to Shutdown to be on its way before the process goes.
 const LAST_ANSWER: Duration = Duration::from_millis(20);
@@ -293,9 +294,15 @@ async fn serve(place: Place, mut up: std::fs::File) {
     tokio::spawn(heed_silence(shim.clone(), patience.idle));
     shim.ending().await;
 
-    std::thread::spawn(|| {
-        std::thread::sleep(ENDS_BY_FORCE);
-        std::process::exit(1);
+    let (ending, began) = (shim.clone(), Instant::now());
+    std::thread::spawn(move || {
+        loop {
+            let limit = ENDS_BY_FORCE + ending.granted();
+            match limit.saturating_sub(began.elapsed()) {
+                Duration::ZERO => std::process::exit(1),
+                left => std::thread::sleep(left),
+            }
+        }
     });
     // From here on a new shim may have the address.
     bootstrap::release(&socket, inode);

@@ -326,6 +326,11 @@ impl Shim {
             .to_string()
     }
 
+    /// By how much later than usual the clean-up may end.
+    pub fn granted(&self) -> Duration {
+        self.cleanup.granted()
+    }
+
     /// The sandbox, when its VM is made; its guest may still boot.
     async fn sandbox(&self) -> Result<Sandbox, Error> {
         let mut boot = self.boot.subscribe();

@@ -16,7 +16,6 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::asynchronous::Service;
 
 use super::{Error, Shim};
-use crate::shim::cleanup::Phase;
 use crate::shim::events::timestamp;
 
 /// Names under which the one service is served.
@@ -51,10 +50,9 @@ pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     services
 }
 
-/// How long the answer to Shutdown may wait for output on its way: its phase, and a little for the start of the end.
-const SHUTDOWN_ANSWERS: Duration = Phase::Stdio
-    .share()
-    .saturating_add(Duration::from_millis(300));
+/// How long the answer to Shutdown may wait for output on its way: what is left of five seconds on a busy machine. The
+/// output itself may take longer.
+const SHUTDOWN_ANSWERS: Duration = Duration::from_millis(4300);
 
 struct Tasks(Arc<Shim>);
 

@@ -67,10 +67,12 @@ struct Manners {
     refuses_start: bool,
     /// Starts are never answered.
     mute_start: bool,
-    /// Signals and deletes are never answered.
+    /// Signals, deletes and questions about usage are never answered.
     mute: bool,
     /// That a CPU is to come online is never answered.
     mute_cpus: bool,
+    /// Its containers use CPU time.
+    busy: bool,
     /// Execs are refused for want of a running container.
     refuses_exec: bool,
     /// Asked for its pids, it names execs that are not there.
@@ -96,6 +98,8 @@ struct Acting {
     lots: Arc<Mutex<races::Lots>>,
     /// Containers so far; the first one's init has the pid 101.
     made: Arc<Mutex<u32>>,
+    /// CPU time of them, microseconds.
+    used: Arc<Mutex<u64>>,
 }
 
 impl Acting {
@@ -361,8 +365,14 @@ impl Agent for Acting {
         _: &TtrpcContext,
         _: wire::StatsRequest,
     ) -> ttrpc::Result<wire::StatsResponse> {
+        self.mute().await;
         let mut answer = wire::StatsResponse::new();
         answer.memory_current = 4096;
+        if self.manners.busy {
+            *self.used.lock().unwrap() += 20_000;
+        }
+        let used = *self.used.lock().unwrap();
+        answer.cpu.insert("usage_usec".to_owned(), used);
         Ok(answer)
     }
 
@@ -473,6 +483,7 @@ impl Stage {
             sized: Arc::default(),
             lots: Arc::default(),
             made: Arc::default(),
+            used: Arc::default(),
         };
         Self {
             directory,

@@ -12,6 +12,7 @@ mod context;
 mod ctr;
 mod daemon;
 mod image;
+mod initrd;
 mod leaks;
 mod lots;
 mod poll;

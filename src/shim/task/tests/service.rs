@@ -5,6 +5,7 @@ use ttrpc::asynchronous::{Client, Server};
 
 use super::super::services;
 use super::*;
+use crate::shim::cleanup::Phase;
 
 #[tokio::test(start_paused = true)]
 async fn services_that_are_not_there_are_unimplemented() {
@@ -176,4 +177,97 @@ async fn shutdown_does_not_wait_for_a_program_that_is_silent() {
     let (failures, answered) = tokio::join!(stage.shim.clean_up(), answered);
     assert!(failures.is_empty(), "{failures}");
     assert!(answered < Duration::from_millis(1200), "{answered:?}");
+}
+
+/// A program whose output goes to a file and comes in pieces of `size` bytes, each `pause` after the one before; none: until
+/// the guest ends. Answers with what was kept of it, how long Shutdown waited for it, and its exit.
+async fn printing(
+    pieces: Option<u32>,
+    size: usize,
+    pause: Duration,
+) -> (u64, Duration, Vec<String>) {
+    let stage = Stage::set(Manners::default()).await;
+    let file = stage.directory.path().join("log");
+    let mut request = stage.request("c1");
+    request.stdout = format!("file://{}", file.display());
+    stage.shim.clone().create(request).await.unwrap();
+    stage.shim.clone().start("c1", "").await.unwrap();
+    let mut stdout = stage.acting.stdout.lock().unwrap().take().unwrap();
+    let acting = stage.acting.clone();
+    let program = tokio::spawn(async move {
+        let mut printed = 0;
+        while pieces.is_none_or(|pieces| printed < pieces) {
+            tokio::time::sleep(pause).await;
+            if stdout.write_all(&vec![7; size]).await.is_err() {
+                return;
+            }
+            printed += 1;
+        }
+        drop(stdout);
+        acting.exit("c1", 0).await;
+    });
+    stage.shim.shut_down();
+    let began = tokio::time::Instant::now();
+    let answered = async {
+        stage.shim.drained().await;
+        began.elapsed()
+    };
+    let (_, answered) = tokio::join!(stage.shim.clean_up(), answered);
+    program.abort();
+    let kept = std::fs::metadata(file).map_or(0, |metadata| metadata.len());
+    (kept, answered, stage.heard().await)
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_waits_for_output_that_keeps_coming_on_a_busy_machine() {
+    // 8 MiB, at about 1 MiB a second.
+    let size = 64 << 10;
+    let (kept, answered, heard) = printing(Some(128), size, Duration::from_millis(60)).await;
+    assert_eq!(kept, 8 << 20);
+    assert!(
+        (Duration::from_secs(7)..Duration::from_secs(9)).contains(&answered),
+        "{answered:?}"
+    );
+    assert_eq!(heard, ["create", "start", "exit c1 0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_does_not_wait_for_a_program_that_prints_for_ever() {
+    for (size, pause, limit) in [
+        // A steady log is cut at the end of the phase's share.
+        (100, 300, 3),
+        // As is what has printed enough by then.
+        (1 << 20, 50, 3),
+        // What comes as a burst does has its time, and no more.
+        (64 << 10, 150, 18),
+    ] {
+        let (_, answered, heard) = printing(None, size, Duration::from_millis(pause)).await;
+        let limit = Duration::from_secs(limit);
+        let expected = limit.saturating_sub(Duration::from_millis(500))..limit * 11 / 10;
+        assert!(expected.contains(&answered), "{size} bytes: {answered:?}");
+        assert_eq!(heard, ["create", "start", "exit c1 137"], "{size} bytes");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_takes_no_pause_for_the_end_while_the_guest_is_busy_or_does_not_answer() {
+    for (mute, busy) in [(true, false), (false, true)] {
+        let stage = Stage::set(Manners {
+            mute,
+            busy,
+            ..Manners::default()
+        })
+        .await;
+        stage.running("c1").await;
+        stage.shim.shut_down();
+        let began = tokio::time::Instant::now();
+        let answered = async {
+            stage.shim.drained().await;
+            began.elapsed()
+        };
+        let (failures, answered) = tokio::join!(stage.shim.clean_up(), answered);
+        assert!(failures.is_empty(), "{failures}");
+        let share = Phase::Stdio.share();
+        assert!((share..share * 11 / 10).contains(&answered), "{answered:?}");
+    }
 }

@@ -1,18 +1,17 @@
-//! Guests that end within Create. They boot with an init of ours, which starts
-//! a clock and becomes the agent: when the clock is over, the kernel panics,
-//! wherever Create is by then.
+//! Guests that end within Create, and by a fault that nobody handles. The first
+//! boot with an init of ours, which starts a clock and becomes the agent: when
+//! the clock is over, the kernel panics, wherever Create is by then.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::ttrpc::Code;
-use cpio::newc::{self, ModeFileType};
 
 use super::calls::One;
 use crate::context::Context;
+use crate::initrd::Initrd;
 use crate::leaks::{self, Snapshot};
 use crate::lots::Lots;
 use crate::poll;
@@ -20,46 +19,29 @@ use crate::shim::Bundle;
 use crate::suite::{Case, Subject};
 use crate::tasks::Stdio;
 
-pub(crate) const CASES: &[Case] = &[Case {
-    name: "a guest that ends within Create fails it with the reason and leaves nothing",
-    subject: Subject::Alone,
-    seconds: (180, 1800),
-    run: within_create,
-}];
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "a guest that ends within Create fails it with the reason and leaves nothing",
+        subject: Subject::Alone,
+        seconds: (180, 1800),
+        run: within_create,
+    },
+    Case {
+        name: "a triple fault of the guest becomes an exit with the reason",
+        subject: Subject::Alone,
+        seconds: (90, 90),
+        run: triple_fault,
+    },
+];
 
-/// An initrd whose guest panics `seconds` after its first process, and the configuration that boots it.
-fn mortal(context: &Context, seconds: f64) -> Result<String> {
-    let script = format!(
-        "#!/busybox sh\n/busybox mkdir /clock\n/busybox mount -t proc proc /clock\nexec 9>/clock/sysrq-trigger\n\
-         (/busybox sleep {seconds:.2}; echo c >&9) &\nexec 9>&-\nexec /init\n"
-    );
-    let mut initrd = fs::read(&context.programs.initrd)?;
-    // A second archive after the first, which the kernel unpacks over it.
-    let busybox = fs::read(&context.programs.busybox)?;
-    for (name, content) in [("busybox", &busybox[..]), ("mortal", script.as_bytes())] {
-        let mut writer = newc::Builder::new(name)
-            .mode(0o755)
-            .set_mode_file_type(ModeFileType::Regular)
-            .write(&mut initrd, u32::try_from(content.len())?);
-        writer.write_all(content)?;
-        writer.finish()?;
-    }
-    newc::trailer(&mut initrd)?;
-    initrd.resize(initrd.len().next_multiple_of(512), 0);
-    let path = context.path("initrd");
-    fs::write(&path, initrd)?;
-    let config = context.path("config.toml");
-    fs::write(&config, "cmdline = \"rdinit=/mortal\"\n")?;
-    Ok(config.display().to_string())
-}
-
-/// The bundle's shim with such a guest.
+/// The bundle's shim with a guest that panics `seconds` after its first process.
 fn start<'a>(context: &'a Context, seconds: f64) -> Result<One<'a>> {
+    let script = format!(
+        "/busybox mkdir /clock\n/busybox mount -t proc proc /clock\nexec 9>/clock/sysrq-trigger\n\
+         (/busybox sleep {seconds:.2}; echo c >&9) &\nexec 9>&-\nexec /init"
+    );
     let mut bundle = Bundle::script(context, "mortal", "sleep 1000")?;
-    let config = mortal(context, seconds)?;
-    bundle.environment.push(("NACRE_CONFIG", config));
-    let initrd = context.path("initrd").display().to_string();
-    bundle.environment.push(("NACRE_INITRD", initrd));
+    Initrd::write(context, Some(&script))?.boots(&mut bundle);
     One::of(context, bundle)
 }
 
@@ -159,4 +141,37 @@ fn images_are_gone(id: &str, gone: bool, limit: Duration) -> Result<()> {
     poll::until("the end of the disk image", limit, || {
         Ok((images(&directory)? == usize::from(!gone)).then_some(()))
     })
+}
+
+fn triple_fault(context: &Context) -> Result<()> {
+    let script = "sleep 1; echo b >/proc/sysrq-trigger; sleep 1000";
+    let mut bundle = Bundle::script(context, "faults", script)?;
+    let config = context.path("config.toml");
+    // How the kernel is to reboot: by an exception without a handler for it, nor for what that leads to.
+    fs::write(&config, "cmdline = \"reboot=t\"\n")?;
+    let config = ("NACRE_CONFIG", config.display().to_string());
+    bundle.environment.push(config);
+    let one = One::of(context, bundle)?;
+    create(&one)?;
+    one.tasks.start(one.id(), "")?;
+    let began = Instant::now();
+    let exit = one.tasks.wait(one.id(), "")?.exit_status;
+    ensure!(exit == 137, "the exit status is {exit}");
+    ensure!(
+        began.elapsed() < context.seconds(20),
+        "the exit came after {:?}",
+        began.elapsed()
+    );
+    poll::until("the exit's event", context.seconds(2), || {
+        Ok((one.told.count(&format!("exit {} 137", one.id())) == 1).then_some(()))
+    })?;
+    let folder = &one.bundle.folder;
+    let again = one.tasks.create("another", folder, &Stdio::default());
+    let refusal = again.err().context("a dead guest takes a container")?;
+    ensure!(
+        refusal.message.contains("triple fault"),
+        "it does not say why: {refusal}"
+    );
+    one.tasks.delete(one.id(), "")?;
+    one.shut_down()
 }

@@ -1,4 +1,4 @@
-//! Hooks of the specification that run on the host.
+//! Hooks of the specification, on the host and in the guest.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,11 +8,15 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use super::calls::One;
 use crate::context::{Context, NAMESPACE, Runtime};
 use crate::ctr::{Ctr, Output, expect_words};
+use crate::initrd::Initrd;
 use crate::poll;
 use crate::processes;
+use crate::shim::Bundle;
 use crate::suite::{Case, Subject};
+use crate::tasks::Stdio;
 
 pub(crate) const CASES: &[Case] = &[
     Case {
@@ -44,6 +48,12 @@ pub(crate) const CASES: &[Case] = &[
         subject: Subject::Nacre,
         seconds: (120, 120),
         run: after_a_kill,
+    },
+    Case {
+        name: "hooks of the container run in the guest, before its root is in place and after",
+        subject: Subject::Alone,
+        seconds: (90, 90),
+        run: in_the_guest,
     },
 ];
 
@@ -265,4 +275,44 @@ fn after_a_kill(context: &Context) -> Result<()> {
             .filter(|order| order == "poststop"))
     })?;
     hooked.ctr.remove(&hooked.id)
+}
+
+/// Writes into the container's root, from outside and from inside, what each hook sees. The first one's program is in the
+/// guest's initramfs alone.
+fn in_the_guest(context: &Context) -> Result<()> {
+    const BEFORE: &str = "state=$(/busybox cat); bundle=${state#*\\\"bundle\\\":}; bundle=${bundle#*\\\"}; bundle=${bundle%%\\\"*}
+        { echo $state; /busybox hostname; /busybox cat /proc/sys/kernel/random/boot_id; } >$bundle/rootfs/before";
+    const AFTER: &str = "{ cat; echo; hostname; cat /proc/sys/kernel/random/boot_id; } >/after";
+    const SHOW: &str = "cat /proc/sys/kernel/random/boot_id; cat /before; echo --; cat /after";
+    let mut bundle = Bundle::script(context, "guest", SHOW)?;
+    let file = bundle.folder.join("config.json");
+    let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
+    spec["hooks"] = json!({
+        "createContainer": [{"path": "/busybox", "args": ["busybox", "sh", "-c", BEFORE]}],
+        "startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", AFTER], "env": ["PATH=/bin"]}],
+    });
+    fs::write(&file, serde_json::to_vec(&spec)?)?;
+    Initrd::write(context, None)?.boots(&mut bundle);
+    let one = One::of(context, bundle)?;
+    let out = context.path("shown");
+    let stdio = Stdio {
+        stdout: format!("file://{}", out.display()),
+        ..Stdio::default()
+    };
+    one.tasks.create(one.id(), &one.bundle.folder, &stdio)?;
+    one.tasks.start(one.id(), "")?;
+    let exit = one.tasks.wait(one.id(), "")?.exit_status;
+    let shown = fs::read_to_string(&out)?;
+    eprintln!("{shown}");
+    ensure!(exit == 0, "the exit status is {exit}");
+    let (boot, rest) = shown.split_once('\n').context("nothing was shown")?;
+    let own = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    ensure!(boot != own.trim(), "the container is on the host");
+    let (before, after) = rest.split_once("--\n").context("no mark")?;
+    for (hook, seen) in [("createContainer", before), ("startContainer", after)] {
+        // The same kernel, and the container's name: it is in the namespaces already.
+        expect_words(seen, &[boot, "\nbundle\n", one.id()]).context(hook)?;
+    }
+    one.tasks.delete(one.id(), "")?;
+    one.shut_down()
 }

@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use super::calls::One;
 use crate::context::{Context, NAMESPACE};
-use crate::ctr::{Ctr, expect_words};
+use crate::ctr::{Ctr, Event, Events, expect_words};
 use crate::poll;
 use crate::shim::{Bundle, Dialect};
 use crate::suite::{Case, Subject};
+use crate::tasks::Stdio;
 
 pub(crate) const CASES: &[Case] = &[
     Case {
@@ -32,6 +34,30 @@ pub(crate) const CASES: &[Case] = &[
         subject: Subject::Alone,
         seconds: (60, 60),
         run: refused,
+    },
+    Case {
+        name: "a VM without need of a cgroup runs where none can be made",
+        subject: Subject::Alone,
+        seconds: (90, 90),
+        run: not_required,
+    },
+    Case {
+        name: "a configured parent holds the VM in place of the specification's cgroup",
+        subject: Subject::Alone,
+        seconds: (90, 90),
+        run: parent,
+    },
+    Case {
+        name: "the quotas of containers in one VM add up in its cgroup",
+        subject: Subject::Nacre,
+        seconds: (120, 120),
+        run: quotas,
+    },
+    Case {
+        name: "a VM beyond its memory on the host is ended by the host's kernel and its exit is told",
+        subject: Subject::Nacre,
+        seconds: (120, 120),
+        run: beyond,
     },
 ];
 
@@ -149,7 +175,11 @@ fn held(context: &Context) -> Result<()> {
 
 /// A bundle whose spec has these values under `linux`.
 fn bundle<'a>(context: &'a Context, name: &str, linux: &[(&str, Value)]) -> Result<Bundle<'a>> {
-    let bundle = Bundle::plain(context, name)?;
+    with_limits(Bundle::plain(context, name)?, linux)
+}
+
+/// The bundle with these values under `linux` in its spec.
+fn with_limits<'a>(bundle: Bundle<'a>, linux: &[(&str, Value)]) -> Result<Bundle<'a>> {
     let file = bundle.folder.join("config.json");
     let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
     for (key, value) in linux {
@@ -229,4 +259,140 @@ fn refused(context: &Context) -> Result<()> {
     let members = read(&busy.path.join("cgroup.procs"))?;
     ensure!(members == pid, "it has {members:?}");
     Ok(())
+}
+
+/// A shim with this configuration, whose container sleeps and wants this cgroup.
+fn configured<'a>(context: &'a Context, config: &str, cgroup: &str) -> Result<One<'a>> {
+    let file = context.path("config.toml");
+    fs::write(&file, config)?;
+    let linux = [("cgroupsPath", json!(cgroup))];
+    let mut bundle = with_limits(Bundle::script(context, "held", "sleep 1000")?, &linux)?;
+    let config = ("NACRE_CONFIG", file.display().to_string());
+    bundle.environment.push(config);
+    let one = One::of(context, bundle)?;
+    one.tasks
+        .create(one.id(), &one.bundle.folder, &Stdio::default())?;
+    one.tasks.start(one.id(), "")?;
+    Ok(one)
+}
+
+fn not_required(context: &Context) -> Result<()> {
+    let name = context.id("busy");
+    let busy = Busy::new(Path::new(CGROUPS).join(&name))?;
+    let one = configured(context, "cgroup_required = false\n", &format!("/{name}"))?;
+    let shim = one.bundle.processes().first().map(|process| process.pid);
+    // It is where it was started, which is here.
+    let here = read(Path::new("/proc/self/cgroup"))?;
+    let here = here.strip_prefix("0::").context("a place on cgroup v2")?;
+    expect_threads_in(shim.context("there is no shim")?, here)?;
+    one.end()?;
+    let members = read(&busy.path.join("cgroup.procs"))?;
+    ensure!(
+        members == busy.child.id().to_string(),
+        "the cgroup of somebody else has {members:?}"
+    );
+    Ok(())
+}
+
+fn parent(context: &Context) -> Result<()> {
+    let (parent, named) = (context.id("parent"), context.id("named"));
+    let config = format!("cgroup_parent = \"/{parent}/below\"\n");
+    let one = configured(context, &config, &format!("/{named}"))?;
+    let key = state(one.id());
+    let key = key.file_name().context("no name")?.to_string_lossy();
+    let below = format!("/{parent}/below/{key}");
+    let cgroup = PathBuf::from(format!("{CGROUPS}{below}"));
+    let shim = one.bundle.processes().first().map(|process| process.pid);
+    expect_threads_in(shim.context("there is no shim")?, &below)?;
+    let maximum = number(&cgroup.join("memory.max"))?;
+    ensure!(maximum >= 256 << 20, "memory.max is {maximum}");
+    let other = Path::new(CGROUPS).join(&named);
+    ensure!(!other.exists(), "{} was made too", other.display());
+    one.end()?;
+    let top = Path::new(CGROUPS).join(&parent);
+    ensure!(!top.exists(), "{} is still there", top.display());
+    Ok(())
+}
+
+fn quotas(context: &Context) -> Result<()> {
+    let ctr = Ctr::new(context)?;
+    let ids = ["one", "two", "three"].map(|name| context.id(name));
+    let cgroup = PathBuf::from(format!("{CGROUPS}/{NAMESPACE}/{}", ids[0]));
+    let group = format!("io.containerd.runc.v2.group={}", ids[0]);
+    let expect = |quota: &str| -> Result<()> {
+        let written = read(&cgroup.join("cpu.max"))?;
+        ensure!(written == quota, "cpu.max is {written}, not {quota}");
+        Ok(())
+    };
+    let run = |id: &str, quota: &[&str]| {
+        let flags = [&["--annotation", &group][..], quota].concat();
+        ctr.detached(id, &flags, &["sleep", "1000"])
+    };
+    run(&ids[0], &["--cpu-quota", "50000", "--cpu-period", "100000"])?;
+    expect("50000 100000")?;
+    // 1.2 CPUs, in another period.
+    run(&ids[1], &["--cpu-quota", "60000", "--cpu-period", "50000"])?;
+    expect("170000 100000")?;
+    let own = cgroup.with_file_name(&ids[1]);
+    ensure!(!own.exists(), "{} was made", own.display());
+    // One that has none is held by none.
+    run(&ids[2], &[])?;
+    expect("max 100000")?;
+    super::exec::end(&ctr, context, &ids[2])?;
+    expect("170000 100000")?;
+    super::exec::end(&ctr, context, &ids[1])?;
+    expect("50000 100000")?;
+    super::exec::end(&ctr, context, &ids[0])
+}
+
+/// Kills for want of memory since the machine's boot, of whatever processes.
+fn oom_kills() -> Result<u64> {
+    let text = read(Path::new("/proc/vmstat"))?;
+    let value = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    Ok(value.context("no oom_kill in /proc/vmstat")?.parse()?)
+}
+
+fn beyond(context: &Context) -> Result<()> {
+    const FILL: &str = "until [ -e /go ]; do sleep 0.1; done; x=abcdefgh; while :; do x=$x$x; done";
+    let ctr = Ctr::new(context)?;
+    let events = Events::listen(context, &ctr)?;
+    let id = context.id("beyond");
+    ctr.detached(&id, &[], &["sh", "-c", FILL])?;
+    let cgroup = PathBuf::from(format!("{CGROUPS}/{NAMESPACE}/{id}"));
+    // Less than the guest may have by its own size: what is stated is never too little for it.
+    let used = number(&cgroup.join("memory.current"))?;
+    let maximum = used + (24 << 20);
+    fs::write(cgroup.join("memory.max"), maximum.to_string())?;
+    let kills = oom_kills()?;
+    ctr.exec(&id, "go", &[], &["touch", "/go"])?
+        .expect_code(0)?;
+    // There is an exec's exit too.
+    let exits = || -> Result<Vec<Event>> {
+        let all = events.of_task(&id)?.into_iter();
+        let of_init =
+            |event: &Event| event.topic == "/tasks/exit" && event.content["id"] == id.as_str();
+        Ok(all.filter(of_init).collect())
+    };
+    let exit = poll::until("the exit", context.seconds(40), || Ok(exits()?.pop()))?;
+    let status = &exit.content["exit_status"];
+    ensure!(status == 137, "the exit is {}", exit.content);
+    ensure!(
+        oom_kills()? > kills,
+        "the host's kernel has killed nothing for want of memory"
+    );
+    poll::until(
+        "containerd forgetting the task",
+        context.seconds(20),
+        || Ok(ctr.task(&id)?.is_none().then_some(())),
+    )?;
+    ensure!(exits()?.len() == 1, "the exit was told more than once");
+    ensure!(
+        !state(&id).exists(),
+        "{} is still there",
+        state(&id).display()
+    );
+    ctr.remove(&id)?;
+    poll::until("the end of the cgroup", context.seconds(10), || {
+        Ok((!cgroup.exists()).then_some(()))
+    })
 }

@@ -1,17 +1,21 @@
-//! Ends without a word: of a guest that suspends itself, and of a daemon that
-//! stands still.
+//! Ends without a word: of a guest that suspends itself, of an agent that stands
+//! still in a guest that does not, and of a daemon.
 
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 
+use super::calls::One;
 use crate::context::Context;
 use crate::ctr::Ctr;
+use crate::initrd::Initrd;
 use crate::poll;
 use crate::processes;
 use crate::shim::{Bundle, Connection, Dialect};
 use crate::suite::{Case, Subject};
+use crate::tasks::Stdio;
 
 pub(crate) const CASES: &[Case] = &[
     Case {
@@ -21,6 +25,18 @@ pub(crate) const CASES: &[Case] = &[
         run: suspended_guest,
     },
     Case {
+        name: "a container whose agent stands still is killed, and its shim ends",
+        subject: Subject::Alone,
+        seconds: (120, 120),
+        run: stopped_agent,
+    },
+    Case {
+        name: "Shutdown ends a shim whose agent stands still",
+        subject: Subject::Alone,
+        seconds: (120, 120),
+        run: shutdown_of_a_stopped_agent,
+    },
+    Case {
         name: "delete of a daemon that stands still answers within 5 s",
         subject: Subject::Alone,
         seconds: (60, 60),
@@ -28,8 +44,20 @@ pub(crate) const CASES: &[Case] = &[
     },
 ];
 
-/// What containerd gives `delete`.
+/// What containerd gives `delete`, and a guest has to answer.
 const LIMIT: Duration = Duration::from_secs(5);
+
+/// The agent is the first process of a namespace below, so that it can be stopped from above. When a container sets a
+/// limit of the kernel to a number that nobody has, it is.
+const ABOVE: &str = "/busybox mkdir /above
+/busybox mount -t proc proc /above
+/busybox unshare -p -f /init &
+until [ $(/busybox cat /above/sys/kernel/panic) = 77 ]; do /busybox sleep 0.1; done
+for status in /above/[0-9]*/status; do
+  pid=${status#/above/}; pid=${pid%/status}
+  [ \"$(/busybox readlink /above/$pid/exe)\" = /init ] && /busybox kill -STOP $pid
+done
+wait";
 
 fn suspended_guest(context: &Context) -> Result<()> {
     let ctr = Ctr::new(context)?;
@@ -54,6 +82,61 @@ fn suspended_guest(context: &Context) -> Result<()> {
             .then_some(()))
     })?;
     ctr.remove(&id)
+}
+
+/// A container that runs, whose agent does not any more.
+fn with_stopped_agent<'a>(context: &'a Context) -> Result<One<'a>> {
+    let script = "echo 77 >/proc/sys/kernel/panic; sleep 1000";
+    let mut bundle = Bundle::script(context, "still", script)?;
+    Initrd::write(context, Some(ABOVE))?.boots(&mut bundle);
+    let one = One::of(context, bundle)?;
+    one.tasks
+        .create(one.id(), &one.bundle.folder, &Stdio::default())?;
+    one.tasks.start(one.id(), "")?;
+    // It answers, until it does not.
+    poll::until("the end of answers", context.seconds(20), || {
+        let (answered, answers) = mpsc::channel();
+        let (tasks, id) = (one.tasks.clone(), one.id().to_owned());
+        std::thread::spawn(move || answered.send(tasks.pids(&id).is_ok()));
+        Ok(answers
+            .recv_timeout(context.seconds(2))
+            .is_err()
+            .then_some(()))
+    })?;
+    Ok(one)
+}
+
+fn stopped_agent(context: &Context) -> Result<()> {
+    let one = with_stopped_agent(context)?;
+    let began = Instant::now();
+    one.tasks.kill(one.id(), "", libc::SIGKILL, false)?;
+    let exit = one.tasks.wait(one.id(), "")?;
+    let took = began.elapsed();
+    eprintln!("  Kill and the exit took {took:?}");
+    ensure!(
+        exit.exit_status == 137,
+        "the exit status is {}",
+        exit.exit_status
+    );
+    ensure!(
+        took <= context.seconds(LIMIT.as_secs() + 2),
+        "Kill and the exit took {took:?}"
+    );
+    one.tasks.delete(one.id(), "")?;
+    one.shut_down()
+}
+
+fn shutdown_of_a_stopped_agent(context: &Context) -> Result<()> {
+    let one = with_stopped_agent(context)?;
+    let began = Instant::now();
+    one.shut_down()?;
+    let took = began.elapsed();
+    eprintln!("  Shutdown, the end and delete took {took:?}");
+    ensure!(
+        took <= context.seconds(LIMIT.as_secs() + 2),
+        "Shutdown, the end and delete took {took:?}"
+    );
+    Ok(())
 }
 
 fn stopped_daemon(context: &Context) -> Result<()> {

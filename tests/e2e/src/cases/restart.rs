@@ -15,12 +15,20 @@ use crate::image;
 use crate::poll;
 use crate::suite::{Case, Subject};
 
-pub(crate) const CASES: &[Case] = &[Case {
-    name: "containers outlive a containerd that is killed and their exits are told to the next",
-    subject: Subject::Nacre,
-    seconds: (180, 180),
-    run: outlive,
-}];
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "containers outlive a containerd that is killed and their exits are told to the next",
+        subject: Subject::Nacre,
+        seconds: (180, 180),
+        run: |context| outlive(context, Signal::SIGKILL),
+    },
+    Case {
+        name: "containers outlive a containerd that is told to end and their exits are told to the next",
+        subject: Subject::Nacre,
+        seconds: (180, 180),
+        run: |context| outlive(context, Signal::SIGTERM),
+    },
+];
 
 /// Ends within a few seconds, whoever looks.
 const SHORT: &str =
@@ -29,7 +37,7 @@ const SHORT: &str =
 const LONG: &str =
     "n=0; (while :; do echo tick $n; n=$((n+1)); sleep 0.3; done) & read stop; exit 4";
 
-fn outlive(context: &Context) -> Result<()> {
+fn outlive(context: &Context, by: Signal) -> Result<()> {
     let archive = context.path("image.tar");
     image::write(&context.programs.busybox, &archive)?;
     let version = context.daemon()?.version;
@@ -46,7 +54,7 @@ fn outlive(context: &Context) -> Result<()> {
         daemon: Some(own.daemon.clone()),
         ..context.clone()
     };
-    let result = outlive_in(&context, &mut own);
+    let result = outlive_in(&context, &mut own, by);
     if result.is_err() {
         let log = fs::read_to_string(&own.log).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
@@ -55,7 +63,7 @@ fn outlive(context: &Context) -> Result<()> {
     result
 }
 
-fn outlive_in(context: &Context, own: &mut Running) -> Result<()> {
+fn outlive_in(context: &Context, own: &mut Running, by: Signal) -> Result<()> {
     let ctr = Ctr::new(context)?;
     let (short, long) = (context.id("short"), context.id("long"));
     let log = context.path("log");
@@ -72,7 +80,7 @@ fn outlive_in(context: &Context, own: &mut Running) -> Result<()> {
     poll::until("the first line", context.seconds(20), || {
         Ok(text(&log).contains("line 0\n").then_some(()))
     })?;
-    own.stop(Signal::SIGKILL)?;
+    own.stop(by)?;
     let printed = text(&log).lines().count();
     ensure!(printed < 30, "all was printed before containerd's end");
     poll::until("the last line", context.seconds(30), || {
