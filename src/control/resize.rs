@@ -75,3 +75,27 @@ impl From<proto::Resized> for Resized {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wanted_survives_the_wire_form_up_to_the_machines_limit() {
+        for (vcpus, memory_mib) in [
+            (None, None),
+            (Some(1), None),
+            (Some(254), Some(1)),
+            (None, Some(u64::MAX)),
+        ] {
+            let sent = Wanted { vcpus, memory_mib };
+            assert_eq!(wanted(&request(sent)), Ok(sent));
+        }
+        for vcpus in [255, 256, 257, u32::MAX] {
+            let mut request = proto::ResizeRequest::new();
+            request.vcpus = vcpus;
+            let refused = format!("{vcpus} vCPUs: at most 254 are possible");
+            assert_eq!(wanted(&request), Err(refused));
+        }
+    }
+}

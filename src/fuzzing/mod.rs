@@ -28,6 +28,11 @@ const OWN: &[Target] = &[
         seeds: sandbox::fuzz::frames_seeds,
     },
     Target {
+        name: "resize",
+        run: sandbox::resize::fuzz::run,
+        seeds: sandbox::resize::fuzz::seeds,
+    },
+    Target {
         name: "shim",
         run: shim::task::fuzz::run,
         seeds: shim::task::fuzz::seeds,

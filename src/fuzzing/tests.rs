@@ -50,6 +50,11 @@ fn frames_of_a_hostile_agent_neither_hang_nor_panic() {
 }
 
 #[test]
+fn a_guest_that_resizes_as_it_likes_leaves_sizes_that_can_be_had() {
+    rehearse("resize");
+}
+
+#[test]
 fn lies_of_the_agent_leave_every_exit_told_once() {
     rehearse("shim");
 }

@@ -36,23 +36,29 @@ pub(crate) struct Fake {
     pub(crate) unplugged: Mutex<Vec<u8>>,
     /// vCPUs and units of memory; the guest's side is [`Plugs::registers`].
     pub(crate) plugs: Plugs,
+    regions: Arc<NoMemory>,
     changes: Changes,
     /// The virtio-mem device, if there is one; the guest's driver is the caller.
     pub(crate) mem: watch::Sender<MemStatus>,
     has_mem: bool,
 }
 
-/// Memory that is not there.
-struct NoMemory(Mutex<SlotAllocator>);
+/// Memory that is not there; the regions that there would be.
+struct NoMemory(Mutex<(SlotAllocator, usize)>);
 
 impl Regions for NoMemory {
     fn add(&self, base: u64, _size: u64) -> Result<SlotId, nacre_vmm::memory::Error> {
-        let slot = self.0.lock().unwrap().allocate();
-        slot.map_err(|source| nacre_vmm::memory::Error::Exhausted { base, source })
+        let mut regions = self.0.lock().unwrap();
+        let slot = regions.0.allocate();
+        let slot = slot.map_err(|source| nacre_vmm::memory::Error::Exhausted { base, source })?;
+        regions.1 += 1;
+        Ok(slot)
     }
 
     fn remove(&self, slot: SlotId) -> Result<(), nacre_vmm::memory::Error> {
-        self.0.lock().unwrap().free(slot);
+        let mut regions = self.0.lock().unwrap();
+        regions.0.free(slot);
+        regions.1 -= 1;
         Ok(())
     }
 }
@@ -83,11 +89,12 @@ impl Fake {
         let (end, _) = watch::channel(None);
         let changes = Changes::default();
         let line = EventLine::unheard().unwrap();
-        let regions = Arc::new(NoMemory(Mutex::new(SlotAllocator::new(64))));
-        let plugs = Plugs::new(MAX_VCPUS, area, regions, line, &changes);
+        let regions = Arc::new(NoMemory(Mutex::new((SlotAllocator::new(64), 0))));
+        let plugs = Plugs::new(MAX_VCPUS, area, regions.clone(), line, &changes);
         plugs.cpus().occupy(0, Arc::default());
         Arc::new(Self {
             plugs,
+            regions,
             changes,
             mem: watch::Sender::new(MemStatus {
                 region: REGION,
@@ -149,6 +156,11 @@ impl Fake {
     #[cfg(test)]
     pub(crate) fn disks(&self) -> usize {
         self.plugged.load(Ordering::Relaxed) - self.unplugged.lock().unwrap().len()
+    }
+
+    /// Regions of memory that the host has for what is plugged.
+    pub(crate) fn regions(&self) -> usize {
+        self.regions.0.lock().unwrap().1
     }
 
     pub(crate) fn end(&self, reason: ExitReason) {

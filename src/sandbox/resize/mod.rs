@@ -6,6 +6,8 @@
 //! agent's. What the guest is not known to use, since a change failed or was given up, is remembered, and is what the next change
 //! begins with.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod memory;
 mod requested;
 mod slots;

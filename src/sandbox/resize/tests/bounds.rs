@@ -27,6 +27,9 @@ fn fake(has_mem: bool, units: u8) -> Arc<Fake> {
 
 type Has = fn(&mut ResourcesResponse);
 
+/// The machine, the way, what the guest has, the MiB asked for, and what the error says.
+type Refusal = (Arc<Fake>, MemoryWay, Has, u64, &'static [&'static str]);
+
 #[tokio::test(start_paused = true)]
 async fn memory_that_cannot_be_is_refused_by_what_is_lacking() {
     let units = || fake(false, 4);
@@ -50,7 +53,7 @@ async fn memory_that_cannot_be_is_refused_by_what_is_lacking() {
     let much: Has = |has| has.memory_available_bytes = u64::MAX;
     let (auto, acpi, virtio) = (MemoryWay::Auto, MemoryWay::Acpi, MemoryWay::VirtioMem);
     #[rustfmt::skip]
-    let cases: Vec<(Arc<Fake>, MemoryWay, Has, u64, &[&str])> = vec![
+    let cases: Vec<Refusal> = vec![
         (units(), auto, as_is, 255, &["to 255 MiB of memory from 256: it began with 256 MiB, and only what was plugged"]),
         (units(), auto, as_is, 0, &["it began with 256 MiB"]),
         (units(), auto, as_is, 769, &["it was started for 768 MiB at most"]),

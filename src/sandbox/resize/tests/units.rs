@@ -1,6 +1,9 @@
 //! Memory by units of ACPI memory: all or nothing on the way up, the units that go on the way down.
 
+use nacre_vmm::hotplug::memory::Area;
+
 use super::*;
+use crate::sandbox::fake::AREA;
 
 fn busy(of: Plugged) -> Reply {
     match of {
@@ -273,7 +276,7 @@ async fn units_that_are_not_ejected_are_online_again() {
             30,
         ),
         (
-            "refused slowly",
+            "not offline",
             Script {
                 offline: |_| Reply::Refuses(Code::FAILED_PRECONDITION, "not in time"),
                 ..good()
@@ -312,5 +315,33 @@ async fn units_that_leave_late_count_for_the_next_change() {
     // The unit goes while it is taken offline anew: that is all that was wanted.
     let down = vm.sandbox.resize_memory(640).await.unwrap();
     assert_eq!((down.before, down.now), (768, 640));
+    vm.agrees();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_takes_its_time_to_refuse_is_not_asked_for_every_unit() {
+    let fake = Fake::with(false, Area { units: 12, ..AREA });
+    let vm = Vm::over(fake, MemoryWay::Auto, Script::good()).await;
+    let most = vm.sandbox.max_memory_mib();
+    vm.sandbox.resize_memory(most).await.unwrap();
+    vm.guest.behave(Script {
+        offline: |_| Reply::After(seconds(25)),
+        ejects: |_| Eject::Says(3, 0x82),
+        ..Script::good()
+    });
+    let (outcome, took) = timed(vm.sandbox.resize_memory(256)).await;
+    has_all(
+        &words(outcome),
+        &["0 of 1536 MiB can be unplugged", "; 8 more were not tried"],
+    );
+    assert_eq!(took, seconds(100));
+    vm.guest.behave(Script {
+        offline: |_| Reply::Refuses(Code::FAILED_PRECONDITION, "in use"),
+        ..Script::good()
+    });
+    let text = words(vm.sandbox.resize_memory(256).await);
+    has_all(&text, &["; and 8 more stay"]);
+    assert_eq!(text.matches("in use").count(), 4, "{text}");
+    assert_eq!(vm.size(), (1, most));
     vm.agrees();
 }
