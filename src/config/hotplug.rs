@@ -74,6 +74,9 @@ pub struct MemoryRules {
     /// How memory comes and goes: virtio-mem, in steps of 2M; acpi, in units of 128M or more that are fixed when the VM starts; or
     /// auto, which is virtio-mem if the guest has its driver, else acpi.
     pub way: MemoryWay,
+    /// Whether the guest gives back what it frees, within seconds (virtio-balloon with free page reporting). What it uses
+    /// again then has to be taken from the host again.
+    pub give_back: bool,
     /// Between two readings, from 100ms to a year; 0: memory does not come and go by itself, for a stall neither.
     #[serde(with = "value::interval")]
     pub interval: Duration,
@@ -145,6 +148,7 @@ impl Default for MemoryRules {
     fn default() -> Self {
         Self {
             way: MemoryWay::Auto,
+            give_back: true,
             interval: Duration::from_secs(10),
             step: ByteSize::from_mib(128),
             up_used: 85,

@@ -191,6 +191,12 @@ const KEYS: &[Key] = &[
         "\"acpi\"",
         &[("1", "string"), ("\"dimm\"", "virtio-mem")],
     ),
+    key(
+        "hotplug.memory",
+        "give_back",
+        "false",
+        &[("1", "a boolean"), ("\"no\"", "a boolean")],
+    ),
     key("hotplug.memory", "interval", "\"100ms\"", INTERVALS),
     key(
         "hotplug.memory",

@@ -129,7 +129,10 @@ impl SandboxConfig {
             cmdline: cmdline(&nacre_vmm::config::default_cmdline(), &config.cmdline),
             vcpus: config.size.default_vcpus,
             memory_mib: config.size.default_memory.mib(),
-            plug: PlugConfig::default(),
+            plug: PlugConfig {
+                balloon: config.hotplug.memory.give_back,
+                ..PlugConfig::default()
+            },
             memory_way: config.hotplug.memory.way,
             disks: Vec::new(),
             console: ConsoleSink::default(),

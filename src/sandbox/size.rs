@@ -128,7 +128,8 @@ const UNITS: (u64, u64) = (128, 16);
 /// MiB of the smallest unit of ACPI memory.
 const UNIT_MIB: u64 = 128;
 
-/// What is to be announced to the guest at boot for a VM of this size to become as large as `most`.
+/// What is to be announced to the guest at boot for a VM of this size to become as large as `most`; without a balloon, which
+/// takes no part in that.
 pub fn plug(boot: BootSize, most: BootSize, way: MemoryWay) -> PlugConfig {
     let more = most.memory_mib.saturating_sub(boot.memory_mib);
     let steps = more.div_ceil(UNIT_MIB);
@@ -153,7 +154,7 @@ pub fn plug(boot: BootSize, most: BootSize, way: MemoryWay) -> PlugConfig {
             MemoryWay::Acpi => 0,
             MemoryWay::Auto | MemoryWay::VirtioMem => steps * UNIT_MIB,
         },
-        balloon: true,
+        balloon: false,
     }
 }
 

@@ -191,7 +191,10 @@ fn what_may_come(config: &Config, limits: &size::Limits, vm: &SandboxConfig) -> 
         vcpus: free.vcpus.max(limited.vcpus),
         memory_mib: free.memory_mib.max(limited.memory_mib),
     };
-    size::plug(boot, most, vm.memory_way)
+    PlugConfig {
+        balloon: vm.plug.balloon,
+        ..size::plug(boot, most, vm.memory_way)
+    }
 }
 
 /// Puts this process into the cgroup that is to hold the VM, if it has one.

@@ -11,7 +11,7 @@ use crate::control::{Client, Wanted};
 use crate::hotplug::{Host, Room};
 use crate::sandbox::resize::Resized;
 use crate::sandbox::size::{self, BootSize, Limits};
-use crate::sandbox::{MemoryWay, SandboxConfig};
+use crate::sandbox::{MemoryWay, PlugConfig, SandboxConfig};
 
 const HELP: &str = "\
 A change is done when the guest has made it; else it is undone, and the error says why. vCPU 0 and the memory that the VM began \
@@ -136,7 +136,10 @@ impl Most {
             memory_mib: self.max_memory.map_or(host.memory_mib, ByteSize::mib),
         };
         vm.memory_way = self.memory_way.unwrap_or(config.hotplug.memory.way);
-        vm.plug = size::plug(boot, most, vm.memory_way);
+        vm.plug = PlugConfig {
+            balloon: vm.plug.balloon,
+            ..size::plug(boot, most, vm.memory_way)
+        };
         Ok(())
     }
 }

@@ -51,6 +51,7 @@ fn memory_rules() -> impl Strategy<Value = MemoryRules> {
     )
         .prop_map(|(up, down)| MemoryRules {
             way: MemoryWay::Auto,
+            give_back: true,
             interval: up.0,
             step: up.1,
             up_used: up.2,

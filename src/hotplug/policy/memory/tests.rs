@@ -390,6 +390,7 @@ fn every_number_may_be_zero() {
 
     let all = MemoryRules {
         way: MemoryWay::Auto,
+        give_back: true,
         interval: Duration::from_secs(1),
         step: ByteSize::from_mib(2),
         up_used: 0,

@@ -77,7 +77,8 @@ fn updated(context: &Context) -> Result<()> {
         "--cpu-period",
         "100000",
     ];
-    ctr.detached(&id, &limits, &["sleep", "1000"])?;
+    let mount = ["--mount", "type=tmpfs,src=tmpfs,dst=/mem,options=size=1g"];
+    ctr.detached(&id, &[&limits[..], &mount].concat(), &["sleep", "1000"])?;
     let name = format!("{NAMESPACE}/{id}");
     let boot = size(context, &name)?;
     ensure!(boot == (1, 256), "the VM begins with {boot:?}");
@@ -96,10 +97,11 @@ fn updated(context: &Context) -> Result<()> {
         "the container sees {cpus} CPUs and {memory} MiB"
     );
     // It can be used: more than the VM began with, in the limit's reach.
-    let script = "head -c 283115520 /dev/zero | tail -c 283115519 | wc -c";
+    let script =
+        "dd if=/dev/zero of=/mem/used bs=1M count=270 2>/dev/null && rm /mem/used && echo used";
     ctr.exec(&id, "uses", &[], &["sh", "-c", script])?
         .expect_code(0)?
-        .expect_out("283115519\n")?;
+        .expect_out("used\n")?;
     let Err(error) = stats::update(&shim, &id, r#"{"cpu":{"quota":100000000,"period":100000}}"#)
     else {
         anyhow::bail!("a thousand CPUs are taken");
@@ -153,13 +155,9 @@ fn grows(context: &Context) -> Result<()> {
     let id = context.id("grows");
     let mount = ["--mount", "type=tmpfs,src=tmpfs,dst=/mem,options=size=3g"];
     let script = "for i in 1 2 3 4 5 6 7 8; do \
-                  head -c 134217728 /dev/zero >/mem/$i || exit 9; echo $i; sleep 1; done; sleep 1000";
+                  dd if=/dev/zero of=/mem/$i bs=1M count=128 || exit 9; sleep 1; done; echo done >/mem/done; sleep 1000";
     ctr.detached(&id, &mount, &["sh", "-c", script])?;
     let name = format!("{NAMESPACE}/{id}");
-    let taken = || -> Result<u64> {
-        let output = ctr.exec(&id, "looks", &[], &["sh", "-c", "cat /mem/* | wc -c"])?;
-        Ok(output.out().trim().parse().unwrap_or(0))
-    };
     poll::until("1 GiB in use", context.seconds(150), || {
         let status = ctr.task(&id)?.map(|(_, status)| status);
         ensure!(
@@ -167,8 +165,11 @@ fn grows(context: &Context) -> Result<()> {
             "the container has become {status:?}"
         );
         std::thread::sleep(std::time::Duration::from_secs(3));
-        Ok((taken()? == 1 << 30).then_some(()))
+        let looked = ctr.exec(&id, "looks", &[], &["cat", "/mem/done"])?;
+        Ok((looked.code == 0).then_some(()))
     })?;
+    ctr.exec(&id, "sums", &[], &["du", "-sm", "/mem"])?
+        .expect_out("1024\t/mem\n")?;
     let (_, memory) = size(context, &name)?;
     ensure!(memory > 1024, "the VM has {memory} MiB for 1 GiB");
     ctr.exec(
