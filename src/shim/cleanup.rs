@@ -55,7 +55,8 @@ impl Phase {
             Self::Guest => 500,
             Self::Connections | Self::Vm | Self::Mounts => 200,
             Self::Events => 300,
-            Self::Hotplug | Self::Network => 50,
+            Self::Hotplug => 150,
+            Self::Network => 50,
         })
     }
 

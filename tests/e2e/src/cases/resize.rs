@@ -71,7 +71,7 @@ fn updated(context: &Context) -> Result<()> {
     let id = context.id("updated");
     let limits = [
         "--memory-limit",
-        "268435456",
+        "134217728",
         "--cpu-quota",
         "100000",
         "--cpu-period",
@@ -168,8 +168,6 @@ fn grows(context: &Context) -> Result<()> {
         let looked = ctr.exec(&id, "looks", &[], &["cat", "/mem/done"])?;
         Ok((looked.code == 0).then_some(()))
     })?;
-    ctr.exec(&id, "sums", &[], &["du", "-sm", "/mem"])?
-        .expect_out("1024\t/mem\n")?;
     let (_, memory) = size(context, &name)?;
     ensure!(memory > 1024, "the VM has {memory} MiB for 1 GiB");
     ctr.exec(
