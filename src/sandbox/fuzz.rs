@@ -173,7 +173,7 @@ impl Wires {
 /// Any of the calls that a host makes; what comes of it is the guest's choice.
 async fn call(sandbox: &Sandbox, kind: u8) {
     let exec = if kind & 0x80 == 0 { "" } else { "e1" };
-    let failed = match kind % 12 {
+    let failed = match kind % 16 {
         0 | 1 => sandbox
             .create_container("c1", b"{}".to_vec(), Vec::new(), Stdio::new())
             .await
@@ -187,6 +187,10 @@ async fn call(sandbox: &Sandbox, kind: u8) {
         8 => sandbox.delete_exec("c1", "e1").await.err(),
         9 => sandbox.pause("c1").await.err(),
         10 => sandbox.update("c1", b"{}".to_vec()).await.err(),
+        11 => sandbox.resize_vcpus(1 + kind / 64).await.err(),
+        12 => sandbox.resize_memory(256 + u64::from(kind)).await.err(),
+        13 => sandbox.resources().await.err(),
+        14 => sandbox.watch_memory(u64::from(kind) << 20).await.err(),
         _ => match sandbox.stdio_listener() {
             Ok(listener) => listener.accept().await.err(),
             Err(error) => Some(error),
@@ -278,7 +282,17 @@ pub(crate) fn frames_seeds() -> Vec<Vec<u8>> {
         vec![15, 255, 255],
     ]
     .concat();
-    vec![life, bytes]
+    // The hello; one vCPU more, what the guest has and more memory; yes to the first two, and the rest is not answered.
+    let yes = |stream: u8| vec![8, stream, 1, 0];
+    let size = [
+        vec![4, 10, 64 + 11, 15, 0, 0],
+        yes(1),
+        vec![10, 13, 10, 0xfc, 15, 0, 0],
+        yes(3),
+        vec![15, 255, 255],
+    ]
+    .concat();
+    vec![life, bytes, size]
 }
 
 /// The serial console and the agent's log: bytes to bounded, printable lines.

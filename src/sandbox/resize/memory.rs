@@ -74,10 +74,11 @@ impl Sandbox {
     }
 
     /// Brings the VM's memory to `to_mib` in all, or a little more where the way has larger steps. What the VM began with stays.
-    /// Waits for the agent.
+    /// What a change that failed or was given up has left is brought online, or goes, before other memory. Waits for the agent.
     ///
     /// # Errors
-    /// [`Error::Resize`] with the cause, and the size is as before; where the guest did not let that be, the words say so.
+    /// [`Error::Resize`] with the cause, and the size is as before; where the guest did not let that be, the words say so. For
+    /// less than the VM began with, more than it was started for, and a VM that has ended, at once.
     pub async fn resize_memory(&self, to_mib: u64) -> Result<Resized, Error> {
         self.resize_memory_rounded(to_mib, Rounding::Up).await
     }

@@ -29,10 +29,12 @@ impl Sandbox {
         self.0.max_vcpus
     }
 
-    /// Brings the number of vCPUs to `to`, one after another; the highest go first. Waits for the agent.
+    /// Brings the number of vCPUs to `to`, one after another; the highest go first. What a change that failed or was given up has
+    /// left is brought online, or goes, before others. Waits for the agent.
     ///
     /// # Errors
-    /// [`Error::Resize`] with the cause, and the number is as before; where the guest did not let that be, the words say so.
+    /// [`Error::Resize`] with the cause, and the number is as before; where the guest did not let that be, the words say so. For
+    /// no vCPUs, more than the VM was started for, and a VM that has ended, at once.
     pub async fn resize_vcpus(&self, to: u8) -> Result<Resized, Error> {
         let doing = format!("bring the VM to {to} vCPUs");
         let failed = |before: u8, cause: String| Error::Resize {

@@ -234,3 +234,36 @@ async fn a_change_that_is_given_up_is_what_the_next_begins_with() {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_was_given_up_is_waited_for_by_the_next() {
+    let vm = Vm::new(Script::good()).await;
+    vm.sandbox.resize_vcpus(2).await.unwrap();
+    vm.sandbox.resize_memory(384).await.unwrap();
+    vm.guest.behave(Script {
+        notices: false,
+        ..Script::good()
+    });
+    let second = seconds(1);
+    let gave_up = tokio::time::timeout(second, vm.sandbox.resize_vcpus(1)).await;
+    assert!(gave_up.is_err(), "{gave_up:?}");
+    let gave_up = tokio::time::timeout(second, vm.sandbox.resize_memory(256)).await;
+    assert!(gave_up.is_err(), "{gave_up:?}");
+    for of in [Plugged::Vcpu(1), Plugged::Unit(0)] {
+        assert_eq!(
+            vm.sandbox.slot(of).map(|slot| slot.state),
+            Some(State::Asked)
+        );
+    }
+    let notices = async {
+        tokio::time::sleep(seconds(5)).await;
+        vm.guest.behave(Script::good());
+    };
+    let (fewer, less, ()) = tokio::join!(
+        vm.sandbox.resize_vcpus(1),
+        vm.sandbox.resize_memory(256),
+        notices
+    );
+    assert_eq!((fewer.unwrap().now, less.unwrap().now), (1, 256));
+    vm.agrees();
+}
