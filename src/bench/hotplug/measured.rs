@@ -114,7 +114,7 @@ impl Measured {
         if let Some(operation) = self.operation(setup, place) {
             let note = format!("{side} failed: {why}");
             operation.plug.note(note.clone());
-            eprintln!("nacre-bench: {}: {note}", operation.what.name());
+            eprintln!("\nnacre-bench: {}: {note}", operation.what.name());
             operation.failures.push((side, why));
         }
     }

@@ -263,7 +263,7 @@ impl Bench<'_> {
         let rounds = self.options.warm_up + self.options.rounds;
         for round in 0..rounds {
             let counts = round >= self.options.warm_up;
-            let mut progress = Progress::begin(setup.name(), round, rounds, counts);
+            let progress = Progress::begin(setup.name(), round, rounds, counts);
             for (place, what) in setup.operations.iter().copied().enumerate() {
                 for side in turns(1 + usize::from(peer.is_some()), round) {
                     let name = if side == 0 { OURS } else { PEER };
@@ -277,7 +277,7 @@ impl Bench<'_> {
                     };
                     match done {
                         Ok((plug, unplug)) => {
-                            progress.done(name, what, &plug, &unplug);
+                            progress.done(&plug, &unplug);
                             if counts {
                                 measured.add(at, place, Direction::Plug, name, &plug);
                                 measured.add(at, place, Direction::Unplug, name, &unplug);
@@ -321,49 +321,54 @@ async fn there_and_back(vm: &mut impl Plugging, what: What) -> Result<(Parts, Pa
     Ok((plug, unplug))
 }
 
-/// What is being done, on standard error: in one line that changes on a terminal, else a line a round.
+/// What is being done, on standard error: in one line that changes on a terminal, else in one that grows.
 struct Progress {
     head: String,
     terminal: bool,
     began: Instant,
-    line: String,
 }
 
 impl Progress {
     fn begin(name: &str, round: u64, rounds: u64, counts: bool) -> Self {
         let note = if counts { "" } else { ", to warm up" };
-        Self {
+        let this = Self {
             head: format!("{name}: round {} of {rounds}{note}", round + 1),
             terminal: std::io::stderr().is_terminal(),
             began: Instant::now(),
-            line: String::new(),
+        };
+        if !this.terminal {
+            eprint!("{}:", this.head);
         }
+        this
     }
 
     fn now(&self, side: &str, what: What) {
         if self.terminal {
-            eprint!("\r\x1b[K{}: {side}, {}", self.head, what.name());
-            let _ = std::io::stderr().flush();
+            eprint!("\r\x1b[K{}: {side}, {} …", self.head, what.name());
+        } else {
+            eprint!(" {side} {}", what.name());
         }
+        // A closed stderr has no remedy.
+        let _ = std::io::stderr().flush();
     }
 
-    fn done(&mut self, side: &str, what: What, plug: &Parts, unplug: &Parts) {
+    fn done(&self, plug: &Parts, unplug: &Parts) {
         let whole = |parts: &Parts| {
             let of = |wanted| parts.iter().find(|(name, _)| *name == wanted);
             of(TOTAL).or(of(REPORTED)).map_or(0.0, |(_, ms)| *ms)
         };
-        self.line.push_str(&format!(
-            "; {side} {} {:.0}/{:.0} ms",
-            what.name(),
-            whole(plug),
-            whole(unplug)
-        ));
+        if !self.terminal {
+            eprint!(" {:.0}/{:.0} ms,", whole(plug), whole(unplug));
+        }
     }
 
     fn end(self) {
-        let lead = if self.terminal { "\r\x1b[K" } else { "" };
         let seconds = self.began.elapsed().as_secs_f64();
-        eprintln!("{lead}{}, {seconds:.1} s{}", self.head, self.line);
+        if self.terminal {
+            eprintln!("\r\x1b[K{}: {seconds:.1} s", self.head);
+        } else {
+            eprintln!(" in {seconds:.1} s");
+        }
     }
 }
 
