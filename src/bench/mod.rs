@@ -1,9 +1,12 @@
 //! `nacre-bench`: measures our shim, next to runc's in the same run, by driving
-//! both as containerd does. It prints and never judges: a time is no test.
+//! both as containerd does; and how a VM grows and shrinks. It prints and never
+//! judges: a time is no test.
 //!
-//! `scenarios` is what is measured, `peers` and `shim` how a shim is driven,
-//! `memory` what a process holds, `report` how it is shown.
+//! `scenarios` is what is measured of shims, `peers` and `shim` how one is
+//! driven, `hotplug` what is measured of a VM, `memory` what a process holds,
+//! `report` how it is shown.
 
+mod hotplug;
 mod memory;
 mod peers;
 mod report;
@@ -22,7 +25,7 @@ use peers::{Peer, Surroundings};
 use report::Report;
 use scenarios::Rounds;
 
-/// Measures nacre's shim, and runc's beside it. Run it as root where guests run; `cargo xtask bench` does all of that.
+/// Measures nacre's shim, and runc's beside it; and how a VM grows and shrinks. Run it as root where guests run; `cargo xtask bench` does all of that.
 #[derive(Debug, Parser)]
 #[command(name = "nacre-bench", version)]
 struct Cli {
@@ -63,6 +66,16 @@ struct Setting {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    #[command(flatten)]
+    Shims(Scenario),
+    /// vCPUs and memory of a VM come and go, by their parts: host call, noticed, online, acknowledged. Starts no shim: the
+    /// options of shims mean nothing here
+    Hotplug(Box<hotplug::Options>),
+}
+
+/// What is measured of shims.
+#[derive(Debug, Subcommand)]
+enum Scenario {
     /// A container's life by its phases: shim-start, connect, create, start, first-output, kill, exit, delete, shutdown
     Lifecycle {
         /// Containers of each shim
@@ -114,7 +127,11 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    match run(&cli) {
+    let outcome = match &cli.command {
+        Command::Shims(scenario) => shims(scenario, &cli.setting),
+        Command::Hotplug(options) => hotplug::run(options, &cli.setting),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nacre-bench: {error:#}");
@@ -123,29 +140,28 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn shims(scenario: &Scenario, setting: &Setting) -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "Shims mount and make cgroups: run nacre-bench as root"
     );
-    let setting = &cli.setting;
     let peers = setting.peers()?;
     let busybox = setting.busybox()?;
     let patience = Duration::from_secs(setting.patience);
     let around = Surroundings::new(setting.rootfs.as_deref(), &busybox, patience)?;
-    let report = match cli.command {
-        Command::Lifecycle { count, warm_up } => {
+    let report = match *scenario {
+        Scenario::Lifecycle { count, warm_up } => {
             scenarios::lifecycle(&around, &peers, Rounds { warm_up, count })?
         }
-        Command::Exec { count, warm_up } => {
+        Scenario::Exec { count, warm_up } => {
             scenarios::exec(&around, &peers, Rounds { warm_up, count })?
         }
-        Command::Cat {
+        Scenario::Cat {
             count,
             warm_up,
             mib,
         } => scenarios::cat(&around, &peers, Rounds { warm_up, count }, mib.into())?,
-        Command::Execs { count, warm_up } => {
+        Scenario::Execs { count, warm_up } => {
             scenarios::execs(&around, &peers, Rounds { warm_up, count })?
         }
     };
@@ -159,9 +175,7 @@ fn run(cli: &Cli) -> Result<()> {
 
 /// Where it was measured, for people.
 fn machine() -> String {
-    let release = nix::sys::utsname::uname()
-        .map(|name| name.release().to_string_lossy().into_owned())
-        .unwrap_or_default();
+    let release = release();
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let emulated = if emulated() {
         "; the machine is emulated: ratios and counts mean something, times do not"
@@ -171,6 +185,13 @@ fn machine() -> String {
     format!("Linux {release}, {cpus} CPUs{emulated}")
 }
 
+/// This machine's `uname -r`.
+fn release() -> String {
+    nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
 /// Whether this runs in the testbed of `cargo xtask`.
 fn emulated() -> bool {
     std::env::var_os("NACRE_TESTBED").is_some()
@@ -178,13 +199,22 @@ fn emulated() -> bool {
 
 fn write(file: &Path, report: &Report, peers: &[Peer]) -> Result<()> {
     let mut value = report.json();
-    value["build"] = crate::BUILD_ID.into();
-    value["machine"] = machine().into();
-    value["emulated"] = emulated().into();
     for peer in peers {
         value["programs"][peer.name] = peer.program.display().to_string().into();
     }
-    std::fs::write(file, serde_json::to_vec_pretty(&value)?)
+    save(file, value)
+}
+
+/// Writes what was measured, with where and by which build, in place of what is in the file; never a half of it.
+fn save(file: &Path, mut value: serde_json::Value) -> Result<()> {
+    value["build"] = crate::BUILD_ID.into();
+    value["machine"] = machine().into();
+    value["host_kernel"] = release().into();
+    value["emulated"] = emulated().into();
+    let mut partial = file.as_os_str().to_owned();
+    partial.push(".partial");
+    std::fs::write(&partial, serde_json::to_vec_pretty(&value)?)
+        .and_then(|()| std::fs::rename(&partial, file))
         .with_context(|| format!("writing {}", file.display()))
 }
 
@@ -273,7 +303,10 @@ mod tests {
         Cli::command().debug_assert();
         let cli = Cli::parse_from(["nacre-bench", "cat", "--mib", "3", "--alone"]);
         assert!(cli.setting.alone);
-        assert!(matches!(cli.command, Command::Cat { mib: 3, .. }));
+        assert!(matches!(
+            cli.command,
+            Command::Shims(Scenario::Cat { mib: 3, .. })
+        ));
         assert!(Cli::try_parse_from(["nacre-bench", "cat", "--mib", "0"]).is_err());
     }
 

@@ -47,14 +47,14 @@ struct Measured {
 /// A scenario's outcome.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Report {
-    scenario: &'static str,
+    scenario: String,
     /// The first is the one that ratios are about, the second what they are relative to.
     shims: Vec<Measured>,
     notes: Vec<String>,
 }
 
 /// The value that `percent` of all are not above; 0 if there are none.
-fn quantile(values: &[f64], percent: f64) -> f64 {
+pub(super) fn quantile(values: &[f64], percent: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
@@ -63,10 +63,10 @@ fn quantile(values: &[f64], percent: f64) -> f64 {
 
 impl Report {
     /// An empty one about these shims, in the order in which they are shown.
-    pub fn new(scenario: &'static str, shims: impl IntoIterator<Item = &'static str>) -> Self {
+    pub fn new(scenario: impl Into<String>, shims: impl IntoIterator<Item = &'static str>) -> Self {
         let shims = shims.into_iter();
         Self {
-            scenario,
+            scenario: scenario.into(),
             shims: shims
                 .map(|shim| Measured {
                     shim,
@@ -93,6 +93,14 @@ impl Report {
         }
     }
 
+    /// The values of a series; none if there is no such series.
+    pub fn values(&self, shim: &str, name: &str) -> &[f64] {
+        let measured = self.shims.iter().find(|known| known.shim == shim);
+        let mut all = measured.into_iter().flat_map(|measured| &measured.series);
+        let found = all.find(|series| series.name == name);
+        found.map_or(&[], |series| &series.values)
+    }
+
     /// Adds a sentence for people.
     pub fn note(&mut self, text: String) {
         self.notes.push(text);
@@ -102,7 +110,7 @@ impl Report {
     pub fn table(&self) -> String {
         let mut table = Table::new();
         table.load_preset(presets::ASCII_MARKDOWN);
-        let mut header = vec![self.scenario.to_owned(), String::new(), "n".to_owned()];
+        let mut header = vec![self.scenario.clone(), String::new(), "n".to_owned()];
         for measured in &self.shims {
             for what in ["median", "p90", "p99"] {
                 header.push(format!("{} {what}", measured.shim));

@@ -57,7 +57,7 @@ fn names(peers: &[Peer]) -> impl Iterator<Item = &'static str> {
 }
 
 /// Which of `count` is whose turn: each is first every other round.
-fn turns(count: usize, round: u64) -> impl Iterator<Item = usize> {
+pub(super) fn turns(count: usize, round: u64) -> impl Iterator<Item = usize> {
     (0..count).map(move |turn| {
         if round.is_multiple_of(2) {
             turn

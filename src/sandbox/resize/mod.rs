@@ -23,7 +23,7 @@ use std::time::Duration;
 use nacre_protocol::agent::{ResourcesRequest, ResourcesResponse, WatchMemoryRequest};
 use nacre_vmm::hotplug::{Ost, SlotView};
 use serde::{Deserialize, Serialize};
-use tokio::sync::SemaphorePermit;
+use tokio::sync::{SemaphorePermit, watch};
 use tokio::time::Instant;
 
 use super::Sandbox;
@@ -142,6 +142,18 @@ impl Sandbox {
             )
             .await?;
         Ok(())
+    }
+
+    /// The slots of vCPUs, and those of units of ACPI memory.
+    pub(crate) fn slots(&self) -> (Vec<SlotView>, Vec<SlotView>) {
+        let units = self.0.machine.memory_units();
+        let units = units.into_iter().map(|unit| unit.slot).collect();
+        (self.0.machine.vcpu_slots(), units)
+    }
+
+    /// Told after each change of a slot.
+    pub(crate) fn slot_changes(&self) -> watch::Receiver<u64> {
+        self.0.machine.plug_changes()
     }
 
     /// Waits for its turn: one change at a time.

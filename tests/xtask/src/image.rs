@@ -41,9 +41,19 @@ pub struct ImageArgs {
     agent: Option<PathBuf>,
 }
 
+impl ImageArgs {
+    /// That of a release.
+    pub fn of(release: KernelRelease) -> Self {
+        Self {
+            release,
+            ..Self::default()
+        }
+    }
+}
+
 /// Releases with a kernel that is known to serve as a guest's.
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum KernelRelease {
+pub enum KernelRelease {
     /// Linux 6.1
     #[default]
     Bookworm,

@@ -60,20 +60,38 @@ impl Stage {
 
     /// A file, or a folder with all below it; programs among them bring their libraries.
     pub fn tree(&mut self, source: &Path, target: &Path) -> Result<()> {
+        self.each(source, target, &|stage, source, target| {
+            stage.program(source, target, &[])
+        })
+    }
+
+    /// The same without libraries of this machine.
+    pub fn tree_alone(&mut self, source: &Path, target: &Path) -> Result<()> {
+        self.each(source, target, &|stage, source, target| {
+            stage.file(source, target)
+        })
+    }
+
+    fn each(
+        &mut self,
+        source: &Path,
+        target: &Path,
+        file: &dyn Fn(&mut Self, &Path, &Path) -> Result<()>,
+    ) -> Result<()> {
         let metadata = fs::symlink_metadata(source)
             .with_context(|| format!("staging {}", source.display()))?;
         if metadata.is_dir() {
             self.dir(target, metadata.mode() & 0o7777);
             for entry in fs::read_dir(source)? {
                 let entry = entry?;
-                self.tree(&entry.path(), &target.join(entry.file_name()))?;
+                self.each(&entry.path(), &target.join(entry.file_name()), file)?;
             }
             Ok(())
         } else if metadata.is_symlink() {
             self.link(target, fs::read_link(source)?);
             Ok(())
         } else {
-            self.program(source, target, &[])
+            file(self, source, target)
         }
     }
 

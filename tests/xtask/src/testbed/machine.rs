@@ -335,6 +335,9 @@ fn payload(request: &Request) -> Result<Stage> {
     for (source, target) in &request.copies {
         stage.tree(source, target)?;
     }
+    for (source, target) in &request.roots {
+        stage.tree_alone(source, target)?;
+    }
     Ok(stage)
 }
 

@@ -30,6 +30,8 @@ pub struct Request {
     pub programs: PathBuf,
     /// Files and folders to bring along: from where, to where.
     pub copies: Vec<(PathBuf, PathBuf)>,
+    /// Files and folders that are brought along as they are, their programs without this machine's libraries.
+    pub roots: Vec<(PathBuf, PathBuf)>,
     /// Memory of the outer guest in MiB.
     pub memory: u32,
     /// Its CPUs.
@@ -53,6 +55,7 @@ impl Request {
             env: Vec::new(),
             programs: paths::target().join("debug"),
             copies: Vec::new(),
+            roots: Vec::new(),
             memory: 4096,
             cpus: 2,
             time_limit: None,
