@@ -100,6 +100,8 @@ pub(crate) struct Programs {
     pub bin: PathBuf,
     pub kernel: PathBuf,
     pub initrd: PathBuf,
+    /// Folder with vmlinux and initrd of Linux 6.12.
+    pub newer: PathBuf,
     pub busybox: PathBuf,
     /// The whole machine is ours: nothing else starts or ends while a case runs.
     pub alone: bool,
@@ -119,6 +121,7 @@ impl Programs {
             bin,
             kernel: path("NACRE_KERNEL").unwrap_or_else(|| "/usr/share/nacre/vmlinux".into()),
             initrd: path("NACRE_INITRD").unwrap_or_else(|| "/usr/share/nacre/initrd".into()),
+            newer: path("NACRE_IMAGE_6_12").unwrap_or_else(|| "/usr/share/nacre/6.12".into()),
             busybox: path("NACRE_BUSYBOX")
                 .or_else(|| in_path("busybox"))
                 .context("there is no busybox in PATH, and NACRE_BUSYBOX names none")?,

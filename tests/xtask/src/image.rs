@@ -66,6 +66,23 @@ pub enum KernelRelease {
 /// # Errors
 /// When the agent does not build, no kernel is to be had, or the kernel lacks something that a guest needs.
 pub fn run(args: &ImageArgs) -> Result<()> {
+    make(args, paths::IMAGE)
+}
+
+/// Makes the images that the end-to-end suite boots, or finds them made: the usual one, and one of Linux 6.12.
+///
+/// # Errors
+/// As [`run`].
+pub fn of_the_suite() -> Result<()> {
+    run(&ImageArgs::default())?;
+    let newer = ImageArgs {
+        release: KernelRelease::Trixie,
+        ..ImageArgs::default()
+    };
+    make(&newer, paths::NEWER_IMAGE)
+}
+
+fn make(args: &ImageArgs, out: &str) -> Result<()> {
     let agent = match &args.agent {
         Some(agent) => std::path::absolute(agent)?,
         None => build_agent()?,
@@ -81,7 +98,7 @@ pub fn run(args: &ImageArgs) -> Result<()> {
             "--agent",
         ])
         .arg(agent);
-    command.arg("--out").arg(paths::cache("image"));
+    command.arg("--out").arg(paths::cache(out));
     match (&args.deb, &args.vmlinuz, &args.modules) {
         (Some(deb), ..) => {
             command.arg("--deb").arg(std::path::absolute(deb)?);

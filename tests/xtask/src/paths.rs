@@ -35,9 +35,19 @@ pub fn cache(below: &str) -> PathBuf {
     target().join("nacre").join(below)
 }
 
+/// The folder below xtask's cache with guest images.
+pub const IMAGE: &str = "image";
+/// The same for Linux 6.12, which some end-to-end cases run beside the usual kernel.
+pub const NEWER_IMAGE: &str = "image-6.12";
+
 /// The guest kernel and initrd that `cargo xtask image` made last.
 pub fn image(file: &str) -> PathBuf {
-    cache("image/current").join(file)
+    cache(IMAGE).join("current").join(file)
+}
+
+/// Those of Linux 6.12, which the end-to-end suite makes for itself.
+pub fn newer_image(file: &str) -> PathBuf {
+    cache(NEWER_IMAGE).join("current").join(file)
 }
 
 static TESTBED: OnceLock<String> = OnceLock::new();

@@ -117,7 +117,8 @@ impl Cpus {
         Some(Cpu { uid, number })
     }
 
-    /// Waits for a CPU to be there, online or not.
+    /// Waits for a CPU to be there, online or not, with the file that brings it online. The kernel makes a device's folder before
+    /// the files in it. A CPU that never gets one is answered with all the same: why it has none is for who needs it to say.
     ///
     /// # Errors
     /// `NotFound` after `wait`, with the CPUs that are there.
@@ -127,9 +128,13 @@ impl Cpus {
         wait: Duration,
         changes: &mut impl Changes,
     ) -> Result<Cpu, Error> {
-        uevents::appear(changes, wait, || self.find(uid))
+        let whole = |cpu: &Cpu| {
+            self.device(cpu.number).join("online").exists() || self.online().contains(&cpu.number)
+        };
+        uevents::appear(changes, wait, || self.find(uid).filter(whole))
             .await
             .doing(|| format!("waiting for CPU _UID {uid}"))?
+            .or_else(|| self.find(uid))
             .ok_or_else(|| {
                 Error::NotFound(format!(
                     "CPU _UID {uid}: the kernel showed no such CPU within {} ms; present are {}",
@@ -398,6 +403,27 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(cpu.number, 1);
+    }
+
+    #[tokio::test]
+    async fn a_cpu_that_comes_again_is_waited_for_until_it_has_its_file() {
+        let machine = Machine::new();
+        let cpus = machine.cpus.clone();
+        // It is remembered from before, and found by its folder alone.
+        cpus.taken.lock().unwrap().insert(1, 1);
+        add(&cpus, 1, None, None);
+        let kernel = cpus.clone();
+        let mut script = Script::of(move || add(&kernel, 1, None, Some("0\n")));
+        let cpu = machine.appeared(1, 600 * SECOND, &mut script).await;
+        assert_eq!(cpu.unwrap(), Cpu { uid: 1, number: 1 });
+        assert!(cpus.device(1).join("online").exists());
+        // A kernel without CPU hotplug makes none.
+        cpus.taken.lock().unwrap().insert(3, 3);
+        add(&cpus, 3, None, None);
+        let mut silent = Script::empty();
+        let cpu = machine.appeared(3, Duration::ZERO, &mut silent).await;
+        let refusal = cpus.bring_online(cpu.unwrap()).unwrap_err();
+        assert!(refusal.to_string().contains("no CPU hotplug"), "{refusal}");
     }
 
     #[test]

@@ -327,9 +327,13 @@ fn payload(request: &Request) -> Result<Stage> {
         }
     }
     for file in ["vmlinux", "initrd"] {
-        let source = paths::image(file);
-        if source.exists() {
-            stage.file(&source, Path::new("/usr/share/nacre").join(file))?;
+        for (source, folder) in [
+            (paths::image(file), "/usr/share/nacre"),
+            (paths::newer_image(file), "/usr/share/nacre/6.12"),
+        ] {
+            if source.exists() {
+                stage.file(&source, Path::new(folder).join(file))?;
+            }
         }
     }
     for (source, target) in &request.copies {
