@@ -153,7 +153,7 @@ fn page_tables() -> [(u32, Vec<u8>); 5] {
     const TABLES: [(u32, u64); 3] = [(0xb000, 0), (0xc000, 4 << 30), (0xd000, 3 << 30)];
     // Present, writable, 2 MiB.
     let table = |start: u64| -> Vec<u8> {
-        let entry = |place: u64| (start + (place << 21) | 0x83).to_le_bytes();
+        let entry = |place: u64| ((start + (place << 21)) | 0x83).to_le_bytes();
         (0..512).flat_map(entry).collect()
     };
     let [low, plugged, high] = TABLES;

@@ -63,7 +63,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
     let mut image = None;
     if args.only.is_empty() {
         // The agent is built by one core for minutes. What goes wrong is told when the suite comes to need it.
-        image = Some(std::thread::spawn(|| image::of_the_suite()));
+        image = Some(std::thread::spawn(image::of_the_suite));
         tally.check("format", run::cargo().args(["fmt", "--all", "--check"]));
         tally.check(
             "lints",
