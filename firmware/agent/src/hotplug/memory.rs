@@ -207,12 +207,11 @@ impl Memory {
         let mut brought = Vec::new();
         for number in blocks.clone() {
             if !self.is_online(number) {
-                let zone = match managed.zone_for(block_bytes) {
-                    Zone::Movable if self.valid_zones(number).contains("Movable") => Zone::Movable,
-                    _ => Zone::Kernel,
-                };
-                match put(&self.block(number).join("state"), zone.online_word()) {
-                    Ok(()) => {
+                // Not by `valid_zones`: while a block is being added the kernel looks that up in a node that is not known yet,
+                // and crashes (6.1, 6.12). A write waits until it is added.
+                let wanted = managed.zone_for(block_bytes);
+                match self.bring_one(number, wanted, put) {
+                    Ok(zone) => {
                         managed.add(zone, block_bytes);
                         brought.push(number);
                         all.push(Block { number, zone });
@@ -220,7 +219,7 @@ impl Memory {
                     }
                     // The kernel was about to do it by itself, and was first.
                     Err(_) if self.is_online(number) => managed.add(self.zone(number), block_bytes),
-                    Err(error) => {
+                    Err((zone, error)) => {
                         let refusal = format!(
                             "bringing memory block {number} online ({}): {}",
                             zone.online_word(),
@@ -234,6 +233,25 @@ impl Memory {
             all.push(Block { number, zone });
         }
         Ok(all)
+    }
+
+    /// Brings a block online in the zone that is wanted, or in the kernel's if it cannot be movable; where it is then, or where it
+    /// was refused last.
+    fn bring_one(&self, number: u64, wanted: Zone, put: Put) -> Result<Zone, (Zone, io::Error)> {
+        let state = self.block(number).join("state");
+        let put = |zone: Zone| {
+            put(&state, zone.online_word())
+                .map(|()| zone)
+                .map_err(|error| (zone, error))
+        };
+        match put(wanted) {
+            Err((Zone::Movable, error))
+                if error.raw_os_error() == Some(libc::EINVAL) && !self.is_online(number) =>
+            {
+                put(Zone::Kernel)
+            }
+            result => result,
+        }
     }
 
     /// Takes all blocks offline, within `limit`. Blocks that are offline or gone already are fine. If one stays, those
@@ -523,12 +541,33 @@ mod tests {
         machine.add(9, "online\n", "Normal\n");
         machine.add(10, "online\n", "none\n");
         // This one cannot be movable, whatever the ratio.
-        machine.add(11, "offline\n", "Normal\n");
+        machine.add(11, "offline\n", "");
+        let put: Put = |path, value| match value {
+            "online_movable" => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            _ => put(path, value),
+        };
         let fake = Fake::new(None);
-        let blocks = machine.memory.bring_online(&(8..12), &fake).await.unwrap();
+        let came = machine.memory.bring_online_by(&(8..12), &fake, put).await;
+        let blocks = came.unwrap();
         assert_eq!(movable(&blocks), [true, false, false, false]);
         let states = machine.states(8..12);
         assert_eq!(states, ["online", "online", "online", "online_kernel"]);
+    }
+
+    #[tokio::test]
+    async fn the_zones_of_a_block_that_is_offline_are_not_looked_at() {
+        let machine = Machine::new(512);
+        machine.add(8, "offline\n", "Normal\n");
+        let put: Put = |path, value| {
+            // What is online can be asked without harm.
+            fs::write(path.with_file_name("valid_zones"), "Normal\n")?;
+            put(path, value)
+        };
+        fs::remove_file(machine.memory.block(8).join("valid_zones")).unwrap();
+        let fake = Fake::new(None);
+        let came = machine.memory.bring_online_by(&(8..9), &fake, put).await;
+        let zone = Zone::Movable;
+        assert_eq!(came.unwrap(), [Block { number: 8, zone }]);
     }
 
     #[tokio::test]
