@@ -51,7 +51,7 @@ impl Phase {
     /// nothing that would be kept.
     pub const fn share(self) -> Duration {
         Duration::from_millis(match self {
-            Self::Stdio => 3000,
+            Self::Stdio => 2900,
             Self::Guest => 500,
             Self::Connections | Self::Vm | Self::Mounts => 200,
             Self::Events => 300,

@@ -157,7 +157,7 @@ fn string_output_is_one_byte_after_another() {
 
 #[test]
 fn device_memory_that_is_not_there_reads_all_ones_at_any_alignment() {
-    let empty = 0xd010_0000u32;
+    let empty = 0xd020_0000u32;
     let mut code = Code::new();
     // Within a page, and over the end of one, which KVM splits into odd pieces.
     for address in [

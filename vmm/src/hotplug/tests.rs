@@ -11,9 +11,12 @@ use super::*;
 use crate::bus::BusDevice;
 use crate::memory::slots::{SlotAllocator, SlotId};
 
+/// Slot numbers, and the base and length in each.
+type Table = (SlotAllocator, BTreeMap<SlotId, (u64, u64)>);
+
 /// Memory that is only written down. What is at `stubborn` cannot be made, or not be taken away.
 struct Regions {
-    table: Mutex<(SlotAllocator, BTreeMap<SlotId, (u64, u64)>)>,
+    table: Mutex<Table>,
     no_add: Option<u64>,
     no_remove: Option<u64>,
 }
