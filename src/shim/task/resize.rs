@@ -84,8 +84,10 @@ impl Vm {
     }
 }
 
-fn failure(error: &sandbox::Error) -> Failure {
+/// A failure of the sandbox's; a VM that has ended fails everything, in whatever words.
+fn failure(sandbox: &Sandbox, error: &sandbox::Error) -> Failure {
     let kind = match error {
+        _ if sandbox.exit_reason().is_some() => FailureKind::Gone,
         sandbox::Error::Gone { .. } => FailureKind::Gone,
         sandbox::Error::Timeout { .. } => FailureKind::Timeout,
         _ => FailureKind::Refused,
@@ -99,7 +101,10 @@ fn failure(error: &sandbox::Error) -> Failure {
 impl Actuator for Vm {
     async fn read(&self) -> Result<Readings, Failure> {
         let sandbox = self.sandbox()?;
-        let seen = sandbox.resources().await.map_err(|error| failure(&error))?;
+        let seen = sandbox
+            .resources()
+            .await
+            .map_err(|error| failure(&sandbox, &error))?;
         Ok(Readings {
             vcpus_online: u8::try_from(seen.online_uids.len()).unwrap_or(u8::MAX),
             cpu_busy_us: seen.cpu_busy_us,
@@ -116,7 +121,7 @@ impl Actuator for Vm {
         let resized = sandbox
             .resize_vcpus(to)
             .await
-            .map_err(|error| failure(&error))?;
+            .map_err(|error| failure(&sandbox, &error))?;
         let now = resized.now;
         self.keep(|last| last.vcpus = Some(resized));
         Ok(u8::try_from(now).unwrap_or(u8::MAX))
@@ -138,7 +143,7 @@ impl Actuator for Vm {
         if let Err(error) = self.hold(sandbox.memory_mib()) {
             tracing::warn!(error, "the VM's cgroup keeps the maximum that it had");
         }
-        let resized = resized.map_err(|error| failure(&error))?;
+        let resized = resized.map_err(|error| failure(&sandbox, &error))?;
         let now = resized.now;
         self.keep(|last| last.memory = Some(resized));
         Ok(now)
@@ -149,7 +154,7 @@ impl Actuator for Vm {
         sandbox
             .watch_memory(high_bytes)
             .await
-            .map_err(|error| failure(&error))
+            .map_err(|error| failure(&sandbox, &error))
     }
 }
 

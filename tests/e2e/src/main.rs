@@ -5,12 +5,13 @@
 //! own, so that its time limit holds whatever it does. What a case leaves behind
 //! fails it. With the soak's counts only nacre's cases repeat more. Programs are found by the environment: `NACRE_BIN`,
 //! `NACRE_CONTAINERD_1_7`, `NACRE_CONTAINERD_2_1`, `NACRE_RUNC`, `NACRE_BUSYBOX`,
-//! `NACRE_KERNEL`, `NACRE_INITRD`, `NACRE_OUT`.
+//! `NACRE_KERNEL`, `NACRE_INITRD`, `NACRE_IMAGE_6_12` (a folder with the two of that Linux), `NACRE_OUT`.
 
 mod cases;
 mod context;
 mod ctr;
 mod daemon;
+mod held;
 mod image;
 mod initrd;
 mod leaks;
@@ -18,6 +19,7 @@ mod lots;
 mod poll;
 mod processes;
 mod report;
+mod shell;
 mod shim;
 mod sink;
 mod suite;

@@ -10,6 +10,7 @@ mod exec;
 mod group;
 mod hooks;
 mod host_cgroup;
+mod hotplug;
 mod inspect;
 mod lifecycle;
 mod mute;
@@ -48,6 +49,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         bench::CASES,
         host_cgroup::CASES,
         hooks::CASES,
+        hotplug::CASES,
     ]
     .into_iter()
     .flatten()
