@@ -292,7 +292,8 @@ impl Bench<'_> {
                         Err(error) => {
                             measured.failed(at, place, name, format!("{error:#}"));
                             let back = ours.back(what).await;
-                            back.with_context(|| format!("after this: {error:#}"))?;
+                            eprint!("{}", ours.console());
+                            back.context("going back after a failure")?;
                         }
                     }
                 }

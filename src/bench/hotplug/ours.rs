@@ -20,6 +20,8 @@ use crate::sandbox::{MemoryWay, Sandbox, SandboxConfig, chain};
 const MIB: u64 = 1 << 20;
 /// How long a report of the guest's kernel may come after its agent's answer.
 const LATE_REPORT: Duration = Duration::from_secs(2);
+/// Lines of the console that are shown after a failure.
+const CONSOLE_LINES: usize = 200;
 /// Between two looks at the guest's memory.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -85,6 +87,14 @@ impl Ours {
             What::Memory(..) => self.sandbox.resize_memory(self.setup.boot_mib).await,
         };
         resized.map_err(|error| anyhow!("{}", chain(&error)))
+    }
+
+    /// What the guest's kernel said last, for people; empty if it said nothing.
+    pub fn console(&self) -> String {
+        let text = self.sandbox.console_tail();
+        let lines: Vec<&str> = text.lines().collect();
+        let last = lines.iter().skip(lines.len().saturating_sub(CONSOLE_LINES));
+        last.map(|line| format!("  guest: {line}\n")).collect()
     }
 
     async fn guest_bytes(&self) -> Result<u64> {
