@@ -124,6 +124,8 @@ impl Agent for Liar {
 /// A guest that can take all that there may be.
 fn plenty(virtio_mem: bool) -> wire::ResourcesResponse {
     let mut has = wire::ResourcesResponse::new();
+    // Whatever is plugged is there.
+    has.memory_total_bytes = u64::MAX;
     has.memory_available_bytes = REGION;
     has.memory_block_bytes = AREA.unit;
     has.virtio_mem = virtio_mem;

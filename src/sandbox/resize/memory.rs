@@ -1,8 +1,11 @@
 //! Which way memory goes, and how much of it: the size that is asked for is that of the whole VM.
 
-use nacre_vmm::virtio::mem::BLOCK_BYTES;
+use std::time::Duration;
 
-use super::{MemoryWay, Resized, Step};
+use nacre_vmm::virtio::mem::BLOCK_BYTES;
+use tokio::time::Instant;
+
+use super::{MemoryWay, Resized, Step, us};
 use crate::control::Memory;
 use crate::sandbox::Sandbox;
 use crate::sandbox::error::{Error, chain};
@@ -194,7 +197,23 @@ impl Sandbox {
             if to == status.plugged {
                 return Ok(Vec::new());
             }
-            return self.request(to).await;
+            let began = Instant::now();
+            let mut steps = self.request(to).await?;
+            let total = resources
+                .memory_total_bytes
+                .saturating_add(to - status.plugged);
+            if let Err(why) = self.shows(total).await {
+                let undone = match self.request(status.plugged).await {
+                    Ok(_) => format!("it is back at {} MiB", status.plugged / MIB),
+                    Err(error) => error,
+                };
+                return Err(format!("{why}; {undone}"));
+            }
+            if let Some(step) = steps.last_mut() {
+                step.online_us = us(began);
+                step.total_us = us(began);
+            }
+            return Ok(steps);
         }
         let area = self.0.machine.memory_area();
         if area.units == 0 {
@@ -217,6 +236,31 @@ impl Sandbox {
         }
         room_for_pages(more, resources.memory_available_bytes)?;
         self.add_units(more).await
+    }
+
+    /// Waits until the guest's kernel manages `total` bytes: its driver plugs a block before the kernel has it online. The agent
+    /// is asked again and again, which is for moments.
+    async fn shows(&self, total: u64) -> Result<(), String> {
+        const FIRST_PAUSE: Duration = Duration::from_millis(5);
+        const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+        let patience = self.0.timeouts.resize;
+        let deadline = Instant::now() + patience;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let seen = self.resources().await.map_err(|error| chain(&error))?;
+            if seen.memory_total_bytes >= total.saturating_sub(MIB) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(format!(
+                    "the guest's driver has plugged all, but after {patience:?} its kernel has {} MiB online of {}",
+                    seen.memory_total_bytes / MIB,
+                    total / MIB
+                ));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
     }
 
     /// Takes `less` bytes of what is plugged, rounded down to what can go: of the virtio-mem device first, if its driver runs. Both

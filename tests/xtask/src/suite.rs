@@ -65,7 +65,7 @@ pub fn build() -> Result<()> {
 }
 
 /// What the cases of the second boot have in their names; it makes both about as long.
-const SECOND: [&str; 2] = ["[containerd 1.7", ", runc]"];
+const SECOND: [&str; 3] = ["[containerd 1.7", ", runc]", "resize: "];
 
 impl Suite {
     /// Runs all cases that `known` has no verdict on. `save` is called after every case. In the nested testbed there are two

@@ -332,7 +332,7 @@ impl AgentService for Guest {
         };
         self.reply("resources".to_owned(), reply).await?;
         let mut answer = ResourcesResponse::new();
-        answer.memory_total_bytes = 256 << 20;
+        answer.memory_total_bytes = (256 << 20) + self.fake.mem.borrow().plugged;
         answer.memory_available_bytes = 200 << 20;
         answer.memory_block_bytes = 128 << 20;
         has(&mut answer);

@@ -12,7 +12,11 @@ use crate::poll;
 use crate::shell::{Kernel, Shell};
 use crate::suite::{Case, Subject};
 
-const fn alone(name: &'static str, seconds: (u64, u64), run: fn(&Context) -> Result<()>) -> Case {
+pub(super) const fn alone(
+    name: &'static str,
+    seconds: (u64, u64),
+    run: fn(&Context) -> Result<()>,
+) -> Case {
     Case {
         name,
         subject: Subject::Alone,
@@ -62,7 +66,7 @@ pub(crate) const CASES: &[Case] = &[
 /// Memory of the VMM beside the guest's that may come to be without being lost: allocators keep some.
 const OWN_KIB: u64 = 1024;
 
-fn expect(what: &str, seen: &Value, wanted: u64) -> Result<()> {
+pub(super) fn expect(what: &str, seen: &Value, wanted: u64) -> Result<()> {
     ensure!(
         seen.as_u64() == Some(wanted),
         "{what} is {seen} instead of {wanted}"
@@ -71,7 +75,7 @@ fn expect(what: &str, seen: &Value, wanted: u64) -> Result<()> {
 }
 
 /// The changes that `vmctl resize --json` says that it made.
-fn steps(resized: &Value) -> Result<Vec<String>> {
+pub(super) fn steps(resized: &Value) -> Result<Vec<String>> {
     let steps = resized["steps"].as_array().context("no steps")?;
     let what = |step: &Value| {
         let ms = |part: &str| step[part].as_u64().unwrap_or_default() as f64 / 1000.0;
@@ -90,7 +94,10 @@ fn steps(resized: &Value) -> Result<Vec<String>> {
 
 /// One vCPU, more of them, and one again.
 fn vcpus(context: &Context, kernel: Kernel) -> Result<()> {
-    let rounds = context.times(20, 200);
+    let rounds = match kernel {
+        Kernel::Usual => context.times(20, 200),
+        Kernel::Newer => context.times(4, 200),
+    };
     let most = u64::from(context.times(4, 8));
     let options = ["--memory", "256M", "--max-vcpus", &most.to_string()];
     let mut shell = Shell::start(context, "cpus", kernel, &options)?;
@@ -172,7 +179,10 @@ fn let_go(shell: &mut Shell<'_>) -> Result<()> {
 
 /// Small, full of what was just used, and small again.
 fn memory(context: &Context, kernel: Kernel, way: &str) -> Result<()> {
-    let rounds = context.times(5, 50);
+    let rounds = match kernel {
+        Kernel::Usual => context.times(5, 50),
+        Kernel::Newer => context.times(2, 50),
+    };
     let options = [
         "--memory",
         &format!("{BOOT_MIB}M"),
@@ -231,7 +241,7 @@ fn shrink(shell: &Shell<'_>, way: &str) -> Result<()> {
     Ok(())
 }
 
-fn memory_total(shell: &mut Shell<'_>) -> Result<u64> {
+pub(super) fn memory_total(shell: &mut Shell<'_>) -> Result<u64> {
     let kib = shell.number("awk '/^MemTotal/ { print $2 }' /proc/meminfo")?;
     Ok(kib / 1024)
 }

@@ -11,6 +11,7 @@ mod group;
 mod hooks;
 mod host_cgroup;
 mod hotplug;
+mod hotplug_limits;
 mod inspect;
 mod lifecycle;
 mod mute;
@@ -29,6 +30,8 @@ use crate::suite::Case;
 pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
     [
         vmctl::CASES,
+        hotplug::CASES,
+        hotplug_limits::CASES,
         bootstrap::CASES,
         calls::CASES,
         races::CASES,
@@ -49,7 +52,6 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         bench::CASES,
         host_cgroup::CASES,
         hooks::CASES,
-        hotplug::CASES,
     ]
     .into_iter()
     .flatten()
