@@ -382,6 +382,7 @@ pub(crate) fn boot_over(fake: Arc<Fake>, memory_way: MemoryWay) -> (Sandbox, Arc
         max_vcpus: MAX_VCPUS,
         memory_mib: 256,
         memory_way,
+        agent: true,
         disks: Vec::new(),
         timeouts: TIMEOUTS,
         main_ns: None,

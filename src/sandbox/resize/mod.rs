@@ -96,6 +96,15 @@ impl Sandbox {
     /// # Errors
     /// The first change that did not come about, with what there is to say of the other.
     pub async fn resize(&self, wanted: Wanted) -> Result<Changed, String> {
+        if !self.0.agent {
+            let to = match (wanted.vcpus, wanted.memory_mib) {
+                (Some(vcpus), _) => format!("{vcpus} vCPUs"),
+                (None, mib) => format!("{} MiB of memory", mib.unwrap_or_default()),
+            };
+            return Err(format!(
+                "Cannot bring the VM to {to}: it was started without nacre's agent, which would bring what is plugged online"
+            ));
+        }
         let mut changed = Changed::default();
         if let Some(to) = wanted.vcpus {
             let resized = self.resize_vcpus(to).await;

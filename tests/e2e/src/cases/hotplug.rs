@@ -162,14 +162,22 @@ const TOUCHED_MIB: u64 = 620;
 /// Too much for what would be left.
 const IN_USE_MIB: u64 = 780;
 
-/// Has a program of the guest hold memory until [`let_go`].
+/// Has a program of the guest hold memory until [`let_go`]. One read of /dev/zero may come short; then it is tried again.
 fn hold(shell: &mut Shell<'_>, mib: u64) -> Result<()> {
-    shell.tell(&format!(
-        "rm -f /tmp/holder; dd if=/dev/zero bs={mib}M count=1 2> /dev/null < /dev/null | \
-         sh -c 'head -c 1 > /dev/null; echo $$ > /tmp/holder; exec sleep 100000' & \
-         tries=0; until [ -s /tmp/holder ]; do tries=$((tries + 1)); [ $tries -lt 1000 ] || exit 9; usleep 50000; done"
-    ))?;
-    Ok(())
+    for _ in 0..5 {
+        shell.tell(&format!(
+            "rm -f /tmp/holder; dd if=/dev/zero bs={mib}M count=1 2> /dev/null < /dev/null | \
+             sh -c 'head -c 1 > /dev/null; echo $$ > /tmp/holder; exec sleep 100000' & \
+             tries=0; until [ -s /tmp/holder ]; do tries=$((tries + 1)); [ $tries -lt 1000 ] || exit 9; usleep 50000; done"
+        ))?;
+        let held = shell.number("awk '/^VmRSS/ { print $2 }' /proc/$(pidof dd)/status")?;
+        if held >= mib * 1024 {
+            return Ok(());
+        }
+        eprintln!("  the program holds {held} KiB of {mib} MiB: once more");
+        let_go(shell)?;
+    }
+    anyhow::bail!("no program of the guest holds {mib} MiB")
 }
 
 fn let_go(shell: &mut Shell<'_>) -> Result<()> {

@@ -102,7 +102,9 @@ fn costs(context: &Context, ctr: &Ctr<'_>, id: &str, name: &str) -> Result<()> {
         number.with_context(|| format!("there is no {name} in {of}"))
     };
     ensure!(
-        first["pid"] == pid && first["vcpus"] == 1 && first["memory_mib"] == 512,
+        first["pid"] == pid
+            && first["memory"]["boot_mib"] == 512
+            && first["vcpus"].as_u64() >= Some(1),
         "not the VM of pid {pid}: {first}"
     );
     ensure!(
