@@ -44,7 +44,13 @@ pub(super) struct Args {
 }
 
 pub(super) async fn resize(config: &Config, args: &Args) -> anyhow::Result<u8> {
-    let (directory, _) = list::one(config, &args.id).await?;
+    let (directory, vm) = list::one(config, &args.id).await?;
+    if args.memory.is_some_and(|memory| memory.mib() == 0) {
+        bail!(
+            "Cannot bring the VM to less than a MiB of memory: it began with {} MiB, and only what was plugged can be unplugged",
+            vm.memory.boot_mib
+        );
+    }
     let wanted = Wanted {
         vcpus: args.cpus,
         memory_mib: args.memory.map(ByteSize::mib),
