@@ -14,7 +14,7 @@ use crate::memory::slots::{SlotAllocator, SlotId};
 /// Slot numbers, and the base and length in each.
 type Table = (SlotAllocator, BTreeMap<SlotId, (u64, u64)>);
 
-/// Memory that is only written down. What is at `stubborn` cannot be made, or not be taken away.
+/// Memory that is only written down. What is at `no_add` cannot be made, and what is at `no_remove` not be taken away.
 struct Regions {
     table: Mutex<Table>,
     no_add: Option<u64>,

@@ -92,6 +92,29 @@ pub(super) fn steps(resized: &Value) -> Result<Vec<String>> {
     Ok(steps.iter().map(what).collect())
 }
 
+/// Does it so many times; what the VMM holds after the first time, which is what it holds in the end, its own memory apart.
+fn again_and_again(
+    context: &Context,
+    shell: &mut Shell<'_>,
+    rounds: u32,
+    mut once: impl FnMut(&mut Shell<'_>) -> Result<()>,
+) -> Result<Held> {
+    once(shell)?;
+    let first = Held::by(shell.pid())?;
+    let own = Resident::of(shell.pid())?.own;
+    for round in 1..rounds {
+        once(shell).with_context(|| format!("round {round}"))?;
+    }
+    first.again(shell.pid(), context.seconds(15))?;
+    let now = Resident::of(shell.pid())?.own;
+    eprintln!("  the VMM's own memory: {own} KiB after the first round, {now} after {rounds}");
+    ensure!(
+        now <= own + OWN_KIB,
+        "the VMM's own memory grew from {own} to {now} KiB in {rounds} rounds"
+    );
+    Ok(first)
+}
+
 /// One vCPU, more of them, and one again.
 fn vcpus(context: &Context, kernel: Kernel) -> Result<()> {
     let rounds = match kernel {
@@ -101,19 +124,7 @@ fn vcpus(context: &Context, kernel: Kernel) -> Result<()> {
     let most = u64::from(context.times(4, 8));
     let options = ["--memory", "256M", "--max-vcpus", &most.to_string()];
     let mut shell = Shell::start(context, "cpus", kernel, &options)?;
-    vcpus_once(&mut shell, most)?;
-    let first = Held::by(shell.pid())?;
-    let own = Resident::of(shell.pid())?.own;
-    for round in 1..rounds {
-        vcpus_once(&mut shell, most).with_context(|| format!("round {round}"))?;
-    }
-    first.again(shell.pid(), context.seconds(15))?;
-    let now = Resident::of(shell.pid())?.own;
-    eprintln!("  the VMM's own memory: {own} KiB after the first round, {now} after {rounds}");
-    ensure!(
-        now <= own + OWN_KIB,
-        "the VMM's own memory grew from {own} to {now} KiB in {rounds} rounds"
-    );
+    again_and_again(context, &mut shell, rounds, |shell| vcpus_once(shell, most))?;
     shell.end()
 }
 
@@ -200,19 +211,7 @@ fn memory(context: &Context, kernel: Kernel, way: &str) -> Result<()> {
         way,
     ];
     let mut shell = Shell::start(context, "memory", kernel, &options)?;
-    memory_once(&mut shell, way)?;
-    let first = Held::by(shell.pid())?;
-    let own = Resident::of(shell.pid())?.own;
-    for round in 1..rounds {
-        memory_once(&mut shell, way).with_context(|| format!("round {round}"))?;
-    }
-    first.again(shell.pid(), context.seconds(15))?;
-    let now = Resident::of(shell.pid())?.own;
-    eprintln!("  the VMM's own memory: {own} KiB after the first round, {now} after {rounds}");
-    ensure!(
-        now <= own + OWN_KIB,
-        "the VMM's own memory grew from {own} to {now} KiB in {rounds} rounds"
-    );
+    let first = again_and_again(context, &mut shell, rounds, |shell| memory_once(shell, way))?;
     in_use(&mut shell, way)?;
     first.again(shell.pid(), context.seconds(15))?;
     shell.end()
