@@ -97,7 +97,7 @@ pub struct Config {
     #[serde(with = "value::duration")]
     pub reader_timeout: Duration,
     /// Annotations of a container's OCI specification that may override the configuration: any of io.nacre.vcpus,
-    /// io.nacre.memory, io.nacre.rootfs.headroom, io.nacre.kernel, io.nacre.initrd, io.nacre.cmdline,
+    /// io.nacre.memory, io.nacre.kernel, io.nacre.initrd, io.nacre.cmdline,
     /// io.nacre.boot_timeout and io.nacre.create_timeout. The default lets sizes be chosen. Whoever may write
     /// specifications can have the kernel, initrd and kernel words of their choice where those are added.
     #[serde(deserialize_with = "value::annotations")]
@@ -106,8 +106,8 @@ pub struct Config {
     pub size: Size,
     /// VMs that grow and shrink with their load. The rules are in docs/hotplug.md.
     pub hotplug: Hotplug,
-    /// Roots that are made from directories.
-    pub rootfs: Rootfs,
+    /// Directories and files of the host in the guest: roots and bind mounts, by virtio-fs.
+    pub share: Share,
 }
 
 /// Sizes of VMs.
@@ -139,17 +139,17 @@ pub struct Size {
     pub host_memory: ByteSize,
 }
 
-/// Roots that are made from directories.
+/// Directories and files of the host in the guest: roots and bind mounts, by virtio-fs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, DocumentedFields)]
-#[serde(default, deny_unknown_fields, expecting = "a table, [rootfs]")]
-pub struct Rootfs {
-    /// Room for writing beyond the directory's content, up to 16T. The image is sparse: room costs nothing until it is
-    /// used.
-    #[serde(deserialize_with = "value::headroom")]
-    pub headroom: ByteSize,
-    /// For copying the directory into its image.
-    #[serde(with = "value::duration")]
-    pub copy_timeout: Duration,
+#[serde(default, deny_unknown_fields, expecting = "a table, [share]")]
+pub struct Share {
+    /// Threads that serve a VM's requests for files, 1 to 64. They wait for the host's disks, not for its CPUs.
+    #[serde(deserialize_with = "value::workers")]
+    pub workers: u8,
+    /// How long the guest may rely on what it knows of names and attributes in a bind mount, which the host may
+    /// change; 0: it always asks. Opening a file always looks. A container's root is the guest's alone.
+    #[serde(with = "value::pause")]
+    pub cache: Duration,
 }
 
 impl Default for Config {
@@ -171,7 +171,7 @@ impl Default for Config {
             allowed_annotations: Annotation::SIZES.to_vec(),
             size: Size::default(),
             hotplug: Hotplug::default(),
-            rootfs: Rootfs::default(),
+            share: Share::default(),
         }
     }
 }
@@ -190,11 +190,11 @@ impl Default for Size {
     }
 }
 
-impl Default for Rootfs {
+impl Default for Share {
     fn default() -> Self {
         Self {
-            headroom: ByteSize::from_mib(1024),
-            copy_timeout: Duration::from_secs(600),
+            workers: 4,
+            cache: Duration::from_secs(1),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use documented::DocumentedFields;
 use toml::{Table, Value};
 
-use super::{Config, CpuRules, Hotplug, MemoryRules, Rootfs, Size};
+use super::{Config, CpuRules, Hotplug, MemoryRules, Share, Size};
 
 /// Columns of a line of text.
 const COLUMNS: usize = 110;
@@ -42,7 +42,7 @@ pub(super) fn sections() -> Vec<Section> {
         section::<Hotplug>("hotplug"),
         section::<CpuRules>("hotplug.cpu"),
         section::<MemoryRules>("hotplug.memory"),
-        section::<Rootfs>("rootfs"),
+        section::<Share>("share"),
     ]
 }
 

@@ -219,16 +219,16 @@ const KEYS: &[Key] = &[
     key("hotplug.memory", "reserve", "\"0\"", BYTES),
     key("hotplug.memory", "burst", "\"0\"", BYTES),
     key(
-        "rootfs",
-        "headroom",
-        "\"16T\"",
+        "share",
+        "workers",
+        "64",
         &[
-            ("\"17T\"", "up to 16T"),
-            ("\"much\"", "512M"),
-            ("1", "up to 16T"),
+            ("0", "1 to 64"),
+            ("65", "1 to 64"),
+            ("\"2\"", "1 to 64"),
         ],
     ),
-    key("rootfs", "copy_timeout", "\"1m\"", DURATIONS),
+    key("share", "cache", "\"0\"", PAUSES),
 ];
 
 fn file(key: &Key, value: &str) -> (String, usize) {
@@ -282,7 +282,6 @@ fn effect(config: &Config) -> String {
             config.vm_dir("n", "i"),
             Patience::of(config),
             Wish::of(config, "n-i", &annotated, 512),
-            Overrides::default().rootfs(config),
             Overrides::of(&annotated, &config.allowed_annotations).is_ok(),
         )
     )

@@ -25,7 +25,6 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 /// What memory is plugged in, in MiB.
 const PLUG_UNIT_MIB: u64 = 2;
 /// Largest ext4 image with the blocks that its maker chooses.
-const LARGEST_IMAGE: ByteSize = ByteSize(16 << 40);
 
 /// A size in bytes, written as a number with an optional K, M, G or T (powers of 1024).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -147,11 +146,6 @@ pub(crate) fn parse_memory(text: &str) -> Result<ByteSize, String> {
     )
 }
 
-/// Room in an image.
-pub(crate) fn parse_headroom(text: &str) -> Result<ByteSize, String> {
-    between(text, ByteSize(0), LARGEST_IMAGE, Headroom::ALLOWED)
-}
-
 /// How many vCPUs a VM can have.
 pub(crate) fn parse_vcpus(text: &str) -> Result<u8, String> {
     match text.parse::<u8>() {
@@ -250,8 +244,6 @@ kinds! {
         Ok(interval) if interval.is_zero() || interval >= SHORTEST_INTERVAL => Ok(interval),
         _ => Err(format!("{text:?} is not possible: {}", Interval::ALLOWED)),
     }, "a string with 0 or a duration from 100ms to 525600m, such as 10s";
-    Headroom, headroom: ByteSize = parse_headroom,
-        "a string with a size up to 16T, such as 1G";
     File, file: PathBuf = parse_file,
         "a string with an absolute path";
     StateDir, state_dir: PathBuf = |text: &str| match parse_file(text) {
@@ -267,6 +259,16 @@ kinds! {
 }
 
 const VCPUS_ALLOWED: &str = "a whole number from 1 to 254";
+
+const WORKERS_ALLOWED: &str = "a whole number from 1 to 64";
+
+pub(super) fn workers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    deserializer.deserialize_i64(Count {
+        least: 1,
+        most: 64,
+        allowed: WORKERS_ALLOWED,
+    })
+}
 
 pub(super) fn vcpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
     deserializer.deserialize_i64(Count {
@@ -410,7 +412,6 @@ mod tests {
     fn the_texts_about_ranges_hold_the_ranges() {
         assert_eq!(ByteSize::from_mib(MINIMUM_MEMORY_MIB).to_string(), "96M");
         assert_eq!(ByteSize::from_mib(MAXIMUM_MEMORY_MIB).to_string(), "1023G");
-        assert_eq!(LARGEST_IMAGE.to_string(), "16T");
         assert_eq!(MAXIMUM_VCPUS, 254);
         assert_eq!(show_duration(SHORTEST_INTERVAL), "100ms");
         assert_eq!(ByteSize::from_mib(PLUG_UNIT_MIB).to_string(), "2M");

@@ -11,7 +11,7 @@ use oci_spec::runtime::Spec;
 use serde::{Serialize, Serializer};
 
 use super::{SandboxConfig, cmdline};
-use crate::config::{ByteSize, Config, Rootfs, value};
+use crate::config::{ByteSize, value};
 
 /// What the names of all our annotations begin with.
 const PREFIX: &str = "io.nacre.";
@@ -23,8 +23,6 @@ pub enum Annotation {
     Vcpus,
     /// Memory of the VM.
     Memory,
-    /// Room in the container's root.
-    Headroom,
     /// Guest kernel.
     Kernel,
     /// initrd.
@@ -39,10 +37,9 @@ pub enum Annotation {
 
 impl Annotation {
     /// All that there are.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 7] = [
         Self::Vcpus,
         Self::Memory,
-        Self::Headroom,
         Self::Kernel,
         Self::Initrd,
         Self::Cmdline,
@@ -51,14 +48,13 @@ impl Annotation {
     ];
 
     /// Those that choose sizes alone.
-    pub const SIZES: [Self; 3] = [Self::Vcpus, Self::Memory, Self::Headroom];
+    pub const SIZES: [Self; 2] = [Self::Vcpus, Self::Memory];
 
     /// Its name in a specification.
     pub fn name(self) -> &'static str {
         match self {
             Self::Vcpus => "io.nacre.vcpus",
             Self::Memory => "io.nacre.memory",
-            Self::Headroom => "io.nacre.rootfs.headroom",
             Self::Kernel => "io.nacre.kernel",
             Self::Initrd => "io.nacre.initrd",
             Self::Cmdline => "io.nacre.cmdline",
@@ -156,7 +152,6 @@ pub enum Error {
 pub struct Overrides {
     vcpus: Option<u8>,
     memory: Option<ByteSize>,
-    headroom: Option<ByteSize>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     cmdline: Option<String>,
@@ -206,7 +201,6 @@ impl Overrides {
         match name {
             Annotation::Vcpus => self.vcpus = Some(value::parse_vcpus(given)?),
             Annotation::Memory => self.memory = Some(value::parse_memory(given)?),
-            Annotation::Headroom => self.headroom = Some(value::parse_headroom(given)?),
             Annotation::Kernel => self.kernel = Some(value::parse_file(given)?),
             Annotation::Initrd => self.initrd = Some(value::parse_file(given)?),
             Annotation::Cmdline => self.cmdline = Some(value::parse_cmdline(given)?),
@@ -222,8 +216,6 @@ impl Overrides {
         match name {
             Annotation::Vcpus => self.vcpus.map(|count| count.to_string()),
             Annotation::Memory => self.memory.map(|size| size.to_string()),
-            // A container's own.
-            Annotation::Headroom => None,
             Annotation::Kernel => path(&self.kernel),
             Annotation::Initrd => path(&self.initrd),
             Annotation::Cmdline => self.cmdline.clone(),
@@ -257,7 +249,6 @@ impl Overrides {
         let Self {
             vcpus,
             memory,
-            headroom: _,
             kernel,
             initrd,
             cmdline: words,
@@ -286,14 +277,6 @@ impl Overrides {
             sandbox.timeouts.create = *limit;
         }
     }
-
-    /// How the container's root is made.
-    pub fn rootfs(&self, config: &Config) -> Rootfs {
-        Rootfs {
-            headroom: self.headroom.unwrap_or(config.rootfs.headroom),
-            ..config.rootfs.clone()
-        }
-    }
 }
 
 #[cfg(test)]
@@ -310,10 +293,9 @@ mod tests {
         Overrides::of(&spec(annotations), &Annotation::ALL)
     }
 
-    const GOOD: [(&str, &str); 8] = [
+    const GOOD: [(&str, &str); 7] = [
         ("io.nacre.vcpus", "2"),
         ("io.nacre.memory", "768M"),
-        ("io.nacre.rootfs.headroom", "2G"),
         ("io.nacre.kernel", "/k"),
         ("io.nacre.initrd", "/i"),
         ("io.nacre.cmdline", "debug"),
@@ -325,7 +307,7 @@ mod tests {
         let config = Config::default();
         let mut sandbox = SandboxConfig::new(&config, "n", "i", PathBuf::new());
         overrides.apply(&mut sandbox);
-        format!("{:?} {}", sandbox, overrides.rootfs(&config).headroom)
+        format!("{sandbox:?}")
     }
 
     #[test]
@@ -374,7 +356,7 @@ mod tests {
             "\"/k\"",
             "not allowed",
             "allowed_annotations",
-            "io.nacre.vcpus, io.nacre.memory, io.nacre.rootfs.headroom",
+            "io.nacre.vcpus, io.nacre.memory",
         ] {
             assert!(error.contains(word), "{word} is not in {error}");
         }
@@ -390,7 +372,6 @@ mod tests {
             ("io.nacre.vcpus", "two", "1 to 254"),
             ("io.nacre.memory", "95M", "96M to 1023G"),
             ("io.nacre.memory", "lots", "512M"),
-            ("io.nacre.rootfs.headroom", "17T", "up to 16T"),
             ("io.nacre.kernel", "vmlinux", "absolute path"),
             ("io.nacre.initrd", "", "absolute path"),
             ("io.nacre.cmdline", "a\nb", "one line"),
@@ -410,7 +391,7 @@ mod tests {
         for fits in [
             vec![],
             vec![("io.nacre.memory", "1024M")],
-            vec![("io.nacre.vcpus", "2"), ("io.nacre.rootfs.headroom", "3G")],
+            vec![("io.nacre.vcpus", "2")],
         ] {
             of(&fits).unwrap().fits(&boot).unwrap();
         }

@@ -17,13 +17,19 @@ use crate::control::Device;
 impl Sandbox {
     /// Plugs the image as a disk, has the agent bind it, and answers with the guest's device path.
     /// Waits for the agent. A disk that the agent cannot bind is unplugged again.
-    pub async fn attach_disk(&self, disk: DiskConfig) -> Result<AttachedDisk, Error> {
+    /// The answer waits for its `partitions`, too.
+    pub async fn attach_disk(
+        &self,
+        disk: DiskConfig,
+        partitions: u32,
+    ) -> Result<AttachedDisk, Error> {
         let agent = self.agent().await?;
         let name = format!("the disk {}", disk.path.display());
         let detail = disk.path.display().to_string();
         let window = self.0.machine.plug_disk(disk)?;
         let mut request = BindDiskRequest::new();
         request.window = u32::from(window);
+        request.partitions = partitions;
         let bound = agent
             .call(
                 format!("binding {name} in window {window}"),
@@ -74,13 +80,14 @@ impl Sandbox {
         unbound.and(unplugged)
     }
 
-    /// Makes a container; nothing of it runs yet. Answers with the guest pid of its init. Events of
-    /// this container are passed on from now until it is deleted.
+    /// Makes a container; nothing of it runs yet. Answers with the guest pid of its init. `shares`: its
+    /// specification mounts what the host shares. Events of this container are passed on from now until it is deleted.
     pub async fn create_container(
         &self,
         id: &str,
         spec_json: Vec<u8>,
         rootfs: Vec<GuestMount>,
+        shares: bool,
         stdio: Stdio,
     ) -> Result<u32, Error> {
         let agent = self.agent().await?;
@@ -89,6 +96,7 @@ impl Sandbox {
         request.container_id = id.to_owned();
         request.spec_json = spec_json;
         request.rootfs = rootfs;
+        request.shares = shares;
         request.stdio = Some(stdio).into();
         let created = agent
             .call(

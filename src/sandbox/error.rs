@@ -20,6 +20,14 @@ pub enum Error {
         /// The VMM's error, with its chain.
         cause: String,
     },
+    /// Something of the host cannot be shared with the guest.
+    #[error("Cannot share {} with the guest: {cause}", path.display())]
+    Share {
+        /// On the host.
+        path: std::path::PathBuf,
+        /// Why.
+        cause: String,
+    },
     /// The agent did not answer in time; the VM still runs.
     #[error("The guest's agent did not answer {call} within {after:?}")]
     Timeout {

@@ -384,6 +384,7 @@ pub(crate) fn boot_over(fake: Arc<Fake>, memory_way: MemoryWay) -> (Sandbox, Arc
         memory_way,
         agent: true,
         disks: Vec::new(),
+        files: super::file_server(&crate::config::Share::default()).expect("a file server"),
         timeouts: TIMEOUTS,
         main_ns: None,
     };

@@ -22,6 +22,7 @@ mod machine;
 mod phases;
 pub mod resize;
 mod running;
+pub mod shares;
 pub mod size;
 pub mod spec;
 mod stdio;
@@ -36,6 +37,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
+use nacre_fs::{FileServer, Limits};
 use nacre_protocol::PORT_STDIO_FIRST;
 use nacre_protocol::agent::ShutdownRequest;
 use tokio::sync::{OnceCell, mpsc, watch};
@@ -44,7 +46,8 @@ use tokio::task::JoinSet;
 pub use console::{ConsoleSink, GuestLine, LineSink, Source, Tail};
 pub use error::{Error, chain};
 pub use machine::GuestStream;
-pub use nacre_protocol::agent::{GuestMount, Process, StatsResponse, Stdio};
+pub use nacre_protocol::agent::{GuestDirectory, GuestMount, Process, StatsResponse, Stdio};
+pub use nacre_fs::{Access, Caching};
 pub use nacre_vmm::config::PlugConfig;
 pub use nacre_vmm::{DiskConfig, ExitReason};
 pub use phases::{BootPhases, monotonic_ns, process_start_ns};
@@ -56,7 +59,7 @@ use bring_up::BringUp;
 use host::Containers;
 use machine::Machine;
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::control::{Device, Inspection, State};
 
 /// How long the guest has to end its processes, unmount and power off.
@@ -107,6 +110,8 @@ pub struct SandboxConfig {
     pub memory_way: MemoryWay,
     /// Disks that are there from the start.
     pub disks: Vec<DiskConfig>,
+    /// What serves the host's files to the guest.
+    pub share: config::Share,
     /// Where the console and the agent's log go.
     pub console: ConsoleSink,
     /// Deadlines.
@@ -135,6 +140,7 @@ impl SandboxConfig {
             },
             memory_way: config.hotplug.memory.way,
             disks: Vec::new(),
+            share: config.share.clone(),
             console: ConsoleSink::default(),
             timeouts: config.timeouts(),
             main_ns: None,
@@ -240,6 +246,8 @@ struct Inner {
     events: Mutex<Option<mpsc::Receiver<AgentEvent>>>,
     containers: Containers,
     disks: Mutex<Vec<Device>>,
+    files: FileServer,
+    next_share: AtomicU32,
     resizing: tokio::sync::Semaphore,
     /// What is plugged, or is going, without the guest's word for it.
     unacknowledged: Mutex<BTreeSet<resize::Plugged>>,
@@ -268,8 +276,8 @@ impl Sandbox {
         let SandboxConfig { console, .. } = config;
         let lines = console.lines.clone();
         let config = SandboxConfig { console, ..config };
-        let parts = Parts::of(&config);
-        let (machine, ports) = vm::start(config, tail.clone())?;
+        let parts = Parts::of(&config)?;
+        let (machine, ports) = vm::start(config, &parts.files, tail.clone())?;
         Ok(Self::over(parts, machine, ports, tail, lines))
     }
 
@@ -307,6 +315,8 @@ impl Sandbox {
             events: Mutex::new(Some(events)),
             containers,
             disks: Mutex::new(parts.disks),
+            files: parts.files,
+            next_share: AtomicU32::new(1),
             resizing: tokio::sync::Semaphore::new(1),
             unacknowledged: Mutex::default(),
             next_port: AtomicU32::new(PORT_STDIO_FIRST),
@@ -532,6 +542,15 @@ impl Sandbox {
     }
 }
 
+/// A server that shares nothing yet.
+fn file_server(config: &config::Share) -> Result<FileServer, Error> {
+    let limits = Limits {
+        workers: usize::from(config.workers),
+        ..Limits::default()
+    };
+    FileServer::new(limits).map_err(|error| Error::machine("make the file server", &error))
+}
+
 /// What is kept of a configuration while the VM takes the rest.
 struct Parts {
     id: String,
@@ -545,19 +564,20 @@ struct Parts {
     memory_way: MemoryWay,
     agent: bool,
     disks: Vec<Device>,
+    files: FileServer,
     timeouts: Timeouts,
     main_ns: Option<u64>,
 }
 
 impl Parts {
-    fn of(config: &SandboxConfig) -> Self {
+    fn of(config: &SandboxConfig) -> Result<Self, Error> {
         let first = usize::from(vm::first_disk_window(config));
         let disk = |(index, disk): (usize, &DiskConfig)| Device {
             window: u8::try_from(first + index).ok(),
             kind: "block".to_owned(),
             detail: disk.path.display().to_string(),
         };
-        Self {
+        Ok(Self {
             id: config.id.clone(),
             namespace: config.namespace.clone(),
             hostname: config.hostname.clone(),
@@ -569,8 +589,9 @@ impl Parts {
             memory_way: config.memory_way,
             agent: config.agent,
             disks: config.disks.iter().enumerate().map(disk).collect(),
+            files: file_server(&config.share)?,
             timeouts: config.timeouts,
             main_ns: config.main_ns,
-        }
+        })
     }
 }

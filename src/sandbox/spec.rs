@@ -1,7 +1,11 @@
 //! The OCI spec as the guest gets it. What has no meaning in a guest is taken
 //! out with a warning; what would silently mean something else is refused by
-//! name: host bind mounts, host devices, foreign namespaces.
+//! name: host devices, foreign namespaces. Bind mounts of the host become bind
+//! mounts of what the host is to share.
 
+use std::path::{Path, PathBuf};
+
+use nacre_protocol::SHARES;
 use oci_spec::runtime::{
     Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
@@ -9,11 +13,17 @@ use oci_spec::runtime::{
 /// The spec asks for what a guest cannot have (yet).
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A mount of host files.
+    /// A bind mount of nothing.
+    #[error("The bind mount at {destination} has no source")]
+    NoSource {
+        /// In the container.
+        destination: String,
+    },
+    /// A bind mount with owners mapped.
     #[error(
-        "The bind mount of {origin} at {destination} needs host files in the guest, which is not supported yet: remove it"
+        "The bind mount of {origin} at {destination} is to have its owners mapped (idmap), which is not served"
     )]
-    HostMount {
+    Mapped {
         /// On the host.
         origin: String,
         /// In the container.
@@ -56,8 +66,25 @@ pub struct GuestSpec {
     pub json: Vec<u8>,
     /// Whether the init has a terminal.
     pub terminal: bool,
+    /// What the host is to share with the guest for it.
+    pub binds: Vec<Bind>,
     /// What was left out and why, for the log.
     pub warnings: Vec<String>,
+}
+
+/// A directory or file of the host that a container mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// The name under which the guest expects it.
+    pub name: String,
+    /// On the host; relative to the bundle if not absolute.
+    pub source: PathBuf,
+    /// In the container, for messages.
+    pub destination: PathBuf,
+    /// Whether the container must not change it.
+    pub read_only: bool,
+    /// Whether what is mounted below it comes along.
+    pub recursive: bool,
 }
 
 /// An exec's process for the guest.
@@ -111,12 +138,16 @@ const COMMON_DEVICES: [(i64, i64); 9] = [
 /// Adapts a spec for the container `id` in the guest: network namespace path and `cgroupsPath` are
 /// replaced by the guest's own (`/nacre/ID`); what names things of the host (CPU sets, memory nodes, network
 /// classes) is taken out and security labels are dropped (the guest's kernel has none), each with a warning; the OOM
-/// score and the seccomp profile are kept.
-pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
+/// score and the seccomp profile are kept. What is to be shared for its bind mounts gets names that begin with
+/// `prefix`, which no other container of the guest has.
+pub fn for_guest(spec: &Spec, id: &str, prefix: &str) -> Result<GuestSpec, Error> {
     let mut spec = spec.clone();
     let mut warnings = Vec::new();
-    for mount in spec.mounts().iter().flatten() {
-        judge_mount(mount)?;
+    let mut binds = Vec::new();
+    for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        if let Some(bind) = adapt_mount(mount, format!("{prefix}.{index}"))? {
+            binds.push(bind);
+        }
     }
     // The others run on the host.
     if let Some(hooks) = spec.hooks() {
@@ -153,6 +184,7 @@ pub fn for_guest(spec: &Spec, id: &str) -> Result<GuestSpec, Error> {
     Ok(GuestSpec {
         json: serde_json::to_vec(&spec)?,
         terminal,
+        binds,
         warnings,
     })
 }
@@ -190,28 +222,47 @@ pub fn resources_for_guest(
     })
 }
 
-fn judge_mount(mount: &Mount) -> Result<(), Error> {
-    let destination = mount.destination().display().to_string();
+/// What the host is to share for a mount, which then is of that; None for one of the guest's own.
+fn adapt_mount(mount: &mut Mount, name: String) -> Result<Option<Bind>, Error> {
+    let destination = mount.destination().clone();
     let fstype = mount.typ().as_deref().unwrap_or("none");
-    let binds = |option: &String| option == "bind" || option == "rbind";
-    if fstype == "bind" || mount.options().iter().flatten().any(binds) {
-        let origin = mount
-            .source()
-            .as_ref()
-            .map(|source| source.display().to_string());
-        let origin = origin.unwrap_or_else(|| "(no source)".to_owned());
-        return Err(Error::HostMount {
-            origin,
-            destination,
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |all: &[&str]| options.iter().any(|option| all.contains(&option.as_str()));
+    if fstype != "bind" && !has(&["bind", "rbind"]) {
+        if !GUEST_FILE_SYSTEMS.contains(&fstype) {
+            return Err(Error::FsType {
+                destination: destination.display().to_string(),
+                fstype: fstype.to_owned(),
+            });
+        }
+        return Ok(None);
+    }
+    let origin = mount
+        .source()
+        .clone()
+        .filter(|source| !source.as_os_str().is_empty());
+    let source = origin.ok_or_else(|| Error::NoSource {
+        destination: destination.display().to_string(),
+    })?;
+    let maps = [mount.uid_mappings(), mount.gid_mappings()];
+    if has(&["idmap", "ridmap"]) || maps.into_iter().flatten().any(|map| !map.is_empty()) {
+        return Err(Error::Mapped {
+            origin: source.display().to_string(),
+            destination: destination.display().to_string(),
         });
     }
-    if !GUEST_FILE_SYSTEMS.contains(&fstype) {
-        return Err(Error::FsType {
-            destination,
-            fstype: fstype.to_owned(),
-        });
-    }
-    Ok(())
+    let mut states = options.iter().rev().map(String::as_str);
+    let state = states.find(|option| matches!(*option, "ro" | "rw" | "rro"));
+    // The guest sees one file system, whatever is mounted below on the host.
+    mount.set_source(Some(Path::new(SHARES).join(&name)));
+    mount.set_typ(Some("bind".to_owned()));
+    Ok(Some(Bind {
+        name,
+        source,
+        destination,
+        read_only: matches!(state, Some("ro" | "rro")),
+        recursive: has(&["rbind"]),
+    }))
 }
 
 fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Result<(), Error> {
@@ -332,12 +383,12 @@ mod tests {
     }
 
     fn adapted(change: impl FnOnce(&mut Value)) -> (Value, Vec<String>) {
-        let guest = for_guest(&spec(change), "c1").unwrap();
+        let guest = for_guest(&spec(change), "c1", "1").unwrap();
         (serde_json::from_slice(&guest.json).unwrap(), guest.warnings)
     }
 
     fn refused(change: impl FnOnce(&mut Value)) -> String {
-        for_guest(&spec(change), "c1").unwrap_err().to_string()
+        for_guest(&spec(change), "c1", "1").unwrap_err().to_string()
     }
 
     #[test]
@@ -352,23 +403,70 @@ mod tests {
     }
 
     #[test]
-    fn host_mounts_are_refused_by_name() {
-        for mount in [
-            json!({"destination": "/data", "type": "bind", "source": "/srv/data"}),
-            json!({"destination": "/data", "type": "none", "source": "/srv/data", "options": ["rbind", "ro"]}),
-            json!({"destination": "/data", "source": "/srv/data", "options": ["bind"]}),
+    fn bind_mounts_are_of_what_the_host_shares() {
+        for (mount, read_only, recursive) in [
+            (
+                json!({"destination": "/data", "type": "bind", "source": "/srv/data"}),
+                false,
+                false,
+            ),
+            (
+                json!({"destination": "/data", "type": "none", "source": "/srv/data", "options": ["rbind", "rw", "ro"]}),
+                true,
+                true,
+            ),
+            (
+                json!({"destination": "/data", "source": "/srv/data", "options": ["bind", "ro", "rw"]}),
+                false,
+                false,
+            ),
+        ] {
+            let guest = for_guest(
+                &spec(|spec| spec["mounts"] = json!([{"destination": "/tmp", "type": "tmpfs"}, mount])),
+                "c1",
+                "7",
+            )
+            .unwrap();
+            let expected = Bind {
+                name: "7.1".to_owned(),
+                source: "/srv/data".into(),
+                destination: "/data".into(),
+                read_only,
+                recursive,
+            };
+            assert_eq!(guest.binds, [expected]);
+            let value: Value = serde_json::from_slice(&guest.json).unwrap();
+            assert_eq!(value["mounts"][1]["source"], "/run/nacre/share/7.1");
+            assert_eq!(value["mounts"][1]["type"], "bind");
+        }
+    }
+
+    #[test]
+    fn mounts_that_the_guest_cannot_have_are_refused_by_name() {
+        for (mount, words) in [
+            (
+                json!({"destination": "/o", "type": "overlay", "options": ["lowerdir=/x"]}),
+                ["/o", "overlay"],
+            ),
+            (
+                json!({"destination": "/d", "type": "bind"}),
+                ["/d", "no source"],
+            ),
+            (
+                json!({"destination": "/d", "type": "bind", "source": "/s", "options": ["rbind", "idmap"]}),
+                ["/s", "idmap"],
+            ),
+            (
+                json!({"destination": "/d", "type": "bind", "source": "/s",
+                    "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}]}),
+                ["/s", "idmap"],
+            ),
         ] {
             let error = refused(|spec| spec["mounts"].as_array_mut().unwrap().push(mount));
-            assert!(
-                error.contains("/srv/data") && error.contains("/data"),
-                "{error}"
-            );
+            for word in words {
+                assert!(error.contains(word), "{word}: {error}");
+            }
         }
-        let error = refused(|spec| {
-            let mount = json!({"destination": "/o", "type": "overlay", "options": ["lowerdir=/x"]});
-            spec["mounts"].as_array_mut().unwrap().push(mount);
-        });
-        assert!(error.contains("/o") && error.contains("overlay"), "{error}");
     }
 
     #[test]
@@ -512,6 +610,6 @@ mod tests {
     fn a_spec_without_a_process_is_refused() {
         let mut spec = spec(|_| {});
         spec.set_process(None);
-        assert!(matches!(for_guest(&spec, "c"), Err(Error::NoProcess)));
+        assert!(matches!(for_guest(&spec, "c", "1"), Err(Error::NoProcess)));
     }
 }

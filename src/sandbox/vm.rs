@@ -4,8 +4,9 @@ use std::io;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG};
-use nacre_vmm::config::{Console, DEFAULT_WINDOWS};
+use nacre_fs::FileServer;
+use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG, SHARE_TAG};
+use nacre_vmm::config::{Console, DEFAULT_WINDOWS, ReadyDevices};
 use nacre_vmm::hotplug::SlotView;
 use nacre_vmm::hotplug::memory::{Area, UnitView};
 use nacre_vmm::virtio::mem::MemStatus;
@@ -24,11 +25,19 @@ use super::size::host_memory_mib;
 /// Starts the VM. With an agent, the well-known ports listen before the guest's first instruction.
 pub(crate) fn start(
     config: SandboxConfig,
+    files: &FileServer,
     tail: Tail,
 ) -> Result<(Arc<dyn Machine>, Option<Ports>), Error> {
     let doing = format!("start the VM {}", config.id);
     if let Some(cause) = too_big(config.memory_mib, host_memory_mib()) {
         return Err(Error::Machine { doing, cause });
+    }
+    let mut devices = ReadyDevices::default();
+    if config.agent {
+        let device = files
+            .device(SHARE_TAG)
+            .map_err(|error| Error::machine(doing.as_str(), &error))?;
+        devices.0.push(device);
     }
     let windows = windows(first_disk_window(&config), config.disks.len());
     let output = ConsoleWriter::new(config.console.raw, tail, config.console.lines);
@@ -43,6 +52,7 @@ pub(crate) fn start(
         windows,
         vsock: config.agent,
         rng: true,
+        devices,
         plug: config.plug,
         console: Console {
             output: Box::new(output),
@@ -84,12 +94,13 @@ fn windows(first: u8, disks: usize) -> u8 {
         .clamp(DEFAULT_WINDOWS, nacre_vmm::memory::layout::MAX_WINDOWS)
 }
 
-/// The window of the first disk of the start: vsock, rng, memory and balloon come before.
+/// The window of the first disk of the start: vsock, rng, memory, balloon and the host's files come before.
 pub(crate) fn first_disk_window(config: &SandboxConfig) -> u8 {
     u8::from(config.agent)
         + 1
         + u8::from(config.plug.virtio_mem_mib > 0)
         + u8::from(config.plug.balloon)
+        + u8::from(config.agent)
 }
 
 impl Plug for Vm {

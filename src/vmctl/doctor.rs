@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use nacre_fs::Access;
 use nacre_vmm::kvm;
 use serde::Serialize;
 
@@ -121,9 +122,8 @@ pub(super) fn doctor(args: &Args) -> anyhow::Result<u8> {
         &config.initrd,
         &format!("{set} NACRE_INITRD"),
     ));
-    checks.push(tools_check(
-        ["mkfs.ext4", "debugfs"].map(|tool| (tool, find_tool(tool))),
-    ));
+    checks.push(share_check(Path::new("/")));
+    checks.push(tool_check("mkfs.ext4", find_tool("mkfs.ext4")));
     checks.push(cgroup_check(Path::new("/sys/fs/cgroup")));
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     checks.push(memory_check(&meminfo, config.size.default_memory.mib()));
@@ -306,24 +306,27 @@ fn file_check(check: &'static str, path: &Path, advice: &str) -> Check {
     }
 }
 
-fn tools_check<const N: usize>(tools: [(&'static str, Option<PathBuf>); N]) -> Check {
-    let missing: Vec<&str> = tools
-        .iter()
-        .filter(|(_, path)| path.is_none())
-        .map(|(tool, _)| *tool)
-        .collect();
-    if missing.is_empty() {
-        let found = tools
-            .iter()
-            .flat_map(|(_, path)| path)
-            .map(|path| path.display().to_string());
-        return Check::ok("e2fsprogs", found.collect::<Vec<_>>().join(", "));
+fn tool_check(tool: &'static str, path: Option<PathBuf>) -> Check {
+    match path {
+        Some(path) => Check::ok("e2fsprogs", path.display().to_string()),
+        None => Check::warning(
+            "e2fsprogs",
+            format!("no {tool}"),
+            "install the package e2fsprogs: roots whose scratch disk is to be made (mkfs/ext4) need it",
+        ),
     }
-    Check::failed(
-        "e2fsprogs",
-        format!("no {}", missing.join(", ")),
-        "install the package e2fsprogs",
-    )
+}
+
+/// Whether directories of the host can be shared as they are to be.
+fn share_check(path: &Path) -> Check {
+    match nacre_fs::open_export(path, Access::ReadOnly, true) {
+        Ok(_) => Check::ok("shared files", "detached mounts can be made"),
+        Err(error) => Check::failed(
+            "shared files",
+            chain(&error),
+            "run as root, on Linux 5.12 or newer",
+        ),
+    }
 }
 
 fn cgroup_check(root: &Path) -> Check {
@@ -427,12 +430,17 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_shared_fails_with_the_path() {
+        let check = share_check(Path::new("/does/not/exist"));
+        assert_eq!(check.status, Status::Failed);
+        assert!(check.found.contains("/does/not/exist"), "{}", check.found);
+    }
+
+    #[test]
     fn a_missing_tool_names_the_package() {
-        let check = tools_check([
-            ("mkfs.ext4", None),
-            ("debugfs", Some("/sbin/debugfs".into())),
-        ]);
-        assert!(check.found.contains("mkfs.ext4") && !check.found.contains("debugfs"));
+        let check = tool_check("mkfs.ext4", None);
+        assert_eq!(check.status, Status::Warning);
+        assert!(check.found.contains("mkfs.ext4"));
         assert!(check.advice.unwrap().contains("e2fsprogs"));
     }
 }

@@ -1,7 +1,8 @@
-//! `vmctl run`: one container in one VM, without containerd. Its root is an
-//! image made of a directory; its stdio is ours; its exit code too.
+//! `vmctl run`: one container in one VM, without containerd. Its root is a
+//! directory that is shared read-only, with the guest's memory over it for what
+//! is written; its stdio is ours; its exit code too.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -14,18 +15,17 @@ use super::resize::Most;
 use super::session::{NAMESPACE, Session, Signals, check_name, default_name};
 use super::terminal::{self, RawMode};
 use crate::config::{ByteSize, Config};
-use crate::record::Resource;
-use crate::sandbox::spec::for_guest;
-use crate::sandbox::storage::{rootfs_image, rootfs_mount};
+use crate::sandbox::shares::Share;
+use crate::sandbox::spec::{Bind, GuestSpec, for_guest};
 use crate::sandbox::{
-    AgentEvent, DiskConfig, Error, GuestLine, GuestStream, Sandbox, SandboxConfig, Source, Stdio,
-    StdioListener,
+    Access, AgentEvent, Caching, Error, GuestDirectory, GuestLine, GuestMount, GuestStream,
+    Sandbox, SandboxConfig, Source, Stdio, StdioListener,
 };
 
 mod command_spec;
 mod streams;
 
-use command_spec::Command;
+use command_spec::{Command, Volume};
 use streams::{Copies, copy_in, read_stdin};
 
 /// How long output may take to arrive after the process has ended.
@@ -43,9 +43,13 @@ killed, and the exit code is 141.";
 #[derive(Debug, clap::Args)]
 #[command(after_help = HELP)]
 pub(super) struct Args {
-    /// Directory with the container's root file system; it is copied, never written
+    /// Directory with the container's root file system; it is never written: what the container writes is in the VM's
+    /// memory, and gone with it
     #[arg(long, value_name = "DIR")]
     rootfs: PathBuf,
+    /// A directory or file of the host in the container, written through unless :ro is added. May be given several times
+    #[arg(long = "volume", short = 'v', value_name = "SRC:DST[:ro]", value_parser = Volume::parse)]
+    volumes: Vec<Volume>,
     /// Memory of the VM, such as 512M or 2G [default: from the configuration]
     #[arg(long, value_name = "SIZE")]
     memory: Option<ByteSize>,
@@ -115,9 +119,10 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
         user: args.user.clone(),
         terminal: tty,
         read_only_root: args.read_only,
+        volumes: args.volumes.clone(),
         hostname: id.clone(),
     };
-    let spec = for_guest(&command.spec(&args.rootfs)?, &id)?;
+    let spec = for_guest(&command.spec(&args.rootfs)?, &id, "1")?;
     let mut signals = Signals::new(&[
         libc::SIGINT,
         libc::SIGTERM,
@@ -147,7 +152,6 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
     if args.verbose {
         sandbox_config.console.lines = Some(Arc::new(print_line));
     }
-    // The VM boots while the image is made.
     let sandbox = Sandbox::boot(sandbox_config)?;
     let container = Container {
         id,
@@ -157,7 +161,7 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
     let ran = async {
         session.serve(&sandbox).await?;
         container
-            .run(config, args, &session, spec.json, &mut signals)
+            .run(config, args, spec, &mut signals)
             .await
     }
     .await;
@@ -190,16 +194,15 @@ impl Container {
         &self,
         config: &Config,
         args: &Args,
-        session: &Session,
-        spec_json: Vec<u8>,
+        spec: GuestSpec,
         signals: &mut Signals,
     ) -> anyhow::Result<u8> {
         let events = self
             .sandbox
             .events()
             .context("The sandbox's events are taken")?;
-        let created = {
-            let create = self.create(config, args, session, spec_json);
+        let (created, _shares) = {
+            let create = self.create(config, args, spec);
             tokio::pin!(create);
             loop {
                 tokio::select! {
@@ -222,28 +225,14 @@ impl Container {
         &self,
         config: &Config,
         args: &Args,
-        session: &Session,
-        spec_json: Vec<u8>,
-    ) -> anyhow::Result<Streams> {
-        let image = session.directory().join("root.img");
-        session.record.add(Resource::File(image.clone()))?;
-        let (from, to) = (args.rootfs.clone(), image.clone());
-        let rootfs = config.rootfs.clone();
-        let making =
-            tokio::task::spawn_blocking(move || rootfs_image(&from, &to, &rootfs, |_| Ok(())));
-        // A VM that does not come up need not wait for the image.
-        tokio::select! {
-            made = making => made.context("Making the root image failed")??,
-            error = failure(&self.sandbox) => return Err(error.into()),
-        }
-        // A root that is to be read-only is made so at the end, by the guest's runtime: mount points
-        // may be missing in it.
-        let disk = DiskConfig {
-            path: image,
-            read_only: false,
-            id: "root".to_owned(),
+        spec: GuestSpec,
+    ) -> anyhow::Result<(Streams, Vec<Share>)> {
+        let sharing = {
+            let (sandbox, rootfs) = (self.sandbox.clone(), args.rootfs.clone());
+            let (binds, cache) = (spec.binds.clone(), config.share.cache);
+            tokio::task::spawn_blocking(move || share(&sandbox, &rootfs, &binds, cache))
         };
-        let disk = self.sandbox.attach_disk(disk).await?;
+        let shares = sharing.await.context("Sharing the root failed")??;
         let stdin = self.sandbox.stdio_listener()?;
         let stdout = self.sandbox.stdio_listener()?;
         let stderr = if self.tty {
@@ -260,9 +249,9 @@ impl Container {
             stdio.columns = u32::from(columns);
             stdio.rows = u32::from(rows);
         }
-        let root = rootfs_mount(&disk.device);
+        let binds = !spec.binds.is_empty();
         self.sandbox
-            .create_container(&self.id, spec_json, vec![root], stdio)
+            .create_container(&self.id, spec.json, root(&shares), binds, stdio)
             .await?;
         let streams = async {
             Ok::<_, Error>(Streams {
@@ -274,7 +263,7 @@ impl Container {
                 },
             })
         };
-        Ok(streams.await?)
+        Ok((streams.await?, shares))
     }
 
     /// Starts the process and serves it until it has ended and its output has arrived.
@@ -346,12 +335,49 @@ impl Container {
     }
 }
 
-/// Completes with the error only if the VM fails to come up.
-async fn failure(sandbox: &Sandbox) -> Error {
-    match sandbox.ready().await {
-        Ok(_) => std::future::pending().await,
-        Err(error) => error,
+/// Shares the root, which is the first, and what the spec binds.
+fn share(
+    sandbox: &Sandbox,
+    rootfs: &Path,
+    binds: &[Bind],
+    cache: Duration,
+) -> Result<Vec<Share>, Error> {
+    // Nobody changes it but, perhaps, the user beside us.
+    let caching = Caching::For(cache);
+    let mut shares = vec![sandbox.share("1.root", rootfs, Access::ReadOnly, caching, true)?];
+    for bind in binds {
+        let access = match bind.read_only {
+            true => Access::ReadOnly,
+            false => Access::ReadWrite,
+        };
+        shares.push(sandbox.share(&bind.name, &bind.source, access, caching, bind.recursive)?);
     }
+    Ok(shares)
+}
+
+/// The shared root with a file system in memory over it.
+fn root(shares: &[Share]) -> Vec<GuestMount> {
+    let mut mounts: Vec<GuestMount> = shares.first().map(|root| root.mount("lower")).into_iter().collect();
+    let mut memory = GuestMount::new();
+    memory.fstype = "tmpfs".to_owned();
+    memory.source = "tmpfs".to_owned();
+    memory.target = "over".to_owned();
+    memory.options = vec!["mode=0700".to_owned()];
+    let mut root = GuestMount::new();
+    root.fstype = "overlay".to_owned();
+    root.source = "overlay".to_owned();
+    root.target = "rootfs".to_owned();
+    root.options = ["lowerdir=lower", "upperdir=over/upper", "workdir=over/work"]
+        .map(str::to_owned)
+        .to_vec();
+    for path in ["over/upper", "over/work"] {
+        let mut directory = GuestDirectory::new();
+        directory.path = path.to_owned();
+        directory.mode = 0o755;
+        root.directories.push(directory);
+    }
+    mounts.extend([memory, root]);
+    mounts
 }
 
 /// The codes that shells have taught everyone for a command that cannot be run.

@@ -20,9 +20,9 @@ pub const MAXIMUM_MEMORY_MIB: u64 = (1 << 20) - (1 << 10);
 /// Most vCPUs of one VM, as the in-kernel interrupt controllers address them.
 pub const MAXIMUM_VCPUS: u8 = 254;
 
-/// Windows that [`VmConfig::windows`] should have unless there is a reason: vsock, rng, memory, balloon and six disks. A spare one costs
+/// Windows that [`VmConfig::windows`] should have unless there is a reason: vsock, rng, memory, balloon, files and six disks. A spare one costs
 /// a Linux guest's boot three reads of its registers, and no time that could be told from noise.
-pub const DEFAULT_WINDOWS: u8 = 10;
+pub const DEFAULT_WINDOWS: u8 = 11;
 
 /// Most bytes of a disk's serial (virtio 1.3 section 5.2.6.1).
 pub const DISK_ID_BYTES: usize = 20;

@@ -3,11 +3,17 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
-use nacre_protocol::agent::GuestMount;
+use nacre_protocol::agent::{GuestDirectory, GuestMount};
+use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::fchownat;
 use tracing::{debug, warn};
 
 use crate::error::{Doing, Error};
@@ -66,12 +72,29 @@ impl Bundle {
         &self.path
     }
 
-    /// Mounts one of the host's mounts. Blocks as long as the filesystem does.
+    /// Makes the host's mounts in their order, with the bundle as the working directory. Blocks as long as the
+    /// filesystems do.
     ///
     /// # Errors
-    /// `InvalidArgument` for a target outside of the bundle; what the kernel said otherwise.
-    pub fn mount(&self, wanted: &GuestMount) -> Result<(), Error> {
+    /// `InvalidArgument` for a target or directory outside of the bundle; what the kernel said otherwise.
+    pub fn mount_all(&self, wanted: &[GuestMount]) -> Result<(), Error> {
+        // mount(2) finds relative paths in its options by the working directory, which all threads share unless one
+        // leaves the others'. A hundred absolute ones would not fit in its one page of options.
+        let work = || {
+            unshare(CloneFlags::CLONE_FS).doing(|| "leaving the working directory".into())?;
+            std::env::set_current_dir(&self.path)
+                .doing(|| format!("entering {}", self.path.display()))?;
+            wanted.iter().try_for_each(|mount| self.mount(mount))
+        };
+        std::thread::scope(|scope| scope.spawn(work).join())
+            .unwrap_or_else(|_| Err(Error::Internal("the mounting thread failed".into())))
+    }
+
+    fn mount(&self, wanted: &GuestMount) -> Result<(), Error> {
         let target = self.inside(&wanted.target)?;
+        for directory in &wanted.directories {
+            self.make_directory(directory)?;
+        }
         fs::create_dir_all(&target).doing(|| format!("making {}", target.display()))?;
         let (flags, data) = options(&wanted.options);
         mount(
@@ -132,6 +155,42 @@ impl Bundle {
             true => Ok(()),
             false => Err(Error::Internal(wrong.join("; "))),
         }
+    }
+
+    /// Makes a directory below the bundle, and those that lead to it; one that is there stays as it is.
+    fn make_directory(&self, wanted: &GuestDirectory) -> Result<(), Error> {
+        let path = self.inside(&wanted.path)?;
+        let doing = || format!("making the directory {}", path.display());
+        let handle = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mut at = open(&self.path, handle, Mode::empty()).doing(doing)?;
+        let mut components = Path::new(&wanted.path).components().peekable();
+        while let Some(component) = components.next() {
+            let made = match mkdirat(&at, component.as_os_str(), Mode::S_IRWXU) {
+                Ok(()) => true,
+                Err(nix::Error::EEXIST) => false,
+                Err(error) => return Err(error).doing(doing),
+            };
+            at = openat(&at, component.as_os_str(), handle, Mode::empty()).doing(doing)?;
+            if !made {
+                continue;
+            }
+            let (mode, uid, gid) = match components.peek() {
+                None => (wanted.mode, wanted.uid, wanted.gid),
+                Some(_) => (0o755, 0, 0),
+            };
+            fchownat(
+                &at,
+                "",
+                Some(uid.into()),
+                Some(gid.into()),
+                AtFlags::AT_EMPTY_PATH,
+            )
+            .doing(doing)?;
+            // After the owner, whose change takes bits away.
+            let itself = format!("/proc/self/fd/{}", at.as_raw_fd());
+            fs::set_permissions(itself, fs::Permissions::from_mode(mode & 0o7777)).doing(doing)?;
+        }
+        Ok(())
     }
 
     fn inside(&self, target: &str) -> Result<PathBuf, Error> {
@@ -246,6 +305,36 @@ mod tests {
         for target in ["", "..", "a/../../b", "/etc", "./x/.."] {
             assert!(bundle.inside(target).is_err(), "{target}");
         }
+    }
+
+    #[test]
+    fn directories_are_made_with_owner_and_mode_and_never_through_a_link() {
+        let root = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), root.path().join("link")).unwrap();
+        let bundle = Bundle {
+            path: root.path().to_owned(),
+            mounts: Mutex::default(),
+        };
+        let own = |path: &str, mode| GuestDirectory {
+            path: path.into(),
+            mode,
+            uid: nix::unistd::getuid().as_raw(),
+            gid: nix::unistd::getgid().as_raw(),
+            ..Default::default()
+        };
+        bundle.make_directory(&own("a/b", 0o1770)).unwrap();
+        let mode = |path: &str| {
+            let metadata = fs::metadata(root.path().join(path)).unwrap();
+            metadata.permissions().mode() & 0o7777
+        };
+        assert_eq!((mode("a"), mode("a/b")), (0o755, 0o1770));
+        bundle.make_directory(&own("a/b", 0o700)).unwrap();
+        assert_eq!(mode("a/b"), 0o1770, "one that is there stays as it is");
+        for path in ["link/c", "a/../c", "/c", ""] {
+            assert!(bundle.make_directory(&own(path, 0o700)).is_err(), "{path}");
+        }
+        assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
     }
 
     #[test]

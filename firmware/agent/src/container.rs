@@ -27,6 +27,7 @@ use crate::process::{Input, Process, State};
 use crate::reaper::{Exit, Reaper};
 use crate::resources;
 use crate::runtime::{self, Gate};
+use crate::shares;
 use crate::spec;
 use crate::stats;
 use crate::stdio::{Connections, Terminal};
@@ -200,6 +201,9 @@ impl Containers {
         let rules = adapted.resources.devices().as_deref().unwrap_or(&[]);
         if let Some(program) = device_rules::compile(rules)? {
             ground.cgroup.guard(&program)?;
+        }
+        if shares::wanted(request) {
+            blocking(shares::mount_once).await?;
         }
         ground.mount(request.rootfs.clone()).await?;
         ground.bundle.fill(&adapted.spec)?;
@@ -641,7 +645,7 @@ impl Container {
 impl Ground {
     async fn mount(&self, mounts: Vec<GuestMount>) -> Result<(), Error> {
         let bundle = self.bundle.clone();
-        blocking(move || mounts.iter().try_for_each(|mount| bundle.mount(mount))).await
+        blocking(move || bundle.mount_all(&mounts)).await
     }
 
     /// Kills what is left in the cgroup, removes it, unmounts and removes the bundle.

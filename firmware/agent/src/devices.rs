@@ -18,12 +18,12 @@ const WINDOW_BYTES: u64 = 0x1000;
 const NAME: &str = "LNRO0005:";
 const DRIVER: &str = "bus/platform/drivers/virtio-mmio";
 
-/// Makes the disk in a window usable, and answers with its path below /dev.
+/// Makes the disk in a window usable, with so many partitions, and answers with its path below /dev.
 ///
 /// # Errors
 /// `NotFound` for a window that the machine does not have; `Internal` if the driver refuses it (a window
 /// without a device answers ENODEV), if it is no disk, or if the disk does not come within 5 s.
-pub async fn bind_disk(window: u32) -> Result<PathBuf, Error> {
+pub async fn bind_disk(window: u32, partitions: u32) -> Result<PathBuf, Error> {
     let sys = Path::new("/sys");
     // Before the bind, so that nothing that happens after it is missed.
     let mut events = DeviceEvents::listen().doing(|| "listening for device events".into())?;
@@ -35,14 +35,22 @@ pub async fn bind_disk(window: u32) -> Result<PathBuf, Error> {
     }
     let look = || {
         let node = Path::new("/dev").join(disk_of(&device)?);
-        node.exists().then_some(node)
+        let last = match partitions {
+            0 => node.clone(),
+            number => partition(&node, number),
+        };
+        last.exists().then_some(node)
     };
     uevents::appear(&mut events, LIMIT, look)
         .await
         .doing(|| format!("waiting for the disk in window {window}"))?
         .ok_or_else(|| {
+            let what = match partitions {
+                0 => "disk".to_owned(),
+                number => format!("disk with {number} partitions"),
+            };
             Error::Internal(format!(
-                "no disk came from window {window} within {} s",
+                "no {what} came from window {window} within {} s",
                 LIMIT.as_secs()
             ))
         })
@@ -121,6 +129,13 @@ fn disk_of(device: &Path) -> Option<String> {
         }
     }
     None
+}
+
+/// The device of a disk's partition, e.g. /dev/vda3.
+fn partition(disk: &Path, number: u32) -> PathBuf {
+    let mut name = disk.as_os_str().to_owned();
+    name.push(number.to_string());
+    name.into()
 }
 
 fn name_of(device: &Path) -> Result<String, Error> {

@@ -27,6 +27,7 @@ mod resources;
 mod runtime;
 mod seccomp;
 mod service;
+mod shares;
 mod spec;
 mod stats;
 mod stdio;

@@ -17,14 +17,15 @@ use nacre_protocol::agent::{
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use tokio::sync::watch;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::container::Containers;
+use crate::container::{Containers, blocking};
 use crate::devices;
 use crate::error::Error;
 use crate::hotplug::Hotplug;
 use crate::hotplug::pressure::MemoryWatch;
+use crate::shares;
 
 /// The longest grace that a shutdown gives to processes.
 const GRACE_LIMIT: Duration = Duration::from_secs(60);
@@ -97,7 +98,7 @@ impl Agent for Service {
         let this = self.clone();
         let device = run("BindDisk", request.window.to_string(), async move {
             this.modules_loaded().await;
-            devices::bind_disk(request.window).await
+            devices::bind_disk(request.window, request.partitions).await
         })
         .await?;
         Ok(BindDiskResponse {
@@ -372,6 +373,10 @@ impl Agent for Service {
             async move {
                 this.containers.close(grace).await;
                 nix::unistd::sync();
+                // After it all that was written is with the host.
+                if let Err(error) = blocking(shares::unmount).await {
+                    warn!("{error}");
+                }
                 this.down.send_replace(true);
                 Ok(())
             },

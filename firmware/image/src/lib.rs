@@ -296,6 +296,7 @@ mod tests {
             ("virtio_blk", "virtio"),
             ("vmw_vsock_virtio_transport", "virtio"),
             ("overlay", ""),
+            ("virtiofs", "virtio"),
         ] {
             let module = made_up_module(&[("name", name), ("depends", depends)]);
             fs::write(kernel.join(format!("{name}.ko")), module).expect("a file");

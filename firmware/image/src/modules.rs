@@ -38,7 +38,7 @@ const fn optional(name: &'static str, group: Group) -> Wanted {
 
 /// In load order. The console and the transport come first: what fails after
 /// them can be told.
-const WANTED: [Wanted; 11] = [
+const WANTED: [Wanted; 12] = [
     necessary("virtio_mmio", Group::Boot),
     necessary("vmw_vsock_virtio_transport", Group::Boot),
     optional("pvpanic_mmio", Group::Boot),
@@ -52,6 +52,8 @@ const WANTED: [Wanted; 11] = [
     necessary("ext4", Group::Late),
     optional("erofs", Group::Late),
     necessary("overlay", Group::Late),
+    // The host's files.
+    necessary("virtiofs", Group::Late),
 ];
 
 /// Why the modules folder does not give what is needed.
@@ -341,7 +343,7 @@ mod tests {
             let tree = Tree(tempfile::tempdir().expect("a folder"));
             tree.file(
                 "modules.builtin",
-                b"kernel/a/virtio_blk.ko\nkernel/b/ext4.ko\nkernel/c/overlay.ko\n",
+                b"kernel/a/virtio_blk.ko\nkernel/b/ext4.ko\nkernel/c/overlay.ko\nkernel/d/virtiofs.ko\n",
             );
             tree.module("virtio_mmio", &[("depends", "virtio,virtio_ring")]);
             tree.module("virtio", &[("depends", "")]);
@@ -390,7 +392,7 @@ mod tests {
             ]
         );
         let plan = tree.plan(&[]).expect("a plan");
-        assert_eq!(plan.built_in, ["ext4", "overlay", "virtio_blk"]);
+        assert_eq!(plan.built_in, ["ext4", "overlay", "virtio_blk", "virtiofs"]);
         assert_eq!(
             plan.missing,
             [

@@ -33,7 +33,7 @@
 //! | `INTERNAL` | the guest could not do it; the message carries the cause, for Start also the executable's name |
 
 /// Version of the protocol; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Port on the host (CID 2) that the agent dials to serve `Agent` on.
 pub const PORT_CALLS: u32 = 1024;
@@ -43,6 +43,11 @@ pub const PORT_EVENTS: u32 = 1025;
 pub const PORT_LOG: u32 = 1026;
 /// The first port on the host for stdio streams.
 pub const PORT_STDIO_FIRST: u32 = 65536;
+
+/// Tag of the virtio-fs device whose root holds what the host shares with the guest, an entry each.
+pub const SHARE_TAG: &str = "nacre";
+/// Where the agent mounts it, before it makes the first container.
+pub const SHARES: &str = "/run/nacre/share";
 
 /// I/O port that marks a boot phase with a byte.
 pub const PHASE_PORT: u16 = 0x680;

@@ -1,6 +1,6 @@
 //! The VM's cgroup on the host: where its threads are held, since its guest is
 //! not trusted to hold itself. v2, v1 and both at once. The memory maximum
-//! follows the root images that lie in memory, the CPU quota the containers that share the VM.
+//! follows the VM's size, the CPU quota the containers that share the VM.
 
 mod hierarchy;
 mod path;
@@ -104,7 +104,7 @@ impl Place {
 pub struct Wish {
     /// Where it is; None: where the shim was started.
     pub place: Option<Place>,
-    /// The most memory that the VM may take, bytes, root images in memory apart.
+    /// The most memory that the VM may take, bytes.
     pub memory: u64,
     /// Whether the VM is refused if it cannot be.
     pub required: bool,
@@ -179,8 +179,6 @@ impl Cpu {
 #[derive(Debug, Clone, Default)]
 struct Part {
     cpu: Cpu,
-    /// Bytes of its root image, if that lies in memory.
-    image: u64,
 }
 
 #[derive(Debug)]
@@ -202,7 +200,7 @@ pub struct VmCgroup {
 impl VmCgroup {
     /// Makes the cgroup with its limits and puts this process into it, with all the threads that it has and
     /// will have. Each directory is in the record before it is made. `memory` is the most that the VM may take in
-    /// bytes, root images in memory apart; `first` the container that the sandbox is started for.
+    /// bytes; `first` the container that the sandbox is started for.
     ///
     /// # Errors
     /// Whatever keeps a limit from being set, or the process from being moved. What was made is in the record.
@@ -219,7 +217,7 @@ impl VmCgroup {
             wanted.push(("cpuset", true));
         }
         let directories = tree.make(place, &wanted, record)?;
-        let part = Part { cpu, image: 0 };
+        let part = Part { cpu };
         let cgroup = Self {
             directories,
             parts: Mutex::new(Parts {
@@ -248,7 +246,7 @@ impl VmCgroup {
             cgroup: self.clone(),
             id: id.to_owned(),
         };
-        let part = Part { cpu, image: 0 };
+        let part = Part { cpu };
         self.change(|parts| {
             parts.by_container.insert(id.to_owned(), part);
         })?;
@@ -268,9 +266,8 @@ impl VmCgroup {
         // Held while files of the kernel's are written, which does not wait for anything.
         let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut parts);
-        let images = parts.by_container.values().map(|part| part.image);
-        let memory = parts.vm.saturating_add(images.sum::<u64>());
-        // A maximum below what is in use would kill the VM. Pages of an image go with its file.
+        let memory = parts.vm;
+        // A maximum below what is in use would kill the VM.
         if memory > parts.memory || (memory < parts.memory && self.used() < memory) {
             self.write_memory(memory)?;
             parts.memory = memory;
@@ -341,11 +338,6 @@ pub struct Share {
 }
 
 impl Share {
-    /// Its root image, of `bytes`, is about to be made in memory, which the VM's maximum grows by.
-    pub fn image_in_memory(&self, bytes: u64) -> Result<(), Error> {
-        self.change(|part| part.image = bytes)
-    }
-
     /// Its limits have changed.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
         self.change(|part| part.cpu.update(resources))
@@ -395,15 +387,6 @@ fn sum(quotas: impl Iterator<Item = Option<Quota>>) -> Option<Quota> {
 /// Shares of v1, 2 to 262144, as a weight of v2, 1 to 10000, in proportion.
 fn weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
-}
-
-/// Whether files in a directory are kept in memory, and so are charged to who writes them.
-pub fn is_in_memory(directory: &Path) -> bool {
-    use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
-    // Not among the library's names; linux/magic.h.
-    const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
-    statfs(directory)
-        .is_ok_and(|found| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&found.filesystem_type()))
 }
 
 #[cfg(test)]

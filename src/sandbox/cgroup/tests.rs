@@ -206,7 +206,7 @@ fn a_cgroup_with_processes_is_taken_and_not_recorded() {
 }
 
 #[test]
-fn quotas_add_up_and_images_in_memory_raise_the_maximum() {
+fn quotas_add_up() {
     let host = Host::v2();
     let cgroup = host.enter("/g", CPU).unwrap();
     fs::write(host.path("c2/g/memory.current"), "1000").unwrap();
@@ -217,9 +217,6 @@ fn quotas_add_up_and_images_in_memory_raise_the_maximum() {
         .join("c2", quota(r#"{"cpu":{"quota":10000}}"#))
         .unwrap();
     assert_eq!(host.read("c2/g/cpu.max"), "35000 100000");
-    second.image_in_memory(1 << 20).unwrap();
-    first.image_in_memory(2 << 20).unwrap();
-    assert_eq!(host.read("c2/g/memory.max"), (643_u64 << 20).to_string());
     second
         .update(&resources_of(r#"{"cpu":{"quota":20000}}"#))
         .unwrap();
@@ -229,20 +226,11 @@ fn quotas_add_up_and_images_in_memory_raise_the_maximum() {
     drop(third);
     drop(second);
     assert_eq!(host.read("c2/g/cpu.max"), "50000 200000");
-    assert_eq!(host.read("c2/g/memory.max"), (642_u64 << 20).to_string());
     first
         .update(&resources_of(r#"{"cpu":{"quota":-1,"shares":2}}"#))
         .unwrap();
     assert_eq!(host.read("c2/g/cpu.max"), "max 100000");
     assert_eq!(host.read("c2/g/cpu.weight"), "1");
-    // What is in use is never more than the maximum.
-    fs::write(
-        host.path("c2/g/memory.current"),
-        (642_u64 << 20).to_string(),
-    )
-    .unwrap();
-    drop(first);
-    assert_eq!(host.read("c2/g/memory.max"), (642_u64 << 20).to_string());
 }
 
 #[test]
@@ -251,17 +239,15 @@ fn the_maximum_follows_the_vms_size_and_never_falls_below_what_is_in_use() {
     let cgroup = host.enter("/g", CPU).unwrap();
     fs::write(host.path("c2/g/memory.current"), "1000").unwrap();
     let mib = |mib: u64| (mib << 20).to_string();
-    let first = cgroup.join("c1", Cpu::default()).unwrap();
-    first.image_in_memory(1 << 20).unwrap();
     cgroup.resize(1024 << 20).unwrap();
-    assert_eq!(host.read("c2/g/memory.max"), mib(1025));
+    assert_eq!(host.read("c2/g/memory.max"), mib(1024));
     cgroup.resize(512 << 20).unwrap();
-    assert_eq!(host.read("c2/g/memory.max"), mib(513));
+    assert_eq!(host.read("c2/g/memory.max"), mib(512));
     fs::write(host.path("c2/g/memory.current"), mib(400)).unwrap();
     cgroup.resize(256 << 20).unwrap();
-    assert_eq!(host.read("c2/g/memory.max"), mib(513));
+    assert_eq!(host.read("c2/g/memory.max"), mib(512));
     fs::write(host.path("c2/g/memory.current"), mib(100)).unwrap();
-    drop(first);
+    cgroup.resize(256 << 20).unwrap();
     assert_eq!(host.read("c2/g/memory.max"), mib(256));
 }
 
@@ -276,11 +262,4 @@ fn weights_follow_shares() {
     ] {
         assert_eq!(weight(shares), expected, "{shares}");
     }
-}
-
-#[test]
-fn a_file_system_in_memory_is_told() {
-    assert!(is_in_memory(Path::new("/dev/shm")));
-    assert!(!is_in_memory(Path::new("/proc")));
-    assert!(!is_in_memory(Path::new("/does/not/exist")));
 }

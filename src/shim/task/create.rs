@@ -1,31 +1,28 @@
-//! Create: the root that containerd mounted becomes a disk of the VM while the
-//! guest boots, then the agent makes the container. What fails is named, and
+//! Create: what containerd mounted is shared with the guest while that boots, or
+//! becomes disks of the VM; then the agent makes the container. What fails is named, and
 //! what was made until then is freed.
 
 use std::collections::HashMap;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_shim_protos::api::{CreateTaskRequest, Mount};
+use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use oci_spec::runtime::Spec;
 use protobuf::{Message, MessageField};
 
+use super::storage::{Storage, Wanted};
 use super::{Container, Error, Process, Shim};
-use crate::config::Rootfs;
 use crate::control::Timings;
 use crate::hooks::HostHooks;
-use crate::record::{Record, Resource};
 use crate::sandbox::annotations::Overrides;
-use crate::sandbox::cgroup::{self, Cpu, Share, VmCgroup};
+use crate::sandbox::cgroup::{Cpu, VmCgroup};
 use crate::sandbox::size::Limits;
-use crate::sandbox::{DiskConfig, Sandbox, chain, monotonic_ns, spec, storage};
+use crate::sandbox::{Sandbox, chain, monotonic_ns, spec};
 use crate::shim::bootstrap;
 use crate::shim::events::TaskEvent;
 use crate::shim::lifecycle::{self, ContainerEvent, SandboxEvent};
-use crate::shim::rootfs::Root;
 use crate::shim::stdio::{Paths, Prepared, ProcessIo};
 
 /// How long a shim that has nothing left after a failed Create waits to be told to end.
@@ -49,8 +46,7 @@ const RUNC_OPTIONS: [(u32, &str); 12] = [
 
 /// What a container holds once it is made.
 struct Made {
-    window: u8,
-    image: Resource,
+    storage: Storage,
     io: ProcessIo,
     guest_pid: u32,
 }
@@ -77,17 +73,13 @@ impl Shim {
         if let Err(error) = self.reserve(&id, &request.bundle, paths.clone()) {
             return Err(self.why_not(&id, error).await);
         }
-        let mut image = None;
-        match self.make(&request, &paths, &mut image).await {
+        match self.make(&request, &paths).await {
             Ok(made) => {
                 self.created(request, made);
                 self.note_create(&id, begun_ns);
                 Ok(self.identity.pid)
             }
             Err(error) => {
-                if let Some(image) = image {
-                    image.free().await;
-                }
                 // Once a hook may have run, those that undo what it did are owed.
                 self.run_poststop_hooks(&id).await;
                 self.failed(&id).await;
@@ -117,8 +109,7 @@ impl Shim {
             bundle: bundle.to_owned(),
             init: Process::new(paths),
             execs: HashMap::new(),
-            window: None,
-            image: None,
+            storage: None,
             guest_pid: 0,
             timings: Timings::of(id),
             hooks: None,
@@ -143,12 +134,11 @@ impl Shim {
         })
     }
 
-    /// Makes all of a container. `image` holds the root image from when it is recorded until all is made.
+    /// Makes all of a container.
     async fn make(
-        &self,
+        self: &Arc<Self>,
         request: &CreateTaskRequest,
         paths: &Paths,
-        image: &mut Option<Image>,
     ) -> Result<Made, Error> {
         let id = request.id.as_str();
         let bundle = PathBuf::from(&request.bundle);
@@ -159,13 +149,15 @@ impl Shim {
         overrides
             .fits(&self.identity.overrides)
             .map_err(|error| Error::Invalid(error.to_string()))?;
-        let guest = spec::for_guest(&spec, id).map_err(|error| Error::Invalid(chain(&error)))?;
+        let sandbox = self.sandbox().await?;
+        let prefix = sandbox.share_prefix();
+        let guest =
+            spec::for_guest(&spec, id, &prefix).map_err(|error| Error::Invalid(chain(&error)))?;
         for warning in &guest.warnings {
             tracing::warn!(container = id, "{warning}");
         }
         let hooks =
             HostHooks::of(&spec, id, &bundle).map_err(|error| Error::Invalid(error.to_string()))?;
-        let sandbox = self.sandbox().await?;
         let prepared = Prepared::new(&sandbox, paths)
             .map_err(|error| Error::Invalid(error.to_string()))?
             .start_logger(&self.identity.namespace, id)
@@ -176,28 +168,19 @@ impl Shim {
             .root()
             .as_ref()
             .map_or_else(|| PathBuf::from("rootfs"), |root| root.path().clone());
-        let image_path = self
-            .record
-            .directory()
-            .join(format!("root-{}.img", file_name(id)));
-        let share = self.join_cgroup(id, &spec)?;
+        self.join_cgroup(id, &spec)?;
         let alone = self.note_limits(id, &spec);
-        let recorded = image.insert(Image::new(self.record.clone(), image_path.clone()).await?);
-        let make_image = {
-            let (mounts, config) = (request.rootfs.clone(), overrides.rootfs(&self.config));
-            let image_path = image_path.clone();
-            let share = share
-                .clone()
-                .filter(|_| cgroup::is_in_memory(self.record.directory()));
-            let sized = move |bytes| match share {
-                Some(share) => share
-                    .image_in_memory(bytes)
-                    .map_err(|error| io::Error::other(chain(&error))),
-                None => Ok(()),
+        let shares_binds = !guest.binds.is_empty();
+        let storing = {
+            let (shim, sandbox) = (self.clone(), sandbox.clone());
+            let wanted = Wanted {
+                bundle,
+                root,
+                mounts: request.rootfs.clone(),
+                binds: guest.binds,
+                prefix,
             };
-            tokio::task::spawn_blocking(move || {
-                make_image(&bundle, &root, &mounts, &image_path, &config, sized)
-            })
+            tokio::task::spawn_blocking(move || shim.prepare_storage(&sandbox, &wanted))
         };
         let file = self
             .record
@@ -210,10 +193,12 @@ impl Shim {
             };
             self.run_create_hooks(noted).await
         };
-        // The guest boots while the image is made and hooks run. All are waited for, so that no file appears after a failure.
-        let (ready, made, hooked) = tokio::join!(sandbox.ready(), make_image, hooks);
+        // The guest boots while the host's part is mounted and hooks run. All are waited for, so that nothing appears after a
+        // failure.
+        let (ready, stored, hooked) = tokio::join!(sandbox.ready(), storing, hooks);
         let ready = ready.map_err(|error| Error::Failed(error.to_string()))?;
-        made.map_err(|error| Error::Failed(format!("Making the root image broke off: {error}")))??;
+        let stored = stored
+            .map_err(|error| Error::Failed(format!("Mounting the root broke off: {error}")))??;
         hooked?;
         tracing::debug!(
             container = id,
@@ -230,47 +215,43 @@ impl Shim {
                 ))
             })?;
         }
-        let disk = DiskConfig {
-            path: image_path,
-            // A read-only root is made so by the guest's runtime at the end, as its mount points may be missing.
-            read_only: false,
-            id: "root".to_owned(),
+        let mut storage = Storage::default();
+        let mounts = match stored.plug(&sandbox, &mut storage).await {
+            Ok(mounts) => mounts,
+            Err(error) => {
+                undo(&sandbox, id, storage).await;
+                return Err(error);
+            }
         };
-        let disk = sandbox
-            .attach_disk(disk)
-            .await
-            .map_err(|error| Error::Failed(error.to_string()))?;
-        let mounts = vec![storage::rootfs_mount(&disk.device)];
         let ports = prepared.ports(spec.process().as_ref().and_then(spec::console_size));
         let io = prepared.run(self.limits);
         let created = sandbox
-            .create_container(id, guest.json, mounts, ports)
+            .create_container(id, guest.json, mounts, shares_binds, ports)
             .await;
         let guest_pid = match created {
             Ok(guest_pid) => guest_pid,
             Err(error) => {
                 drop(io);
-                undo(&sandbox, id, disk.window).await;
+                undo(&sandbox, id, storage).await;
                 return Err(Error::Failed(error.to_string()));
             }
         };
         Ok(Made {
-            window: disk.window,
-            image: recorded.keep(),
+            storage,
             io,
             guest_pid,
         })
     }
 
     /// The container's part in the limits of the VM's cgroup, if the VM has one: as long as the container is there.
-    fn join_cgroup(&self, id: &str, spec: &Spec) -> Result<Option<Arc<Share>>, Error> {
+    fn join_cgroup(&self, id: &str, spec: &Spec) -> Result<(), Error> {
         let join = |cgroup: &Arc<VmCgroup>| cgroup.join(id, Cpu::of(spec)).map(Arc::new);
         let share = self.cgroup.as_ref().map(join).transpose();
         let share = share.map_err(|error| Error::Failed(chain(&error)))?;
         if let Some(container) = self.lock().containers.get_mut(id) {
-            container.share.clone_from(&share);
+            container.share = share;
         }
-        Ok(share)
+        Ok(())
     }
 
     /// Takes down a container's limits; whether it is the only one.
@@ -306,8 +287,7 @@ impl Shim {
                 .life
                 .after(ContainerEvent::Created)
                 .unwrap_or(container.life);
-            container.window = Some(made.window);
-            container.image = Some(made.image);
+            container.storage = Some(made.storage);
             container.init.io = Some(made.io);
             container.guest_pid = made.guest_pid;
             self.publisher.publish(&TaskEvent::Create(event));
@@ -354,57 +334,8 @@ impl Shim {
     }
 }
 
-/// A root image that is freed unless it is kept. Recording and freeing it block.
-struct Image {
-    record: Arc<Record>,
-    resource: Resource,
-    kept: bool,
-}
-
-impl Image {
-    /// Records it. The record is synced to its disk, which may take long, so not on a worker of the runtime; a call
-    /// that is dropped meanwhile leaves nothing recorded.
-    async fn new(record: Arc<Record>, path: PathBuf) -> Result<Self, Error> {
-        let recording = tokio::task::spawn_blocking(move || {
-            let resource = Resource::File(path);
-            record.add(resource.clone()).map(|()| Self {
-                record,
-                resource,
-                kept: false,
-            })
-        });
-        match recording.await {
-            Ok(recorded) => recorded.map_err(|error| Error::Failed(chain(&error))),
-            Err(error) => Err(Error::Failed(format!(
-                "Recording the root image broke off: {error}"
-            ))),
-        }
-    }
-
-    fn keep(&mut self) -> Resource {
-        self.kept = true;
-        self.resource.clone()
-    }
-
-    /// Frees it now, where blocking is allowed: large files take their time to go.
-    async fn free(self) {
-        // Broken off only when the runtime ends, and then the clean-up frees it by the record.
-        let _ = tokio::task::spawn_blocking(move || drop(self)).await;
-    }
-}
-
-impl Drop for Image {
-    fn drop(&mut self) {
-        if !self.kept
-            && let Err(error) = self.record.free(&self.resource)
-        {
-            tracing::warn!(error = chain(&error), "cannot free a root image");
-        }
-    }
-}
-
 /// Takes back what the guest has of a container that could not be made.
-async fn undo(sandbox: &Sandbox, id: &str, window: u8) {
+async fn undo(sandbox: &Sandbox, id: &str, storage: Storage) {
     if sandbox.exit_reason().is_some() {
         return;
     }
@@ -412,28 +343,14 @@ async fn undo(sandbox: &Sandbox, id: &str, window: u8) {
         if let Err(error) = sandbox.delete_container(id).await {
             tracing::debug!(container = id, %error, "the guest has nothing to delete");
         }
-        sandbox.detach_disk(window).await
+        storage.free(sandbox, id).await;
     };
-    match tokio::time::timeout(super::AGENT_PATIENCE, free).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(container = id, %error, "cannot take a disk back"),
-        Err(_) => tracing::warn!(container = id, "the guest does not give a disk back"),
+    if tokio::time::timeout(super::AGENT_PATIENCE, free)
+        .await
+        .is_err()
+    {
+        tracing::warn!(container = id, "the guest does not give its disks back");
     }
-}
-
-fn make_image(
-    bundle: &Path,
-    root: &Path,
-    mounts: &[Mount],
-    image: &Path,
-    config: &Rootfs,
-    sized: impl FnOnce(u64) -> io::Result<()>,
-) -> Result<(), Error> {
-    // `join` keeps an absolute root.
-    let root = Root::mount(&bundle.join(root), mounts)
-        .map_err(|error| Error::Failed(error.to_string()))?;
-    storage::rootfs_image(root.path(), image, config, sized)
-        .map_err(|error| Error::Failed(chain(&error)))
 }
 
 /// A container id as part of a file name.
@@ -526,27 +443,6 @@ mod tests {
         assert!(matches!(check(&relative), Err(Error::Invalid(_))));
     }
 
-    #[tokio::test]
-    async fn recording_an_image_keeps_no_worker_of_the_runtime() {
-        let state = tempfile::tempdir().unwrap();
-        let record = Record::create(state.path(), Default::default()).unwrap();
-        // The record's next write waits until someone reads from here.
-        let slow = state.path().join("record.json.new");
-        nix::unistd::mkfifo(&slow, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let (go_on, other_work) = std::sync::mpsc::channel();
-        let reader = std::thread::spawn(move || {
-            let went_on = other_work.recv_timeout(Duration::from_secs(10)).is_ok();
-            let _ = std::fs::read(slow);
-            went_on
-        });
-        let image = Image::new(Arc::new(record), state.path().join("i.img"));
-        let work = async { go_on.send(()) };
-        // A pipe cannot be synced, so the record fails; it is about who waits for it.
-        let (_, worked) = tokio::join!(image, work);
-        worked.unwrap();
-        assert!(reader.join().unwrap(), "the worker waited for the disk");
-    }
-
     #[test]
     fn runc_options_are_named_and_never_fail() {
         let mut request = request("c1");
@@ -566,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn image_names_are_plain() {
+    fn file_names_are_plain() {
         assert_eq!(file_name("a b:ü"), "a_b__");
         assert_eq!(file_name(&"x".repeat(500)).len(), 128);
     }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::events::task::TaskDelete;
 
+use super::storage::Storage;
 use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container};
-use crate::record::Resource;
-use crate::sandbox::{chain, monotonic_ns};
+use crate::sandbox::monotonic_ns;
 use crate::shim::events::{TaskEvent, timestamp};
 use crate::shim::lifecycle::{self, ContainerEvent, Process};
 
@@ -41,16 +41,11 @@ impl Shim {
                 None
             } else {
                 container.life = container.life.after(ContainerEvent::Delete)?;
-                Some((
-                    container.window.take(),
-                    container.image.take(),
-                    container.share.take(),
-                ))
+                Some((container.storage.take(), container.share.take()))
             }
         };
-        if let Some((window, image, share)) = held {
-            self.free(id, window, image).await;
-            // Its image does not take memory any more.
+        if let Some((storage, share)) = held {
+            self.free(id, storage).await;
             drop(share);
             self.run_poststop_hooks(id).await;
         }
@@ -139,7 +134,7 @@ impl Shim {
     }
 
     /// Frees what a container holds, whatever of it fails. A guest that does not answer is stopped.
-    async fn free(&self, id: &str, window: Option<u8>, image: Option<Resource>) {
+    async fn free(&self, id: &str, storage: Option<Storage>) {
         if let Some(sandbox) = self
             .sandbox_now()
             .filter(|sandbox| sandbox.exit_reason().is_none())
@@ -148,10 +143,8 @@ impl Shim {
                 if let Err(error) = sandbox.delete_container(id).await {
                     tracing::warn!(container = id, %error, "the guest did not delete a container");
                 }
-                if let Some(window) = window
-                    && let Err(error) = sandbox.detach_disk(window).await
-                {
-                    tracing::warn!(container = id, %error, "the guest did not let go of a disk");
+                if let Some(storage) = storage {
+                    storage.free(&sandbox, id).await;
                 }
             };
             if tokio::time::timeout(AGENT_PATIENCE, in_guest)
@@ -164,16 +157,6 @@ impl Shim {
                 );
                 sandbox.stop();
             }
-        }
-        let Some(image) = image else { return };
-        let record = self.record.clone();
-        let freed = tokio::task::spawn_blocking(move || record.free(&image)).await;
-        if let Ok(Err(error)) = freed {
-            tracing::warn!(
-                container = id,
-                error = chain(&error),
-                "cannot free a root image"
-            );
         }
     }
 }

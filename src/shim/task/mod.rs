@@ -15,6 +15,7 @@ mod limits;
 mod process;
 mod resize;
 mod service;
+mod storage;
 #[cfg(test)]
 mod tests;
 mod timings;
@@ -39,6 +40,7 @@ use crate::sandbox::cgroup::{Share, VmCgroup};
 use crate::sandbox::{Sandbox, size};
 
 use resize::LastSteps;
+use storage::Storage;
 use timings::{Past, Startup};
 
 pub use ending::Ending;
@@ -104,10 +106,8 @@ struct Container {
     bundle: String,
     init: Process,
     execs: HashMap<String, Process>,
-    /// The virtio-mmio window of its root disk.
-    window: Option<u8>,
-    /// Its root image.
-    image: Option<Resource>,
+    /// Its root and its bind mounts, once it is made.
+    storage: Option<Storage>,
     /// Its init in the guest, 0 until it is made.
     guest_pid: u32,
     timings: Timings,
@@ -131,7 +131,7 @@ impl Container {
         match self.life {
             lifecycle::Container::Idle | lifecycle::Container::Creating => false,
             lifecycle::Container::ShuttingDown => {
-                self.image.is_some() || self.init.life != lifecycle::Process::Created
+                self.storage.is_some() || self.init.life != lifecycle::Process::Created
             }
             _ => true,
         }

@@ -36,7 +36,48 @@ pub(super) struct Command {
     pub user: String,
     pub terminal: bool,
     pub read_only_root: bool,
+    pub volumes: Vec<Volume>,
     pub hostname: String,
+}
+
+/// Something of the host in the container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Volume {
+    source: PathBuf,
+    destination: PathBuf,
+    read_only: bool,
+}
+
+impl Volume {
+    /// `SRC:DST[:ro|rw]`.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let wrong = |why: &str| format!("{why}: write SRC:DST or SRC:DST:ro");
+        let mut parts = text.split(':');
+        let (Some(source), Some(destination)) = (parts.next(), parts.next()) else {
+            return Err(wrong("it has no path in the container"));
+        };
+        let read_only = match (parts.next(), parts.next()) {
+            (None | Some("rw"), None) => false,
+            (Some("ro"), None) => true,
+            _ => return Err(wrong("it ends with neither :ro nor :rw")),
+        };
+        if !destination.starts_with('/') {
+            return Err(wrong("the path in the container is not absolute"));
+        }
+        let source = std::path::absolute(source)
+            .map_err(|error| wrong(&format!("the path on the host: {error}")))?;
+        Ok(Self {
+            source,
+            destination: destination.into(),
+            read_only,
+        })
+    }
+
+    fn mount(&self) -> serde_json::Value {
+        let state = if self.read_only { "ro" } else { "rw" };
+        json!({"destination": self.destination, "type": "bind", "source": self.source,
+            "options": ["rbind", state]})
+    }
 }
 
 impl Command {
@@ -98,6 +139,10 @@ impl Command {
                 "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
             },
         });
+        let mut spec = spec;
+        if let Some(mounts) = spec["mounts"].as_array_mut() {
+            mounts.extend(self.volumes.iter().map(Volume::mount));
+        }
         serde_json::from_value(spec).context("The command does not make an OCI spec")
     }
 
@@ -243,7 +288,27 @@ mod tests {
             user: "0".to_owned(),
             terminal: false,
             read_only_root: false,
+            volumes: vec![],
             hostname: "h".to_owned(),
+        }
+    }
+
+    #[test]
+    fn volumes_are_bind_mounts() {
+        let root = rootfs();
+        let mut with = command();
+        with.volumes = ["/srv/a:/data:ro", "/srv/b:/b", "/srv/c:/c:rw"]
+            .map(|text| Volume::parse(text).unwrap())
+            .to_vec();
+        let guest = for_guest(&with.spec(root.path()).unwrap(), "c", "1").unwrap();
+        let binds: Vec<_> = guest
+            .binds
+            .iter()
+            .map(|bind| (bind.source.to_str().unwrap(), bind.read_only))
+            .collect();
+        assert_eq!(binds, [("/srv/a", true), ("/srv/b", false), ("/srv/c", false)]);
+        for text in ["/srv", "/srv:data", "/srv:/data:rx", "/srv:/data:ro:x"] {
+            assert!(Volume::parse(text).is_err(), "{text}");
         }
     }
 
@@ -311,7 +376,7 @@ mod tests {
     fn the_spec_is_one_that_the_guest_takes() {
         let root = rootfs();
         let spec = command().spec(root.path()).unwrap();
-        let guest = for_guest(&spec, "c").unwrap();
+        let guest = for_guest(&spec, "c", "1").unwrap();
         assert_eq!(guest.warnings, Vec::<String>::new());
         let mut relative = command();
         relative.cwd = "tmp".into();

@@ -80,7 +80,7 @@ async fn a_guest_that_ends_within_create_fails_it_with_the_reason_and_leaves_not
                     stage.shim.state("c1", ""),
                     Err(Error::NotFound(_))
                 ));
-                assert_eq!(stage.images(), 0, "{step:?}");
+                assert_eq!(stage.shares(), 0, "{step:?}");
                 assert!(stage.heard().await.is_empty(), "{step:?}");
             }
             // Only who has answered may be believed, and then the end is an exit.

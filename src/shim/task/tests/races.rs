@@ -147,7 +147,7 @@ async fn expect_nothing_left(stage: Stage, what: &str, ended: bool) {
             let _ = shim.clone().delete("c1", "").await;
         }
         assert_eq!(shim.lock().containers.len(), 0, "{what}: a container");
-        assert_eq!(stage.images(), 0, "{what}: a root image");
+        assert_eq!(stage.shares(), 0, "{what}: a share");
         assert_eq!(stage.fake.disks(), 0, "{what}: a disk");
         assert!(!stage.fake.has_ended(), "{what}: the VM has ended");
         shim.shut_down();

@@ -121,7 +121,7 @@ async fn a_guest_that_answers_nothing_is_killed_and_deleted_in_five_seconds_each
     let began = tokio::time::Instant::now();
     stage.shim.clone().delete("c1", "").await.unwrap();
     assert!(began.elapsed() <= Duration::from_secs(5));
-    assert_eq!(stage.images(), 0);
+    assert_eq!(stage.shares(), 0);
 }
 
 #[tokio::test(start_paused = true)]

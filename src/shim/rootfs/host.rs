@@ -1,54 +1,16 @@
-//! The root file system that containerd hands to Create: mounts to make on the
-//! bundle's `rootfs`, in this process's own mount namespace, for as long as an image is made of it.
+//! A root of directories of the host: mounts to make on the bundle's `rootfs`,
+//! in this process's own mount namespace, until it is shared.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// What mount(2) takes of options: a page, with the NUL.
-const DATA_LIMIT: usize = 4095;
-
-/// Why the root is not there.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A mount type that this shim does not mount.
-    #[error("Rootfs mount type {0:?} is not served; bind, overlay and plain file systems are")]
-    Type(String),
-    /// An option that this shim does not know how to honour.
-    #[error("Rootfs mount option {option:?} of type {kind} is not served")]
-    Option {
-        /// The option.
-        option: String,
-        /// The mount's type.
-        kind: String,
-    },
-    /// A target that would leave the root.
-    #[error("Rootfs mount target {0:?} must stay below the root")]
-    Target(String),
-    /// The options do not fit mount(2).
-    #[error("The options of rootfs mount {kind} are {length} bytes long; {DATA_LIMIT} fit")]
-    TooLong {
-        /// The mount's type.
-        kind: String,
-        /// Their length.
-        length: usize,
-    },
-    /// The system refused.
-    #[error("Cannot {doing} {}: {source}", path.display())]
-    System {
-        /// What was being done.
-        doing: String,
-        /// To which path.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-}
+use super::{DATA_LIMIT, Error, Type};
 
 /// A root that is there; dropping it unmounts what was mounted for it.
 #[derive(Debug)]
@@ -58,7 +20,7 @@ pub struct Root {
 }
 
 impl Root {
-    /// Mounts `mounts` on `path` in their order, read-only. Without mounts `path` is the root as it is.
+    /// Mounts `mounts` on `path` in their order. Without mounts `path` is the root as it is.
     ///
     /// # Errors
     /// A mount that is not served, by name, or that the system refused.
@@ -108,13 +70,52 @@ struct Plan {
     target: PathBuf,
     flags: MsFlags,
     data: Vec<String>,
+    directories: Vec<Directory>,
+}
+
+/// A directory that is made before a mount, unless it is there.
+#[derive(Debug, PartialEq, Eq)]
+struct Directory {
+    path: PathBuf,
+    mode: u32,
+    owner: (u32, u32),
+}
+
+impl Directory {
+    /// `PATH[:MODE[:UID[:GID]]]` with an absolute path; by default of root's alone.
+    fn of(value: &str) -> Option<Self> {
+        let relative = super::guest::directory(value.strip_prefix('/')?)?;
+        Some(Self {
+            path: Path::new("/").join(relative.path),
+            mode: relative.mode,
+            owner: (relative.uid, relative.gid),
+        })
+    }
+
+    fn make(&self) -> Result<(), Error> {
+        let failed = |source: std::io::Error| Error::System {
+            doing: "make the directory".to_owned(),
+            path: self.path.clone(),
+            source,
+        };
+        match std::fs::DirBuilder::new().mode(0o700).create(&self.path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+            Err(error) => return Err(failed(error)),
+        }
+        let (uid, gid) = self.owner;
+        std::os::unix::fs::lchown(&self.path, Some(uid), Some(gid)).map_err(failed)?;
+        let mode = std::fs::Permissions::from_mode(self.mode);
+        std::fs::set_permissions(&self.path, mode).map_err(failed)
+    }
 }
 
 impl Plan {
     fn of(mount: &Mount) -> Result<Self, Error> {
-        let kind = mount.type_.as_str();
-        if kind.is_empty() || kind.contains('/') {
-            return Err(Error::Type(kind.to_owned()));
+        let of = Type::of(&mount.type_)?;
+        let kind = of.base;
+        if of.mkfs {
+            return Err(Error::Type(mount.type_.clone()));
         }
         let target = Path::new(mount.target.trim_start_matches('/'));
         if target
@@ -123,24 +124,40 @@ impl Plan {
         {
             return Err(Error::Target(mount.target.clone()));
         }
-        // The image only reads it.
-        let mut flags = MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
+        let mut flags = MsFlags::empty();
         let mut data = Vec::new();
+        let mut directories = Vec::new();
         if kind == "bind" {
             flags |= MsFlags::MS_BIND;
         }
         for option in &mount.options {
+            let directory = option.strip_prefix("X-containerd.mkdir.path=");
+            if let Some(value) = directory.filter(|_| of.mkdir) {
+                let directory = Directory::of(value).ok_or_else(|| Error::Option {
+                    option: option.clone(),
+                    kind: mount.type_.clone(),
+                })?;
+                directories.push(directory);
+                continue;
+            }
             match option.as_str() {
                 "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
                 "bind" => flags |= MsFlags::MS_BIND,
+                "ro" => flags |= MsFlags::MS_RDONLY,
+                "rw" => flags -= MsFlags::MS_RDONLY,
+                "noatime" => flags |= MsFlags::MS_NOATIME,
+                "relatime" => flags |= MsFlags::MS_RELATIME,
+                "strictatime" => flags |= MsFlags::MS_STRICTATIME,
+                "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
+                "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+                "dirsync" => flags |= MsFlags::MS_DIRSYNC,
                 "nodev" => flags |= MsFlags::MS_NODEV,
                 "noexec" => flags |= MsFlags::MS_NOEXEC,
                 "nosuid" => flags |= MsFlags::MS_NOSUID,
-                // What only concerns writing, times or propagation says nothing about the content.
-                "" | "ro" | "rw" | "defaults" | "dev" | "exec" | "suid" | "atime" | "noatime"
-                | "relatime" | "norelatime" | "strictatime" | "diratime" | "nodiratime"
-                | "sync" | "async" | "dirsync" | "private" | "rprivate" | "shared" | "rshared"
-                | "slave" | "rslave" | "unbindable" | "runbindable" | "volatile" => {}
+                // Defaults; and propagation, which ends at the guest.
+                "" | "defaults" | "dev" | "exec" | "suid" | "atime" | "norelatime" | "diratime"
+                | "async" | "private" | "rprivate" | "shared" | "rshared" | "slave" | "rslave"
+                | "unbindable" | "runbindable" => {}
                 option
                     if option == "loop"
                         || option.starts_with("X-containerd.")
@@ -148,7 +165,7 @@ impl Plan {
                 {
                     return Err(Error::Option {
                         option: option.to_owned(),
-                        kind: kind.to_owned(),
+                        kind: mount.type_.clone(),
                     });
                 }
                 option => data.push(option.to_owned()),
@@ -164,10 +181,12 @@ impl Plan {
             target: target.to_owned(),
             flags,
             data,
+            directories,
         })
     }
 
     fn mount(&self, target: &Path) -> Result<(), Error> {
+        self.directories.iter().try_for_each(Directory::make)?;
         let error = |doing: &str| {
             let doing = format!("{doing} {} {} on", self.kind, self.source.display());
             let path = target.to_owned();
@@ -183,11 +202,14 @@ impl Plan {
                 .map_err(error("mount"))?;
             // A bind mount takes its flags only when it is there.
             let flags = (self.flags - MsFlags::MS_REC) | MsFlags::MS_REMOUNT;
+            if self.flags == bind {
+                return Ok(());
+            }
             return mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(
                 |errno| {
                     // It is not in the caller's list yet.
                     let _ = umount2(target, MntFlags::MNT_DETACH);
-                    error("make read-only")(errno)
+                    error("set the flags of")(errno)
                 },
             );
         }
@@ -257,23 +279,25 @@ mod tests {
     }
 
     #[test]
-    fn overlay_keeps_its_directories_and_is_read_only() {
-        let plan = of(
-            "overlay",
-            "",
-            &[
-                "index=off",
-                "workdir=/w",
-                "upperdir=/u",
-                "lowerdir=/a:/b",
-                "rw",
-            ],
-        )
-        .unwrap();
-        assert_eq!(plan.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME);
+    fn overlay_keeps_its_directories_and_may_be_written() {
+        let options = [
+            "index=off",
+            "workdir=/w",
+            "upperdir=/u",
+            "lowerdir=/a:/b",
+            "rw",
+        ];
+        let plan = of("overlay", "", &options).unwrap();
+        assert_eq!(plan.flags, MsFlags::empty());
         assert_eq!(
             plan.data().unwrap().0,
             "index=off,workdir=/w,upperdir=/u,lowerdir=/a:/b"
+        );
+        assert!(
+            of("overlay", "", &["ro", "lowerdir=/a:/b"])
+                .unwrap()
+                .flags
+                .contains(MsFlags::MS_RDONLY)
         );
     }
 
@@ -286,27 +310,40 @@ mod tests {
         );
         assert!(plan.data.is_empty());
         assert_eq!(plan.target, Path::new("sub"));
-        assert!(!of("bind", "", &[]).unwrap().flags.contains(MsFlags::MS_REC));
+        assert_eq!(of("bind", "", &[]).unwrap().flags, MsFlags::MS_BIND);
     }
 
     #[test]
     fn what_is_not_served_is_named() {
-        assert!(
-            of("format/mkdir/overlay", "", &[])
-                .unwrap_err()
-                .to_string()
-                .contains("format/mkdir/overlay")
-        );
-        assert!(matches!(of("", "", &[]), Err(Error::Type(_))));
-        assert!(matches!(
-            of("erofs", "", &["loop"]),
-            Err(Error::Option { .. })
-        ));
-        assert!(matches!(
-            of("overlay", "", &["lowerdir={{ overlay 0 2 }}"]),
-            Err(Error::Option { .. })
-        ));
+        for (kind, options) in [
+            ("wild/overlay", &[][..]),
+            ("mkfs/overlay", &[]),
+            ("", &[]),
+            ("tmpfs", &["loop"]),
+            ("format/overlay", &["lowerdir={{ overlay 0 2 }}"]),
+            ("mkdir/bind", &["X-containerd.mkdir.path=relative"]),
+            ("bind", &["X-containerd.mkdir.path=/not/asked/for"]),
+        ] {
+            let error = of(kind, "", options).unwrap_err().to_string();
+            assert!(error.contains(options.first().unwrap_or(&kind)), "{error}");
+        }
         assert!(matches!(of("bind", "../up", &[]), Err(Error::Target(_))));
+    }
+
+    #[test]
+    fn directories_are_made_first_with_their_mode() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("upper");
+        let user = nix::unistd::getuid();
+        let option = format!(
+            "X-containerd.mkdir.path={}:1751:{user}",
+            path.display()
+        );
+        let plan = of("mkdir/overlay", "", &[&option]).unwrap();
+        plan.directories[0].make().unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o1751);
+        plan.directories[0].make().unwrap();
     }
 
     #[test]

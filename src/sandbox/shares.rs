@@ -1,0 +1,81 @@
+//! What the host shares with the guest: directories and files, each an entry of
+//! the root of the VM's virtio-fs device for as long as something holds it.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use nacre_fs::{Access, Caching, FileServer, open_export};
+use nacre_protocol::SHARES;
+use nacre_protocol::agent::GuestMount;
+
+use super::Sandbox;
+use super::error::Error;
+
+/// Something that is shared; dropping it takes it away from the guest.
+#[derive(Debug)]
+pub struct Share {
+    server: FileServer,
+    name: String,
+}
+
+impl Share {
+    /// Where the guest has it, once its agent has mounted the device.
+    pub fn path(&self) -> String {
+        format!("{SHARES}/{}", self.name)
+    }
+
+    /// A bind mount of it in the guest, on `target` in the container's bundle.
+    pub fn mount(&self, target: &str) -> GuestMount {
+        let mut mount = GuestMount::new();
+        mount.fstype = "none".to_owned();
+        mount.source = self.path();
+        mount.target = target.to_owned();
+        mount.options = vec!["bind".to_owned()];
+        mount
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.server.withdraw(&self.name);
+    }
+}
+
+impl Sandbox {
+    /// Shares what `path` names, as it is now: later mounts over it are not seen. With `recursive`, what is mounted
+    /// below comes along. Blocks as long as the host's file systems do.
+    ///
+    /// # Errors
+    /// [`Error::Share`] with the path and why.
+    pub fn share(
+        &self,
+        name: &str,
+        path: &Path,
+        access: Access,
+        caching: Caching,
+        recursive: bool,
+    ) -> Result<Share, Error> {
+        let failed = |error: nacre_fs::Error| Error::Share {
+            path: path.to_owned(),
+            cause: super::chain(&error),
+        };
+        let root = open_export(path, access, recursive).map_err(failed)?;
+        let server = self.0.files.clone();
+        server.export(name, root, access, caching).map_err(failed)?;
+        Ok(Share {
+            server,
+            name: name.to_owned(),
+        })
+    }
+
+    /// A beginning for names of shares that no other container of this VM has.
+    pub fn share_prefix(&self) -> String {
+        let number = self.0.next_share.fetch_add(1, Ordering::Relaxed);
+        number.to_string()
+    }
+
+    /// What is shared now, by name.
+    pub fn shared(&self) -> Vec<String> {
+        self.0.files.exports()
+    }
+}

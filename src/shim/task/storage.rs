@@ -1,0 +1,203 @@
+//! What a container's files are made of: its root and its bind mounts, as what the host shares with the guest and as
+//! disks of the VM. All of it is this process's own and goes with it, so none of it is in the record.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::api::Mount;
+
+use super::{Error, Shim};
+use crate::sandbox::shares::Share;
+use crate::sandbox::spec::Bind;
+use crate::sandbox::{
+    Access, Caching, DiskConfig, GuestMount, Sandbox, chain, monotonic_ns, storage,
+};
+use crate::shim::rootfs::{Form, guest, host};
+
+/// The root in a bundle.
+const ROOT: &str = "rootfs";
+
+/// What a container holds of the host while it is there.
+#[derive(Debug, Default)]
+pub(super) struct Storage {
+    /// Dropping it takes them away from the guest.
+    shares: Vec<Share>,
+    /// virtio-mmio windows of its disks.
+    windows: Vec<u8>,
+}
+
+/// What is to be shared and plugged, found out without the guest.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    shares: Vec<Share>,
+    root: Root,
+}
+
+#[derive(Debug)]
+enum Root {
+    /// The first of the shares.
+    Shared,
+    Disks(guest::Plan),
+}
+
+/// What to prepare.
+pub(super) struct Wanted {
+    pub bundle: PathBuf,
+    /// Relative to the bundle, or absolute.
+    pub root: PathBuf,
+    pub mounts: Vec<Mount>,
+    pub binds: Vec<Bind>,
+    pub prefix: String,
+}
+
+impl Shim {
+    /// Mounts and shares what a container needs, and makes the disks that are to be made. Blocks as long as the host's
+    /// file systems do. What was done until an error is undone.
+    pub(super) fn prepare_storage(
+        &self,
+        sandbox: &Sandbox,
+        wanted: &Wanted,
+    ) -> Result<Prepared, Error> {
+        let begun = monotonic_ns();
+        let failed = |error: &dyn std::error::Error| Error::Failed(chain(error));
+        let form = Form::of(&wanted.mounts).map_err(|error| Error::Invalid(error.to_string()))?;
+        let mut shares = Vec::new();
+        let root = match form {
+            Form::Host => {
+                // `join` keeps an absolute root.
+                let path = wanted.bundle.join(&wanted.root);
+                // What is shared is a clone of the mount; the mount itself has served when it is there.
+                let mounted =
+                    host::Root::mount(&path, &wanted.mounts).map_err(|error| failed(&error))?;
+                let share = sandbox
+                    .share(
+                        &format!("{}.root", wanted.prefix),
+                        mounted.path(),
+                        Access::ReadWrite,
+                        Caching::Always,
+                        true,
+                    )
+                    .map_err(|error| failed(&error))?;
+                shares.push(share);
+                Root::Shared
+            }
+            Form::Guest(plan) => {
+                for disk in &plan.disks {
+                    let Some(mkfs) = &disk.mkfs else { continue };
+                    storage::make_file_system(
+                        &disk.path,
+                        &mkfs.kind,
+                        mkfs.size,
+                        mkfs.uuid.as_deref(),
+                    )
+                    .map_err(|error| failed(&error))?;
+                }
+                Root::Disks(plan)
+            }
+        };
+        for bind in &wanted.binds {
+            let source = wanted.bundle.join(&bind.source);
+            judge(&source, &bind.destination)?;
+            let access = match bind.read_only {
+                true => Access::ReadOnly,
+                false => Access::ReadWrite,
+            };
+            let caching = Caching::For(self.config.share.cache);
+            let share = sandbox
+                .share(&bind.name, &source, access, caching, bind.recursive)
+                .map_err(|error| failed(&error))?;
+            shares.push(share);
+        }
+        let took_us = monotonic_ns().saturating_sub(begun) / 1000;
+        tracing::debug!(shares = shares.len(), took_us, "shared with the guest");
+        Ok(Prepared { shares, root })
+    }
+}
+
+/// Says what of a source would be useless in a guest, or refuses it.
+fn judge(source: &Path, destination: &Path) -> Result<(), Error> {
+    let kind = std::fs::metadata(source).map_err(|error| {
+        Error::Failed(format!(
+            "Cannot share {} with the guest for {}: {error}",
+            source.display(),
+            destination.display()
+        ))
+    })?;
+    let kind = kind.file_type();
+    if kind.is_block_device() || kind.is_char_device() {
+        return Err(Error::Invalid(format!(
+            "The bind mount of {} at {} is of a device of the host, which a guest cannot have",
+            source.display(),
+            destination.display()
+        )));
+    }
+    if kind.is_socket() || kind.is_fifo() {
+        tracing::warn!(
+            source = %source.display(),
+            destination = %destination.display(),
+            "a socket or pipe of the host is seen in the guest, but nobody there can reach the host's end of it"
+        );
+    }
+    Ok(())
+}
+
+impl Prepared {
+    /// Plugs the disks, and answers with the mounts for the guest. What is held is in `storage` from when it is: a
+    /// failure leaves it there, to be freed.
+    pub(super) async fn plug(
+        self,
+        sandbox: &Sandbox,
+        storage: &mut Storage,
+    ) -> Result<Vec<GuestMount>, Error> {
+        storage.shares = self.shares;
+        let plan = match self.root {
+            Root::Shared => {
+                let root = storage.shares.first();
+                return Ok(root.map(|share| share.mount(ROOT)).into_iter().collect());
+            }
+            Root::Disks(plan) => plan,
+        };
+        let mut layers = None;
+        if !plan.layers.is_empty() {
+            let (disk, partitions) = match plan.layers.as_slice() {
+                [layer] => (DiskConfig::file(layer, true, "layer"), 0),
+                all => {
+                    let count = u32::try_from(all.len()).unwrap_or(u32::MAX);
+                    (DiskConfig::parts(all, true, "layers"), count)
+                }
+            };
+            layers = Some(attach(sandbox, storage, disk, partitions).await?);
+        }
+        let mut disks = Vec::new();
+        for (index, disk) in plan.disks.iter().enumerate() {
+            let disk = DiskConfig::file(&disk.path, disk.read_only, format!("disk{index}"));
+            disks.push(attach(sandbox, storage, disk, 0).await?);
+        }
+        Ok(plan.mounts(layers.as_deref(), &disks))
+    }
+}
+
+async fn attach(
+    sandbox: &Sandbox,
+    storage: &mut Storage,
+    disk: DiskConfig,
+    partitions: u32,
+) -> Result<String, Error> {
+    let attached = sandbox
+        .attach_disk(disk, partitions)
+        .await
+        .map_err(|error| Error::Failed(error.to_string()))?;
+    storage.windows.push(attached.window);
+    Ok(attached.device)
+}
+
+impl Storage {
+    /// Takes the disks back from a guest that has unmounted them, and what is shared. Failures are logged.
+    pub(super) async fn free(self, sandbox: &Sandbox, id: &str) {
+        for window in self.windows.into_iter().rev() {
+            if let Err(error) = sandbox.detach_disk(window).await {
+                tracing::warn!(container = id, %error, "the guest did not let go of a disk");
+            }
+        }
+    }
+}
