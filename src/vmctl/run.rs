@@ -238,11 +238,7 @@ impl Container {
         }
         // A root that is to be read-only is made so at the end, by the guest's runtime: mount points
         // may be missing in it.
-        let disk = DiskConfig {
-            path: image,
-            read_only: false,
-            id: "root".to_owned(),
-        };
+        let disk = DiskConfig::file(image, false, "root");
         let disk = self.sandbox.attach_disk(disk).await?;
         let stdin = self.sandbox.stdio_listener()?;
         let stdout = self.sandbox.stdio_listener()?;

@@ -230,12 +230,8 @@ impl Shim {
                 ))
             })?;
         }
-        let disk = DiskConfig {
-            path: image_path,
-            // A read-only root is made so by the guest's runtime at the end, as its mount points may be missing.
-            read_only: false,
-            id: "root".to_owned(),
-        };
+        // A read-only root is made so by the guest's runtime at the end, as its mount points may be missing.
+        let disk = DiskConfig::file(image_path, false, "root");
         let disk = sandbox
             .attach_disk(disk)
             .await
