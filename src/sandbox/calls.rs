@@ -24,8 +24,8 @@ impl Sandbox {
         partitions: u32,
     ) -> Result<AttachedDisk, Error> {
         let agent = self.agent().await?;
-        let name = format!("the disk {}", disk.path.display());
-        let detail = disk.path.display().to_string();
+        let name = format!("the disk {}", disk.source);
+        let detail = disk.source.to_string();
         let window = self.0.machine.plug_disk(disk)?;
         let mut request = BindDiskRequest::new();
         request.window = u32::from(window);

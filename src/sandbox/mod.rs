@@ -575,7 +575,7 @@ impl Parts {
         let disk = |(index, disk): (usize, &DiskConfig)| Device {
             window: u8::try_from(first + index).ok(),
             kind: "block".to_owned(),
-            detail: disk.path.display().to_string(),
+            detail: disk.source.to_string(),
         };
         Ok(Self {
             id: config.id.clone(),

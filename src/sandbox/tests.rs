@@ -302,11 +302,7 @@ async fn a_flood_of_events_is_held_in_the_guest() {
 async fn a_disk_that_the_guest_does_not_bind_is_unplugged() {
     let (sandbox, fake, _) = boot();
     let _guest = agent(&fake, Good(fake.clone())).await;
-    let disk = DiskConfig {
-        path: "/d".into(),
-        read_only: true,
-        id: String::new(),
-    };
+    let disk = DiskConfig::file("/d", true, "");
     let error = sandbox.attach_disk(disk).await.unwrap_err();
     assert_eq!(error.code(), Some(ttrpc::Code::NOT_FOUND));
     assert_eq!(*fake.unplugged.lock().unwrap(), [2]);

@@ -202,7 +202,7 @@ impl Machine for Vm {
     }
 
     fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error> {
-        let doing = format!("plug the disk {}", disk.path.display());
+        let doing = format!("plug the disk {}", disk.source);
         Vm::plug_disk(self, disk).map_err(|error| Error::machine(doing, &error))
     }
 

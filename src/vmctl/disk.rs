@@ -33,11 +33,7 @@ impl std::str::FromStr for DiskArg {
 impl DiskArg {
     /// The disk for the VM; `index` makes its serial.
     pub(super) fn config(&self, index: usize) -> DiskConfig {
-        DiskConfig {
-            path: self.path.clone(),
-            read_only: self.read_only,
-            id: format!("disk{index}"),
-        }
+        DiskConfig::file(&self.path, self.read_only, format!("disk{index}"))
     }
 }
 

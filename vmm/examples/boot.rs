@@ -44,11 +44,10 @@ fn main() -> ExitCode {
             "--memory" => config.memory_mib = value().parse().unwrap_or(0),
             "--vcpus" => config.vcpus = value().parse().unwrap_or(0),
             "--windows" => config.windows = value().parse().unwrap_or(0),
-            "--disk" => config.disks.push(DiskConfig {
-                path: value().into(),
-                read_only: false,
-                id: format!("disk{}", config.disks.len()),
-            }),
+            "--disk" => {
+                let id = format!("disk{}", config.disks.len());
+                config.disks.push(DiskConfig::file(value(), false, id));
+            }
             "--no-devices" => (config.vsock, config.rng) = (false, false),
             "--timeout" => timeout = value().parse().ok().map(Duration::from_secs),
             "--max-vcpus" => config.plug.max_vcpus = value().parse().unwrap_or(0),

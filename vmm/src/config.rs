@@ -1,6 +1,7 @@
 //! What a caller says about the VM that it wants. Checked in one place,
 //! before anything is made.
 
+use std::fmt;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -26,6 +27,12 @@ pub const DEFAULT_WINDOWS: u8 = 11;
 
 /// Most bytes of a disk's serial (virtio 1.3 section 5.2.6.1).
 pub const DISK_ID_BYTES: usize = 20;
+
+/// Most parts of one disk: Linux finds no more than 255 partitions.
+pub const MAXIMUM_PARTS: usize = 255;
+
+/// Most UTF-16 units of a partition's name (UEFI 2.10 section 5.3.3).
+pub const PART_NAME_UNITS: usize = 36;
 
 /// Where the serial console's bytes go and come from.
 pub struct Console {
@@ -109,15 +116,84 @@ impl PlugConfig {
     }
 }
 
-/// A disk backed by a raw file or block device.
+/// A disk: what is behind it, and how.
+///
+/// ```
+/// use nacre_vmm::{DiskConfig, DiskIo};
+///
+/// let root = DiskConfig::file("root.img", false, "root");
+/// let mut layers = DiskConfig::parts(["base.erofs", "app.erofs"], true, "layers");
+/// layers.io = DiskIo::Threads;
+/// assert!(root.check().is_ok() && layers.check().is_ok());
+/// ```
 #[derive(Debug, Clone)]
 pub struct DiskConfig {
-    /// Raw image. Its format is never guessed.
-    pub path: PathBuf,
+    /// The file, or the files, with the bytes.
+    pub source: DiskSource,
+    /// How the bytes are to be read.
+    pub format: DiskFormat,
     /// Opened read-only and offered with VIRTIO_BLK_F_RO.
     pub read_only: bool,
     /// Serial that the guest reads by VIRTIO_BLK_T_GET_ID, at most 20 bytes.
     pub id: String,
+    /// How the host reads and writes.
+    pub io: DiskIo,
+    /// Whether it does so by way of its page cache.
+    pub cache: DiskCache,
+}
+
+/// What a disk's bytes are in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskSource {
+    /// One file or block device, which is the whole disk.
+    File(PathBuf),
+    /// Several, each one partition of a disk whose partition table (GPT) is made up in memory:
+    /// `/dev/vdX1` for the first, `/dev/vdX2` for the second, 1 to [`MAXIMUM_PARTS`] of them. The
+    /// guest's kernel needs CONFIG_EFI_PARTITION. Each begins at a multiple of 1 MiB. A part that
+    /// ends within a sector ends with zeros there if the disk is read only, and else with the last
+    /// whole sector. The partition table itself cannot be written.
+    Parts(Vec<DiskPart>),
+}
+
+/// One partition of [`DiskSource::Parts`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskPart {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// The partition's name, at most [`PART_NAME_UNITS`] UTF-16 units without a zero. Linux shows
+    /// it as PARTNAME in `/sys/class/block/vdXN/uevent`, with `!` for what is not printable ASCII.
+    pub name: String,
+}
+
+/// The format of a disk's files. It is declared, and never guessed from what is in them: a guest
+/// that writes a header of another format into a raw image changes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DiskFormat {
+    /// The bytes of the disk, in order.
+    #[default]
+    Raw,
+}
+
+/// How a disk's requests are carried out on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DiskIo {
+    /// By io_uring where the host has and allows it, else by threads.
+    #[default]
+    Auto,
+    /// By io_uring; a host without it is an error.
+    IoUring,
+    /// By a few threads with a system call for each transfer.
+    Threads,
+}
+
+/// Whether a disk's transfers go through the host's page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DiskCache {
+    /// Through it.
+    #[default]
+    Host,
+    /// Past it (O_DIRECT), where a transfer is aligned as the file system asks.
+    Direct,
 }
 
 /// A configuration that cannot be: which value, and what would be right.
@@ -172,6 +248,23 @@ pub enum ConfigError {
     DiskId {
         /// The serial.
         id: String,
+    },
+    /// No part, or more than a guest finds.
+    #[error("disk {id:?} of {asked} parts: 1 to {MAXIMUM_PARTS} are possible")]
+    Parts {
+        /// The disk's serial.
+        id: String,
+        /// Parts that were asked for.
+        asked: usize,
+    },
+    /// A part's name does not fit into a partition table.
+    #[error(
+        "part name {name:?} of {} UTF-16 units: at most {PART_NAME_UNITS} without a zero are possible",
+        name.encode_utf16().count()
+    )]
+    PartName {
+        /// The name.
+        name: String,
     },
     /// The command line does not fit.
     #[error("kernel command line of {length} bytes: at most {} are possible", CMDLINE_SIZE - 1)]
@@ -309,18 +402,90 @@ impl PlugConfig {
 }
 
 impl DiskConfig {
-    /// Checks the serial; the file is looked at when the disk is made.
+    /// A disk that is one raw file or block device.
+    pub fn file(path: impl Into<PathBuf>, read_only: bool, id: impl Into<String>) -> Self {
+        Self::over(DiskSource::File(path.into()), read_only, id.into())
+    }
+
+    /// A disk of several raw files, each one partition with its file's name for a name as far as
+    /// that fits.
+    pub fn parts(
+        paths: impl IntoIterator<Item = impl Into<PathBuf>>,
+        read_only: bool,
+        id: impl Into<String>,
+    ) -> Self {
+        let part = |path: PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let mut units = 0;
+            let name = name.chars().filter(|&character| character != '\0');
+            let name = name.take_while(|character| {
+                units += character.len_utf16();
+                units <= PART_NAME_UNITS
+            });
+            DiskPart {
+                name: name.collect(),
+                path,
+            }
+        };
+        let parts = paths.into_iter().map(|path| part(path.into())).collect();
+        Self::over(DiskSource::Parts(parts), read_only, id.into())
+    }
+
+    fn over(source: DiskSource, read_only: bool, id: String) -> Self {
+        Self {
+            source,
+            format: DiskFormat::Raw,
+            read_only,
+            id,
+            io: DiskIo::Auto,
+            cache: DiskCache::Host,
+        }
+    }
+
+    /// Checks all but the files, which are looked at when the disk is made.
     ///
     /// # Errors
     ///
-    /// [`ConfigError::DiskId`].
+    /// [`ConfigError`]: the serial, or the parts' number or names.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.id.len() > DISK_ID_BYTES {
             return Err(ConfigError::DiskId {
                 id: self.id.clone(),
             });
         }
-        Ok(())
+        let DiskSource::Parts(parts) = &self.source else {
+            return Ok(());
+        };
+        if !(1..=MAXIMUM_PARTS).contains(&parts.len()) {
+            return Err(ConfigError::Parts {
+                id: self.id.clone(),
+                asked: parts.len(),
+            });
+        }
+        let unfit =
+            |name: &str| name.contains('\0') || name.encode_utf16().count() > PART_NAME_UNITS;
+        match parts.iter().find(|part| unfit(&part.name)) {
+            Some(part) => Err(ConfigError::PartName {
+                name: part.name.clone(),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The path, or the first of the paths and how many more there are.
+impl fmt::Display for DiskSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Parts(parts) => match &parts[..] {
+                [] => f.write_str("of no parts"),
+                [part] => part.path.display().fmt(f),
+                [first, rest @ ..] => {
+                    write!(f, "{} and {} more", first.path.display(), rest.len())
+                }
+            },
+        }
     }
 }
 
@@ -354,11 +519,7 @@ mod tests {
     }
 
     fn disk(id: &str) -> DiskConfig {
-        DiskConfig {
-            path: "disk".into(),
-            read_only: true,
-            id: id.to_owned(),
-        }
+        DiskConfig::file("disk", true, id)
     }
 
     fn refused(change: impl Fn(&mut VmConfig)) -> String {
@@ -400,7 +561,14 @@ mod tests {
             acpi_unit_mib,
             ..PlugConfig::default()
         };
-        let cases: [(String, &[&str]); 15] = [
+        let parts = |count: usize| DiskConfig::parts(vec!["part"; count], true, "layers");
+        let named = |name: String| {
+            let mut disk = parts(1);
+            let path = "part".into();
+            disk.source = DiskSource::Parts(vec![DiskPart { path, name }]);
+            disk
+        };
+        let cases: [(String, &[&str]); 19] = [
             (
                 refused(|c| c.plug.virtio_mem_mib = 100),
                 &["100 MiB", "multiples of 128"],
@@ -434,6 +602,22 @@ mod tests {
                 refused(|c| c.disks = vec![disk("123456789012345678901")]),
                 &["21 bytes", "20"],
             ),
+            (
+                refused(|c| c.disks = vec![parts(0)]),
+                &["\"layers\" of 0 parts", "1 to 255"],
+            ),
+            (
+                refused(|c| c.disks = vec![parts(256)]),
+                &["256 parts", "1 to 255"],
+            ),
+            (
+                refused(|c| c.disks = vec![named("\u{1f41a}".repeat(19))]),
+                &["38 UTF-16 units", "at most 36"],
+            ),
+            (
+                refused(|c| c.disks = vec![named("a\0".to_owned())]),
+                &["without a zero"],
+            ),
         ];
         for (message, parts) in cases {
             for part in parts {
@@ -443,5 +627,18 @@ mod tests {
         assert!(refused(|c| c.name = "a\0".to_owned()).contains("zero byte"));
         assert!(refused(|c| c.cmdline = "x".repeat(2048)).contains("2047"));
         assert!(refused(|c| c.cmdline = "a\0b".to_owned()).contains("offset 1"));
+    }
+
+    #[test]
+    fn parts_are_named_after_their_files_as_far_as_that_fits() {
+        let long = format!("/layers/{}.erofs", "\u{1f41a}".repeat(20));
+        let disk = DiskConfig::parts(["/layers/base.erofs", "/", &long], true, "layers");
+        assert_eq!(disk.check(), Ok(()));
+        let DiskSource::Parts(parts) = &disk.source else {
+            panic!("{disk:?}");
+        };
+        let names: Vec<&str> = parts.iter().map(|part| &part.name[..]).collect();
+        assert_eq!(names, ["base.erofs", "", &"\u{1f41a}".repeat(18)]);
+        assert_eq!(disk.source.to_string(), "/layers/base.erofs and 2 more");
     }
 }

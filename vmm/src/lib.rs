@@ -23,6 +23,6 @@ pub mod vcpu;
 pub mod virtio;
 pub mod vm;
 
-pub use config::{DiskConfig, VmConfig};
+pub use config::{DiskCache, DiskConfig, DiskFormat, DiskIo, DiskPart, DiskSource, VmConfig};
 pub use exit::ExitReason;
 pub use handle::Vm;

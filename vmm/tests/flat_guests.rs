@@ -343,11 +343,7 @@ fn a_vcpu_that_nobody_starts_does_not_hold_the_end_up() {
 fn disk() -> (tempfile::NamedTempFile, DiskConfig) {
     let file = tempfile::NamedTempFile::new().expect("file");
     file.as_file().set_len(1 << 20).expect("length");
-    let config = DiskConfig {
-        path: file.path().to_owned(),
-        read_only: false,
-        id: "disk".to_owned(),
-    };
+    let config = DiskConfig::file(file.path(), false, "disk");
     (file, config)
 }
 
@@ -503,11 +499,7 @@ fn what_cannot_be_started_says_why() {
         "{small}"
     );
     let disk = refused(&|config| {
-        config.disks = vec![DiskConfig {
-            path: "/nonexistent/disk".into(),
-            read_only: true,
-            id: String::new(),
-        }];
+        config.disks = vec![DiskConfig::file("/nonexistent/disk", true, "")];
     });
     assert!(disk.contains("/nonexistent/disk"), "{disk}");
     let script = {

@@ -41,11 +41,7 @@ fn fifty_vms_leave_nothing() {
     // Read-only disks share the file's lock.
     let file = tempfile::NamedTempFile::new().expect("file");
     file.as_file().set_len(1 << 20).expect("length");
-    let disk = DiskConfig {
-        path: file.path().to_owned(),
-        read_only: true,
-        id: String::new(),
-    };
+    let disk = DiskConfig::file(file.path(), true, "");
     let spins = Code::new().print("x").spin().kernel();
     let ends = Code::new().print("x").power_off().kernel();
     let cycle = |round: usize| {

@@ -243,11 +243,7 @@ async fn huge_repeated_fields_are_bounded_by_the_frame() {
 #[tokio::test(start_paused = true)]
 async fn a_device_path_is_taken_as_bounded_printable_words() {
     let path = "../\0/etc\x1b[2J".repeat(20_000);
-    let disk = || DiskConfig {
-        path: "/d".into(),
-        read_only: true,
-        id: String::new(),
-    };
+    let disk = || DiskConfig::file("/d", true, "");
     let mut bound = BindDiskResponse::new();
     bound.device = path;
     let (outcome, _) = against(

@@ -229,11 +229,7 @@ fn disk(writable: bool, events: EventLoopHandle) -> Block {
     let path: PathBuf =
         std::env::temp_dir().join(format!("nacre-fuzz-{}-{count}.img", std::process::id()));
     let made = std::fs::File::create(&path).and_then(|file| file.set_len(64 << 10));
-    let config = DiskConfig {
-        path: path.clone(),
-        read_only: !writable,
-        id: "fuzz".to_owned(),
-    };
+    let config = DiskConfig::file(&path, !writable, "fuzz");
     let device = made.map(|()| Block::new(&config, events));
     let removed = std::fs::remove_file(&path);
     let device = device.expect("an image").expect("a block device");

@@ -260,8 +260,53 @@ pub fn serve_quietly(
     used: &mut bool,
     mut each: impl FnMut(Chain<'_>) -> Option<u32>,
 ) -> Result<Served, RingError> {
-    let size = queue.size();
     for _ in 0..budget {
+        let (head, len) = match pop(queue, memory)? {
+            Popped::Empty => return Ok(Served::All),
+            Popped::Refused { head } => (head, 0),
+            Popped::Chain { head, chain } => match each(chain) {
+                Some(len) => (head, len),
+                None => {
+                    queue.go_to_previous_position();
+                    return Ok(Served::More);
+                }
+            },
+        };
+        give_back(queue, memory, head, len)?;
+        *used = true;
+    }
+    Ok(Served::More)
+}
+
+/// What [`pop`] finds.
+#[derive(Debug)]
+pub enum Popped<'m> {
+    /// A chain, to be returned by [`give_back`] when the device is done with it.
+    Chain {
+        /// Its head index.
+        head: u16,
+        /// Its buffers.
+        chain: Chain<'m>,
+    },
+    /// A chain that cannot be, to be returned with nothing written.
+    Refused {
+        /// Its head index.
+        head: u16,
+    },
+    /// None is available; the driver will kick for the next.
+    Empty,
+}
+
+/// Takes the next available chain, for a device that answers later or in another order than it is
+/// asked; others use [`serve`].
+///
+/// # Errors
+///
+/// [`RingError`]; the caller reports it by [`Interrupt::fault`] and leaves the queue alone.
+pub fn pop<'m>(queue: &mut Queue, memory: &'m GuestMemoryMmap) -> Result<Popped<'m>, RingError> {
+    let size = queue.size();
+    // One that comes while notifications are asked for is there the second time.
+    for _ in 0..2 {
         let index = queue
             .avail_idx(memory, Ordering::Acquire)
             .map_err(RingError::Available)?;
@@ -270,9 +315,7 @@ pub fn serve_quietly(
         let Some(chain) = available.next() else {
             if pending {
                 // Its entry cannot be read, or the index went back: trying again would spin.
-                return Err(RingError::Available(
-                    virtio_queue::Error::InvalidAvailRingIndex,
-                ));
+                break;
             }
             if queue
                 .enable_notification(memory)
@@ -280,28 +323,37 @@ pub fn serve_quietly(
             {
                 continue;
             }
-            return Ok(Served::All);
+            return Ok(Popped::Empty);
         };
         let head = chain.head_index();
-        let len = match Chain::resolve(memory, chain, size) {
-            Ok(chain) => match each(chain) {
-                Some(len) => len,
-                None => {
-                    queue.go_to_previous_position();
-                    return Ok(Served::More);
-                }
-            },
+        return Ok(match Chain::resolve(memory, chain, size) {
+            Ok(chain) => Popped::Chain { head, chain },
             Err(error) => {
                 tracing::debug!(head, %error, "descriptor chain refused");
-                0
+                Popped::Refused { head }
             }
-        };
-        queue
-            .add_used(memory, head, len)
-            .map_err(|source| RingError::Used { head, source })?;
-        *used = true;
+        });
     }
-    Ok(Served::More)
+    Err(RingError::Available(
+        virtio_queue::Error::InvalidAvailRingIndex,
+    ))
+}
+
+/// Returns a chain to the driver, with how many bytes were written from the start of its writable
+/// part.
+///
+/// # Errors
+///
+/// [`RingError::Used`].
+pub fn give_back(
+    queue: &mut Queue,
+    memory: &GuestMemoryMmap,
+    head: u16,
+    len: u32,
+) -> Result<(), RingError> {
+    queue
+        .add_used(memory, head, len)
+        .map_err(|source| RingError::Used { head, source })
 }
 
 #[cfg(test)]

@@ -1,44 +1,46 @@
-//! The block device as its transport sees it, and the thread that serves its
-//! one queue while it is active.
+//! The block device as its transport sees it: features, configuration, and the thread that serves
+//! its one queue while it is active.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
-use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_queue::Queue;
-use vm_memory::GuestAddressSpace;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
-use super::backend::Disk;
-use super::request::Target;
-use super::{Error, ID_BYTES};
-use crate::config::DiskConfig;
-use crate::event_loop::{EventLoopHandle, panic_message};
-use crate::virtio::device::{
-    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice,
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use crate::virtio::queue::{RING_FEATURES, Served, serve};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use super::disk::Disk;
+use super::engine::{self, Ring};
+use super::request::{Agreed, MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
+use super::service::{Parts, Service, Stop};
+use super::{Error, ID_BYTES, SECTOR};
+use crate::config::{DiskConfig, DiskIo};
+use crate::event_loop::{EventLoopHandle, panic_message};
+use crate::virtio::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+use crate::virtio::queue::RING_FEATURES;
 
 const KIND: &str = "block";
 const QUEUE_SIZES: [u16; 1] = [256];
 /// A request's header and status take a descriptor each.
 const SEG_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
-/// Requests served between two interrupts, at most.
-const BATCH: usize = 16;
+/// Bytes of struct virtio_blk_config up to the write-zeroes fields.
+const CONFIG_BYTES: usize = 60;
+/// What files are best read, written and discarded in: 2^3 sectors, a page.
+const BLOCK_EXPONENT: u8 = 3;
 
 /// A virtio-blk device. While active it has a thread of its own, joined by `reset`; a reset waits
-/// for the system call that is under way, which moves at most 4 MiB.
+/// for the system calls that are under way, each of which moves at most 4 MiB.
 pub struct Block {
     disk: Arc<Disk>,
     id: [u8; ID_BYTES],
+    io: DiskIo,
     name: String,
     events: EventLoopHandle,
     worker: Option<Worker>,
+    announced: bool,
 }
 
 struct Worker {
@@ -46,37 +48,41 @@ struct Worker {
     thread: JoinHandle<()>,
 }
 
-/// Tells the thread to end.
-struct Stop {
-    flag: AtomicBool,
-    event: EventFd,
-}
-
 impl Block {
-    /// Opens and locks the image. `events` is told if the device's thread fails.
+    /// Opens and locks the disk's files. `events` is told if the device's thread fails.
     ///
     /// # Errors
     ///
-    /// [`Error`], with the image's path.
+    /// [`Error`], with the file's path.
     pub fn new(config: &DiskConfig, events: EventLoopHandle) -> Result<Self, Error> {
         let mut id = [0; ID_BYTES];
         id.get_mut(..config.id.len())
             .ok_or_else(|| Error::Id {
-                path: config.path.clone(),
+                disk: config.source.to_string(),
                 id: config.id.clone(),
             })?
             .copy_from_slice(config.id.as_bytes());
+        let disk = Arc::new(Disk::open(config)?);
+        if config.io == DiskIo::IoUring {
+            // Better now than when the guest's driver starts.
+            Ring::new(&disk, 1).map_err(|source| Error::Ring {
+                disk: config.source.to_string(),
+                source,
+            })?;
+        }
         Ok(Self {
-            disk: Arc::new(Disk::open(config)?),
+            disk,
             id,
+            io: config.io,
             // A thread's name holds no zero.
             name: format!("disk-{}", config.id.replace('\0', "")),
             events,
             worker: None,
+            announced: false,
         })
     }
 
-    /// The image.
+    /// The disk.
     pub fn disk(&self) -> &Disk {
         &self.disk
     }
@@ -88,46 +94,70 @@ impl Block {
             queues,
             features,
         } = activation;
-        let [ActiveQueue { queue, kick }] = <[ActiveQueue; 1]>::try_from(queues)
+        let [queue] = <[ActiveQueue; 1]>::try_from(queues)
             .map_err(|queues| io::Error::other(format!("{} queues, not 1", queues.len())))?;
-        let stop = Arc::new(Stop {
-            flag: AtomicBool::new(false),
-            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-        });
-        let epoll = Epoll::new()?;
-        for event in [&*kick, &stop.event] {
-            epoll.ctl(
-                ControlOperation::Add,
-                std::os::fd::AsRawFd::as_raw_fd(event),
-                EpollEvent::new(EventSet::IN, 0),
-            )?;
+        let engine = engine::choose(self.io, &self.disk, QUEUE_SIZES[0])?;
+        if !self.announced {
+            tracing::debug!(disk = self.disk.name(), io = engine.name(), "disk in use");
+            self.announced = true;
         }
-        let mut service = Service {
+        let stop = Arc::new(Stop::new()?);
+        let has = |bit: u32| features & (1 << bit) != 0;
+        let parts = Parts {
             disk: Arc::clone(&self.disk),
             id: self.id,
-            write_through: features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
+            agreed: Agreed {
+                flush: has(VIRTIO_BLK_F_FLUSH),
+                discard: has(VIRTIO_BLK_F_DISCARD),
+                write_zeroes: has(VIRTIO_BLK_F_WRITE_ZEROES),
+            },
             ram,
-            interrupt,
+            interrupt: interrupt.clone(),
             queue,
-            kick,
             stop: Arc::clone(&stop),
-            epoll,
         };
+        let mut service = Service::new(parts, engine)?;
         let events = self.events.clone();
         let name = self.name.clone();
         let thread = thread::Builder::new()
             .name(self.name.clone())
-            .spawn(
-                move || match catch_unwind(AssertUnwindSafe(|| service.run())) {
+            .spawn(move || {
+                // With the service goes all that is under way, also when it panics.
+                match catch_unwind(AssertUnwindSafe(move || service.run())) {
                     Ok(Ok(())) => {}
-                    Ok(Err(error)) => service.interrupt.fault(KIND, &error),
+                    Ok(Err(error)) => interrupt.fault(KIND, &error),
                     Err(payload) => {
                         events.report(format!("{name}: {}", panic_message(&*payload)));
                     }
-                },
-            )?;
+                }
+            })?;
         self.worker = Some(Worker { stop, thread });
         Ok(())
+    }
+
+    /// struct virtio_blk_config (5.2.4); fields without a feature are zero.
+    fn config(&self) -> [u8; CONFIG_BYTES] {
+        let mut config = [0; CONFIG_BYTES];
+        let mut put = |offset: usize, bytes: &[u8]| {
+            config[offset..offset + bytes.len()].copy_from_slice(bytes);
+        };
+        put(0, &self.disk.sectors().to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &(SECTOR as u32).to_le_bytes());
+        // Topology: physical block, no offset of it, and the least good transfer.
+        put(24, &[BLOCK_EXPONENT, 0]);
+        put(26, &(1_u16 << BLOCK_EXPONENT).to_le_bytes());
+        if !self.disk.read_only() {
+            // Discards: sectors and segments at most, and their alignment.
+            put(36, &MAX_SEGMENT_SECTORS.to_le_bytes());
+            put(40, &MAX_SEGMENTS.to_le_bytes());
+            put(44, &(1_u32 << BLOCK_EXPONENT).to_le_bytes());
+            // Write-zeroes: sectors and segments at most, and that they may unmap.
+            put(48, &MAX_SEGMENT_SECTORS.to_le_bytes());
+            put(52, &MAX_SEGMENTS.to_le_bytes());
+            put(56, &[1]);
+        }
+        config
     }
 }
 
@@ -141,8 +171,17 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = u64::from(self.disk.read_only()) << VIRTIO_BLK_F_RO;
-        RING_FEATURES | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH | read_only
+        let access = if self.disk.read_only() {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+        };
+        RING_FEATURES
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | access
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -150,10 +189,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // struct virtio_blk_config: capacity, size_max (not offered), seg_max.
-        let mut config = [0; 16];
-        config[..8].copy_from_slice(&self.disk.sectors().to_le_bytes());
-        config[12..].copy_from_slice(&SEG_MAX.to_le_bytes());
+        let config = self.config();
         data.fill(0);
         if let Some(config) = usize::try_from(offset)
             .ok()
@@ -175,9 +211,7 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         if let Some(Worker { stop, thread }) = self.worker.take() {
-            stop.flag.store(true, Ordering::SeqCst);
-            // A full counter is readable, too.
-            let _ = stop.event.write(1);
+            stop.set();
             // The thread catches its own panics.
             let _ = thread.join();
         }
@@ -187,55 +221,5 @@ impl VirtioDevice for Block {
 impl Drop for Block {
     fn drop(&mut self) {
         self.reset();
-    }
-}
-
-/// What the thread owns.
-struct Service {
-    disk: Arc<Disk>,
-    id: [u8; ID_BYTES],
-    write_through: bool,
-    ram: GuestRam,
-    interrupt: Interrupt,
-    queue: Queue,
-    kick: Arc<EventFd>,
-    stop: Arc<Stop>,
-    epoll: Epoll,
-}
-
-impl Service {
-    /// Until it is stopped, or the ring cannot be used.
-    fn run(&mut self) -> io::Result<()> {
-        let mut ready = [EpollEvent::default(); 2];
-        loop {
-            match self.epoll.wait(-1, &mut ready) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            }
-            // Nonblocking: it may have been the other one.
-            let _ = self.kick.read();
-            loop {
-                if self.stop.flag.load(Ordering::SeqCst) {
-                    return Ok(());
-                }
-                if self.batch().map_err(io::Error::other)? == Served::All {
-                    break;
-                }
-            }
-        }
-    }
-
-    fn batch(&mut self) -> Result<Served, crate::virtio::queue::RingError> {
-        let target = Target {
-            disk: &self.disk,
-            id: &self.id,
-            write_through: self.write_through,
-            cancelled: &self.stop.flag,
-        };
-        let memory = self.ram.memory();
-        serve(&mut self.queue, &memory, &self.interrupt, BATCH, |chain| {
-            target.execute(chain)
-        })
     }
 }

@@ -1,18 +1,26 @@
 //! virtio-blk (virtio 1.3 section 5.2) over raw files and block devices.
 //!
-//! `backend` is the file, `request` one request of the driver, `device` the
-//! device and the thread that it serves its queue on, so that nothing else
-//! waits behind a slow disk. Discard, several queues and image formats are not
-//! here.
+//! `image` is one file; `disk` is what the guest sees: one file, or several joined by the partition
+//! table that `gpt` makes. `request` is what a driver asks for, `flight` one such request on its
+//! way, with the guest memory that it holds. `engine` carries out what flights need from files, by
+//! io_uring or by threads. `service` is the loop between queue and engine, on a thread of its own
+//! so that nothing else waits behind a slow disk, and `device` is what the transport sees. Several
+//! queues and image formats other than raw are not here.
 
-mod backend;
 mod device;
+mod disk;
+mod engine;
+mod flight;
+mod gpt;
+mod image;
 mod request;
+mod service;
 #[cfg(test)]
 mod tests;
 
-pub use backend::Disk;
 pub use device::Block;
+pub use disk::Disk;
+pub use gpt::part_uuid;
 
 use std::io;
 use std::path::PathBuf;
@@ -54,12 +62,40 @@ pub enum Error {
         path: PathBuf,
     },
     /// There is not one sector in it.
-    #[error("The disk image {} has {bytes} bytes; a disk has at least 512", path.display())]
+    #[error("The disk image {} has {bytes} bytes; at least {least} are needed", path.display())]
     Empty {
         /// The image.
         path: PathBuf,
         /// Its size.
         bytes: u64,
+        /// What it should be.
+        least: u64,
+    },
+    /// More bytes than a file offset counts.
+    #[error("The disk {disk} is too large: a disk has less than 2^63 bytes")]
+    Large {
+        /// What it consists of.
+        disk: String,
+    },
+    /// The image cannot be used past the host's page cache.
+    #[error("The disk image {} cannot be opened with O_DIRECT; a disk with the host's cache can use it", path.display())]
+    Direct {
+        /// The image.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// io_uring was asked for and cannot be had.
+    #[error(
+        "The host gives no io_uring for the disk {disk}; threads, or the automatic choice, work without it"
+    )]
+    Ring {
+        /// What it consists of.
+        disk: String,
+        /// What the system says.
+        #[source]
+        source: io::Error,
     },
     /// Another VM writes it, or it is to be written and another VM uses it.
     #[error("The disk image {} is in use: cannot lock it for {}", path.display(), access(*.read_only))]
@@ -79,10 +115,10 @@ pub enum Error {
         source: io::Error,
     },
     /// The identifier does not fit into what GET_ID gives.
-    #[error("The disk id {id:?} of {} has {} bytes; at most {ID_BYTES} are possible", path.display(), id.len())]
+    #[error("The disk id {id:?} of {disk} has {} bytes; at most {ID_BYTES} are possible", id.len())]
     Id {
-        /// The image.
-        path: PathBuf,
+        /// What the disk consists of.
+        disk: String,
         /// The identifier.
         id: String,
     },

@@ -1,144 +1,156 @@
-//! One request (virtio 1.3 section 5.2.6): a header of 16 bytes, data, and a
-//! status byte at the end of what the device writes.
-
-use std::sync::atomic::AtomicBool;
+//! What a driver asks for (virtio 1.3 section 5.2.6): the header and the segments of a chain, read
+//! once and judged. Doing it is `flight`'s.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::ID_BYTES;
-use super::backend::{Disk, Partial};
-use crate::virtio::queue::{Buffers, Chain};
+use super::disk::Disk;
+use super::{ID_BYTES, SECTOR};
+use crate::virtio::queue::Buffers;
+
+/// Most segments of one discard or write-zeroes request.
+pub(super) const MAX_SEGMENTS: u32 = 16;
+/// Most sectors of one segment: 1 GiB. A file system needs moments for one, and a reset waits.
+pub(super) const MAX_SEGMENT_SECTORS: u32 = 1 << 21;
 
 const HEADER_BYTES: usize = 16;
+const SEGMENT_BYTES: usize = 16;
 
-/// What the driver asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Request {
-    Read { sector: u64 },
-    Write { sector: u64 },
-    Flush,
-    GetId,
-    Unsupported,
-}
-
-impl Request {
-    fn parse(header: [u8; HEADER_BYTES]) -> Self {
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        let sector = u64::from_le_bytes(sector);
-        match u32::from_le_bytes([t0, t1, t2, t3]) {
-            VIRTIO_BLK_T_IN => Self::Read { sector },
-            VIRTIO_BLK_T_OUT => Self::Write { sector },
-            VIRTIO_BLK_T_FLUSH => Self::Flush,
-            VIRTIO_BLK_T_GET_ID => Self::GetId,
-            _ => Self::Unsupported,
-        }
-    }
-}
-
-/// What came of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
-    /// Ok, with so many bytes of data written to the guest.
-    Done(u64),
-    /// VIRTIO_BLK_S_IOERR, with so many bytes of data written before.
-    Failed(u64),
-    /// VIRTIO_BLK_S_UNSUPP.
-    Unsupported,
-    /// The device is being reset; there is no answer.
-    Cancelled,
-}
-
-/// The disk as a request sees it.
+/// The disk as requests see it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Target<'a> {
     pub disk: &'a Disk,
     pub id: &'a [u8; ID_BYTES],
+    pub agreed: Agreed,
+}
+
+/// What driver and device agreed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Agreed {
     /// Without VIRTIO_BLK_F_FLUSH a write is durable when it is answered.
-    pub write_through: bool,
-    /// Set while the device is being reset.
-    pub cancelled: &'a AtomicBool,
+    pub flush: bool,
+    /// VIRTIO_BLK_F_DISCARD.
+    pub discard: bool,
+    /// VIRTIO_BLK_F_WRITE_ZEROES.
+    pub write_zeroes: bool,
 }
 
-impl Target<'_> {
-    /// Carries out one request. Returns how many bytes were written from the start of the chain's
-    /// writable part, or `None` if the device is being reset.
-    pub fn execute(self, chain: Chain<'_>) -> Option<u32> {
-        let Chain {
-            mut readable,
-            mut writable,
-        } = chain;
-        // Without room for a status there is no way to answer.
-        let Some(room) = writable.len().checked_sub(1) else {
-            return Some(0);
-        };
-        let data = writable.take(room);
+/// A request that is sound: its ranges are byte offsets within the disk.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Request {
+    Read { offset: u64 },
+    Write { offset: u64 },
+    Flush,
+    GetId,
+    Erase(Vec<Range>),
+}
+
+/// A range to discard or to zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Range {
+    pub start: u64,
+    pub end: u64,
+    pub kind: Erasure,
+}
+
+/// What becomes of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Erasure {
+    Discard,
+    Zero { unmap: bool },
+}
+
+/// Why a request is not carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// VIRTIO_BLK_S_IOERR.
+    Failed,
+    /// VIRTIO_BLK_S_UNSUPP.
+    Unsupported,
+}
+
+impl Request {
+    /// Takes the header off the front of `readable`, and the segments if there are any; `room` is
+    /// how many bytes of data the device may write.
+    pub fn parse(
+        target: &Target<'_>,
+        readable: &mut Buffers<'_>,
+        room: u64,
+    ) -> Result<Self, Refusal> {
         let mut header = [0; HEADER_BYTES];
-        let outcome = match readable.read_exact(&mut header) {
-            Ok(()) => self.perform(Request::parse(header), readable, data),
-            Err(_) => Outcome::Failed(0),
-        };
-        let (status, written) = match outcome {
-            Outcome::Done(written) => (VIRTIO_BLK_S_OK, written),
-            Outcome::Failed(written) => (VIRTIO_BLK_S_IOERR, written),
-            Outcome::Unsupported => (VIRTIO_BLK_S_UNSUPP, 0),
-            Outcome::Cancelled => return None,
-        };
-        writable.write(&[status as u8]);
-        // All bytes that are counted were written (2.7.8.2), so the status counts only if there is
-        // no gap before it.
-        Some(if written == room {
-            written + 1
-        } else {
-            written
-        } as u32)
-    }
-
-    fn perform(self, request: Request, readable: Buffers<'_>, mut data: Buffers<'_>) -> Outcome {
-        match request {
-            Request::Read { sector } => {
-                let len = data.len();
-                match self.disk.offset(sector, len) {
-                    Some(offset) => match self.disk.read(offset, data, self.cancelled) {
-                        Ok(()) => Outcome::Done(len),
-                        Err(partial) => failed(&partial, partial.done),
-                    },
-                    None => Outcome::Failed(0),
-                }
-            }
-            Request::Write { sector } => {
+        readable
+            .read_exact(&mut header)
+            .map_err(|_| Refusal::Failed)?;
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
+        let sector = u64::from_le_bytes(sector);
+        let range = |len| target.disk.offset(sector, len).ok_or(Refusal::Failed);
+        match u32::from_le_bytes([k0, k1, k2, k3]) {
+            VIRTIO_BLK_T_IN => Ok(Self::Read {
+                offset: range(room)?,
+            }),
+            VIRTIO_BLK_T_OUT => {
                 // The file descriptor could not write either.
-                if self.disk.read_only() {
-                    return Outcome::Failed(0);
+                if target.disk.read_only() {
+                    return Err(Refusal::Failed);
                 }
-                match self.disk.offset(sector, readable.len()) {
-                    Some(offset) => match self.disk.write(offset, readable, self.cancelled) {
-                        Ok(()) if self.write_through => self.flush(),
-                        Ok(()) => Outcome::Done(0),
-                        Err(partial) => failed(&partial, 0),
-                    },
-                    None => Outcome::Failed(0),
-                }
+                Ok(Self::Write {
+                    offset: range(readable.len())?,
+                })
             }
-            Request::Flush => self.flush(),
-            Request::GetId => Outcome::Done(data.write(self.id) as u64),
-            Request::Unsupported => Outcome::Unsupported,
-        }
-    }
-
-    fn flush(self) -> Outcome {
-        match self.disk.flush() {
-            Ok(()) => Outcome::Done(0),
-            Err(_) => Outcome::Failed(0),
+            VIRTIO_BLK_T_FLUSH => Ok(Self::Flush),
+            VIRTIO_BLK_T_GET_ID => Ok(Self::GetId),
+            VIRTIO_BLK_T_DISCARD if target.disk.read_only() => Err(Refusal::Failed),
+            VIRTIO_BLK_T_WRITE_ZEROES if target.disk.read_only() => Err(Refusal::Failed),
+            VIRTIO_BLK_T_DISCARD if target.agreed.discard => {
+                erase(target.disk, readable, |unmap| {
+                    (!unmap).then_some(Erasure::Discard)
+                })
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES if target.agreed.write_zeroes => {
+                erase(target.disk, readable, |unmap| Some(Erasure::Zero { unmap }))
+            }
+            _ => Err(Refusal::Unsupported),
         }
     }
 }
 
-fn failed(partial: &Partial, written: u64) -> Outcome {
-    match partial.error {
-        Some(_) => Outcome::Failed(written),
-        None => Outcome::Cancelled,
+/// The segments of a discard or a write-zeroes (5.2.6.2); `kind` says what the unmap flag makes of
+/// it, if that may be. All are judged before the first is carried out.
+fn erase(
+    disk: &Disk,
+    readable: &mut Buffers<'_>,
+    kind: impl Fn(bool) -> Option<Erasure>,
+) -> Result<Request, Refusal> {
+    let most = u64::from(MAX_SEGMENTS) * SEGMENT_BYTES as u64;
+    if readable.len() > most || !readable.len().is_multiple_of(SEGMENT_BYTES as u64) {
+        return Err(Refusal::Failed);
     }
+    let mut ranges = Vec::with_capacity(MAX_SEGMENTS as usize);
+    while !readable.is_empty() {
+        let mut segment = [0; SEGMENT_BYTES];
+        readable
+            .read_exact(&mut segment)
+            .map_err(|_| Refusal::Failed)?;
+        let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] = segment;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let count = u32::from_le_bytes([c0, c1, c2, c3]);
+        let flags = u32::from_le_bytes(flags);
+        if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 {
+            return Err(Refusal::Unsupported);
+        }
+        let kind = kind(flags != 0).ok_or(Refusal::Unsupported)?;
+        if count > MAX_SEGMENT_SECTORS {
+            return Err(Refusal::Failed);
+        }
+        let len = u64::from(count) * SECTOR;
+        let start = disk.offset(sector, len).ok_or(Refusal::Failed)?;
+        ranges.push(Range {
+            start,
+            end: start + len,
+            kind,
+        });
+    }
+    Ok(Request::Erase(ranges))
 }
