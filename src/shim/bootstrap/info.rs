@@ -7,8 +7,8 @@ use protobuf::{Message, MessageField};
 pub const RUNTIME: &str = "io.containerd.nacre.v1";
 /// Annotation that names the mount types which the shim mounts by itself.
 const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
-/// Those mount types. What is not here containerd activates before Create, and hands over as overlay or bind.
-const MOUNT_TYPES: &str = "bind,overlay";
+/// Those mount types. What is not here containerd activates before Create, and hands over as what is.
+const MOUNT_TYPES: &str = "bind,overlay,erofs,ext4,loop,format/*,mkdir/*,mkfs/*";
 
 /// The text of `-v`.
 pub fn version_text() -> String {
@@ -39,7 +39,7 @@ mod tests {
     fn info_parses_back_and_names_mount_types() {
         let info = RuntimeInfo::parse_from_bytes(&runtime_info()).unwrap();
         assert_eq!(info.name, RUNTIME);
-        assert_eq!(info.annotations[ALLOW_MOUNTS], "bind,overlay");
+        assert_eq!(info.annotations[ALLOW_MOUNTS], MOUNT_TYPES);
         assert!(version_text().contains(env!("CARGO_PKG_VERSION")));
     }
 }

@@ -17,14 +17,10 @@ const OWN: &str = "X-containerd.";
 
 /// File systems that the guest's kernel has for disks.
 const OF_THE_GUEST: [&str; 4] = ["erofs", "ext2", "ext3", "ext4"];
-/// Those that are on a disk, and so never a directory of the host.
-const ON_DISKS: [&str; 8] = [
-    "erofs", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "squashfs",
-];
 
-/// Whether a mount's type is that of a file system on a disk.
+/// Whether a mount's type is that of a file system on a disk that the guest mounts. Others the host mounts.
 pub(super) fn is_on_disk(kind: &Type<'_>) -> bool {
-    ON_DISKS.contains(&kind.base)
+    OF_THE_GUEST.contains(&kind.base)
 }
 
 /// A file to be made and formatted, unless it is there.
@@ -174,9 +170,6 @@ impl Plan {
             }
         }
         if is_on_disk(&kind) {
-            if !OF_THE_GUEST.contains(&kind.base) {
-                return Err(Error::GuestFileSystem(kind.base.to_owned()));
-            }
             self.on_disk(&kind, &mut planned, mkfs, devices)?;
         } else {
             judge(mount, &planned)?;
@@ -550,7 +543,7 @@ mod tests {
         let refused = |mounts: &[Mount]| Plan::of(mounts).unwrap_err().to_string();
         let base = || mount("erofs", "/s/1", &["ro"]);
         for (text, mounts) in [
-            ("xfs", vec![mount("xfs", "/dev/x", &[])]),
+            ("xfs", vec![base(), mount("xfs", "/dev/x", &[])]),
             (
                 "xfs",
                 vec![mount(

@@ -23,6 +23,21 @@ pub(crate) struct Running {
     ready_within: Duration,
 }
 
+/// What the blockfile snapshotter begins with: a file with an empty ext4.
+fn empty_disk(path: &Path) -> Result<()> {
+    fs::File::create(path)
+        .and_then(|file| file.set_len(48 << 20))
+        .with_context(|| format!("making {}", path.display()))?;
+    let made = Command::new("mke2fs")
+        .args(["-q", "-F", "-t", "ext4", "-m", "0"])
+        .arg(path)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .status()
+        .context("running mke2fs")?;
+    anyhow::ensure!(made.success(), "mke2fs of {}: {made}", path.display());
+    Ok(())
+}
+
 impl Running {
     /// Starts it, with this level of its log, and imports the image.
     pub fn start(
@@ -44,6 +59,8 @@ impl Running {
         let (root, state) = (folder.join("root"), folder.join("state"));
         let address = folder.join("containerd.sock");
         let config = folder.join("config.toml");
+        let scratch = folder.join("scratch.img");
+        empty_disk(&scratch)?;
         fs::write(
             &config,
             format!(
@@ -51,8 +68,11 @@ impl Running {
                  disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\", \
                  \"io.containerd.internal.v1.opt\", \"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.devmapper\", \
                  \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.tracing.processor.v1.otlp\"]\n\
-                 [grpc]\naddress = {address:?}\n[ttrpc]\naddress = \"{}.ttrpc\"\n[debug]\nlevel = {level:?}\n",
-                address.display()
+                 [grpc]\naddress = {address:?}\n[ttrpc]\naddress = \"{}.ttrpc\"\n[debug]\nlevel = {level:?}\n\
+                 [plugins.\"io.containerd.snapshotter.v1.blockfile\"]\nroot_path = {:?}\nscratch_file = {scratch:?}\n\
+                 fs_type = \"ext4\"\nrecreate_scratch = true\n",
+                address.display(),
+                folder.join("blockfile"),
             ),
         )?;
         let log = logs.join(format!("containerd-{}.log", version.text()));

@@ -14,6 +14,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::types::mount::Mount;
 use containerd_shim_protos::ttrpc::{Code, Error, Request};
 use serde_json::json;
 
@@ -110,13 +111,26 @@ impl Tasks {
         }
     }
 
+    /// Create of a container whose root is in its bundle.
     pub fn create(&self, id: &str, bundle: &Path, stdio: &Stdio) -> Answer<CreateTaskResponse> {
+        self.create_over(id, bundle, stdio, &[])
+    }
+
+    /// Create of a container with this root.
+    pub fn create_over(
+        &self,
+        id: &str,
+        bundle: &Path,
+        stdio: &Stdio,
+        root: &[Mount],
+    ) -> Answer<CreateTaskResponse> {
         let mut request = CreateTaskRequest::new();
         request.id = id.to_owned();
         request.bundle = bundle.display().to_string();
         request.stdin.clone_from(&stdio.stdin);
         request.stdout.clone_from(&stdio.stdout);
         request.stderr.clone_from(&stdio.stderr);
+        request.rootfs = root.to_vec();
         self.call("Create", &request)
     }
 

@@ -20,9 +20,11 @@ mod races;
 mod refusals;
 mod resize;
 mod restart;
+mod rootfs;
 mod stats;
 mod tty;
 mod vmctl;
+mod volumes;
 
 use crate::suite::Case;
 
@@ -48,6 +50,8 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         stats::CASES,
         group::CASES,
         resize::CASES,
+        rootfs::CASES,
+        volumes::CASES,
         inspect::CASES,
         bench::CASES,
         host_cgroup::CASES,

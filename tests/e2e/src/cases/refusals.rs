@@ -42,7 +42,6 @@ pub(crate) const CASES: &[Case] = &[
         broken_initrd,
     ),
     nacre("no /dev/kvm is told and leaves nothing", 90, no_kvm),
-    nacre("a host bind mount is refused by name", 90, bind_mount),
     nacre(
         "annotations that cannot be are refused with what is allowed",
         60,
@@ -159,24 +158,6 @@ fn no_kvm(context: &Context) -> Result<()> {
     let own = std::env::current_exe().context("this program's own path")?;
     let prefix = format!("{own:?} without-kvm");
     Variant::new(context, "nokvm", "", &prefix)?.must_fail_saying(&["/dev/kvm"])
-}
-
-fn bind_mount(context: &Context) -> Result<()> {
-    let ctr = Ctr::new(context)?;
-    let id = context.id("bind");
-    let folder = context.path("on-the-host");
-    fs::create_dir_all(&folder)?;
-    let mount = format!(
-        "type=bind,src={},dst=/from-host,options=rbind:ro",
-        folder.display()
-    );
-    let output = ctr.run(&id, &["--mount", &mount], &["ls", "/from-host"])?;
-    ensure!(output.code != 0, "the container ran");
-    expect_words(
-        &output.err(),
-        &["/from-host", &folder.to_string_lossy(), "mount"],
-    )?;
-    expect_nothing(context, &ctr, &id)
 }
 
 fn annotations(context: &Context) -> Result<()> {

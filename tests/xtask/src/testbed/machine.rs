@@ -280,7 +280,6 @@ fn tools() -> Result<Stage> {
     {
         stage.link(Path::new("/usr/bin").join(applet), "busybox");
     }
-    let erofs = apt::unpacked(Release::Bookworm, "erofs-utils")?;
     for (program, target) in [
         ("mke2fs", "mke2fs"),
         ("mke2fs", "mkfs.ext4"),
@@ -301,15 +300,29 @@ fn tools() -> Result<Stage> {
     stage.file(Path::new("/etc/mke2fs.conf"), "/etc/mke2fs.conf")?;
     // In busybox's place: busybox's setpriv has no --pdeathsig, which the shim's tools are started with.
     stage.program(Path::new("/usr/bin/setpriv"), "/usr/bin/setpriv", &[])?;
-    let erofs_libraries =
-        [apt::unpacked(Release::Bookworm, "liblz4-1")?.join("usr/lib/x86_64-linux-gnu")];
-    stage.program(
-        &erofs.join("usr/bin/mkfs.erofs"),
-        "/usr/bin/mkfs.erofs",
-        &erofs_libraries,
-    )?;
+    mkfs_erofs(&mut stage)?;
     daemons::stage(&mut stage)?;
     Ok(stage)
+}
+
+/// mkfs.erofs of a newer release, since containerd's erofs snapshotter has it read tar archives; by its own loader and with
+/// its own libraries.
+fn mkfs_erofs(stage: &mut Stage) -> Result<()> {
+    let root = apt::closure(Release::Trixie, &["erofs-utils"])?;
+    let libraries = root.join("usr/lib/x86_64-linux-gnu");
+    for entry in std::fs::read_dir(&libraries)
+        .with_context(|| format!("reading {}", libraries.display()))?
+    {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_owned();
+        if name.to_string_lossy().contains(".so") {
+            stage.file(&path, Path::new("/opt/erofs/lib").join(name))?;
+        }
+    }
+    stage.file(&root.join("usr/bin/mkfs.erofs"), "/opt/erofs/mkfs.erofs")?;
+    let script = "#!/bin/sh\nexec /opt/erofs/lib/ld-linux-x86-64.so.2 --library-path /opt/erofs/lib /opt/erofs/mkfs.erofs \"$@\"\n";
+    stage.bytes("/usr/bin/mkfs.erofs", 0o755, script);
+    Ok(())
 }
 
 /// The disk that changes with every build: our programs, the guest image, and what the caller brings along.
