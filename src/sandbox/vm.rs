@@ -43,6 +43,7 @@ pub(crate) fn start(
         windows,
         vsock: config.agent,
         rng: true,
+        devices: nacre_vmm::config::ReadyDevices::default(),
         plug: config.plug,
         console: Console {
             output: Box::new(output),
