@@ -111,6 +111,7 @@ fn start(kernel: &Path, said: Said) -> Result<Vm, nacre_vmm::handle::Error> {
         windows: 1,
         vsock: false,
         rng: false,
+        devices: nacre_vmm::config::ReadyDevices::default(),
         plug: PlugConfig::default(),
         console: Console {
             output: Box::new(said),

@@ -13,7 +13,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use nacre_vmm::config::{Console, DEFAULT_WINDOWS, PlugConfig, default_cmdline};
+use nacre_vmm::config::{Console, DEFAULT_WINDOWS, PlugConfig, ReadyDevices, default_cmdline};
 use nacre_vmm::{DiskConfig, ExitReason, Vm, VmConfig};
 
 fn main() -> ExitCode {
@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         windows: DEFAULT_WINDOWS,
         vsock: true,
         rng: true,
+        devices: ReadyDevices::default(),
         plug: PlugConfig::default(),
         console: Console {
             output: Box::new(std::io::stdout()),

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use crate::hotplug::memory::{MAX_UNITS, SMALLEST_UNIT};
 use crate::memory::layout::{CMDLINE_SIZE, MAX_WINDOWS, MIB};
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::mem::SLOT_UNIT;
 
 /// Smallest guest memory that a stock kernel and the agent's initrd boot in, in MiB.
@@ -62,6 +63,18 @@ impl std::fmt::Debug for Console {
     }
 }
 
+/// Virtio devices that others have made, for windows after those of the VM's own.
+#[derive(Default)]
+pub struct ReadyDevices(pub Vec<Box<dyn VirtioDevice>>);
+
+impl std::fmt::Debug for ReadyDevices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list()
+            .entries(self.0.iter().map(|device| device.kind()))
+            .finish()
+    }
+}
+
 /// One VM.
 #[derive(Debug)]
 pub struct VmConfig {
@@ -85,6 +98,8 @@ pub struct VmConfig {
     pub vsock: bool,
     /// Whether to have a virtio-rng device.
     pub rng: bool,
+    /// Devices that the caller brings along, in window order after the VM's own and before the disks.
+    pub devices: ReadyDevices,
     /// What may come while the VM runs.
     pub plug: PlugConfig,
     /// Serial console.
@@ -228,19 +243,19 @@ pub enum ConfigError {
         asked: usize,
         /// Windows declared.
         windows: u8,
-        /// vsock, rng, memory, balloon.
+        /// vsock, rng, memory, balloon, and those that the caller brings along.
         others: u8,
         /// Disks that fit.
         room: u8,
     },
     /// More devices other than disks than windows.
     #[error(
-        "{windows} virtio-mmio windows are too few for {others} devices (vsock, rng, memory, balloon)"
+        "{windows} virtio-mmio windows are too few for {others} devices (vsock, rng, memory, balloon, ready-made ones)"
     )]
     Others {
         /// Windows declared.
         windows: u8,
-        /// vsock, rng, memory, balloon.
+        /// vsock, rng, memory, balloon, and those that the caller brings along.
         others: u8,
     },
     /// A disk's serial is too long.
@@ -321,7 +336,8 @@ impl VmConfig {
         ]
         .into_iter()
         .map(u8::from)
-        .sum()
+        .sum::<u8>()
+        .saturating_add(u8::try_from(self.devices.0.len()).unwrap_or(u8::MAX))
     }
 
     /// Checks all that can be checked without the host.
@@ -513,6 +529,7 @@ mod tests {
             windows: DEFAULT_WINDOWS,
             vsock: true,
             rng: true,
+            devices: ReadyDevices::default(),
             plug: PlugConfig::default(),
             console: Console::none(),
         }

@@ -21,7 +21,7 @@ use crate::vm::{Machine, Progress};
 /// returns when its threads are joined and its memory is given back.
 ///
 /// ```no_run
-/// use nacre_vmm::config::{Console, DEFAULT_WINDOWS, PlugConfig, default_cmdline};
+/// use nacre_vmm::config::{Console, DEFAULT_WINDOWS, PlugConfig, ReadyDevices, default_cmdline};
 /// use nacre_vmm::{ExitReason, Vm, VmConfig};
 ///
 /// let vm = Vm::start(VmConfig {
@@ -35,6 +35,7 @@ use crate::vm::{Machine, Progress};
 ///     windows: DEFAULT_WINDOWS,
 ///     vsock: true,
 ///     rng: true,
+///     devices: ReadyDevices::default(),
 ///     plug: PlugConfig::default(),
 ///     console: Console { output: Box::new(std::io::stdout()), input: None },
 /// })?;

@@ -16,7 +16,7 @@ use crate::boot::acpi;
 use crate::boot::kernel::{load_initrd, load_kernel};
 use crate::boot::pvh::write_start_info;
 use crate::bus::{Bus, BusDevice, Overlap};
-use crate::config::{ConfigError, DiskConfig, VmConfig};
+use crate::config::{ConfigError, DiskConfig, ReadyDevices, VmConfig};
 use crate::event_loop::{self, EventLoop, EventLoopHandle};
 use crate::exit::{Ending, ExitReason};
 use crate::hotplug::ged::EventLine;
@@ -354,7 +354,7 @@ impl Machine {
             mem,
             balloon: config.plug.balloon,
         };
-        let result = machine.fill(&first, &config.disks, config.console.input);
+        let result = machine.fill(&first, config.devices, &config.disks, config.console.input);
         let started = result.and_then(|host| {
             if let Some(host) = &host {
                 before_run(host);
@@ -375,10 +375,11 @@ impl Machine {
         }
     }
 
-    /// Puts the first devices into windows: vsock, rng, memory, balloon, then disks; and the console's input to work.
+    /// Puts the first devices into windows: vsock, rng, memory, balloon, those of the caller, then disks; and the console's input to work.
     fn fill(
         &mut self,
         first: &First,
+        ready: ReadyDevices,
         disks: &[DiskConfig],
         input: Option<std::fs::File>,
     ) -> Result<Option<VsockHost>, Error> {
@@ -413,6 +414,9 @@ impl Machine {
             })?;
             self.plug(Box::new(device))?;
             self.balloon = Some(host);
+        }
+        for device in ready.0 {
+            self.plug(device)?;
         }
         for disk in disks {
             self.plug_disk(disk)?;

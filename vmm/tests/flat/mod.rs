@@ -218,6 +218,7 @@ pub fn config(kernel: &NamedTempFile, output: &Output) -> VmConfig {
         windows: 2,
         vsock: false,
         rng: false,
+        devices: nacre_vmm::config::ReadyDevices::default(),
         plug: nacre_vmm::config::PlugConfig::default(),
         console: Console {
             output: Box::new(output.clone()),

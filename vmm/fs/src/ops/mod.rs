@@ -1,0 +1,7 @@
+//! The operations, by what they are about.
+
+mod attributes;
+mod directories;
+mod files;
+mod names;
+mod xattrs;
