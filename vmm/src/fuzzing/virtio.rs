@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use arbitrary::{Result, Unstructured};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, DiskIo};
 use crate::event_loop::{EventLoop, EventLoopHandle};
 use crate::memory::GuestMemory;
 use crate::memory::stand_in::StandIn;
@@ -134,7 +135,7 @@ pub(super) fn run(data: &[u8]) {
                 };
                 (Box::new(device), Host::Socket(socket))
             }
-            writable => (Box::new(disk(writable == 2, events)), Host::Silent),
+            access => (Box::new(disk(access == 2, kind / 4, events)), Host::Silent),
         }
     });
 }
@@ -222,19 +223,33 @@ impl Host {
     }
 }
 
-/// A device over an image of 64 KiB that is gone with it.
-fn disk(writable: bool, events: EventLoopHandle) -> Block {
+/// A device over an image of 64 KiB, or over two halves of it as parts, that is gone with it;
+/// `choice` says which, and the way of its I/O.
+fn disk(writable: bool, choice: u8, events: EventLoopHandle) -> Block {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let path: PathBuf =
-        std::env::temp_dir().join(format!("nacre-fuzz-{}-{count}.img", std::process::id()));
-    let made = std::fs::File::create(&path).and_then(|file| file.set_len(64 << 10));
-    let config = DiskConfig::file(&path, !writable, "fuzz");
-    let device = made.map(|()| Block::new(&config, events));
-    let removed = std::fs::remove_file(&path);
-    let device = device.expect("an image").expect("a block device");
-    removed.expect("the image's name is ours");
-    device
+    let path = |part| {
+        let name = format!("nacre-fuzz-{}-{count}-{part}.img", std::process::id());
+        std::env::temp_dir().join(name)
+    };
+    let paths: Vec<PathBuf> = (0..1 + choice % 2).map(path).collect();
+    for path in &paths {
+        let made = std::fs::File::create(path)
+            .and_then(|file| file.set_len((64 << 10) / paths.len() as u64));
+        made.expect("an image");
+    }
+    let mut config = match &paths[..] {
+        [path] => DiskConfig::file(path, !writable, "fuzz"),
+        paths => DiskConfig::parts(paths, !writable, "fuzz"),
+    };
+    if choice & 2 != 0 {
+        config.io = DiskIo::Threads;
+    }
+    let device = Block::new(&config, events);
+    for path in &paths {
+        std::fs::remove_file(path).expect("the image's name is ours");
+    }
+    device.expect("a block device")
 }
 
 impl Driver {
@@ -338,10 +353,10 @@ impl Driver {
         self.register(DRIVER_FEATURES_SEL, 1);
         self.register(DRIVER_FEATURES, 1);
         self.register(DRIVER_FEATURES_SEL, 0);
-        // EVENT_IDX and INDIRECT_DESC; then FLUSH, or what the device has.
+        // EVENT_IDX and INDIRECT_DESC; then FLUSH, DISCARD and WRITE_ZEROES, or what the device has.
         let own = u32::from(features >> 2);
         let own = match self.host {
-            Host::Silent | Host::Socket(_) => (own & 1) << 9,
+            Host::Silent | Host::Socket(_) => (own & 1) << 9 | (own >> 1 & 3) << 13,
             Host::Mem { .. } => (own & 1) << 1,
             Host::Balloon(_) => own & 7 | (own & 8) << 2,
         };
@@ -397,7 +412,22 @@ impl Driver {
         self.put(ring(queue) + AVAILABLE + 2, next);
         self.register(QUEUE_NOTIFY, queue.into());
         settle();
+        self.wait(queue, next);
         Ok(())
+    }
+
+    /// Gives a device that serves on its own thread a moment to come to the end of a queue, which
+    /// it need not do.
+    fn wait(&self, queue: u16, available: u16) {
+        let used = GuestAddress(ring(queue) + USED + 2);
+        for _ in 0..20 {
+            if !matches!(self.host, Host::Silent)
+                || self.memory.read_obj::<u16>(used).ok() == Some(available)
+            {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
     }
 
     fn host(&mut self, input: &mut Unstructured<'_>) -> Result<()> {
@@ -565,7 +595,7 @@ pub(super) fn balloon_seeds() -> Vec<Vec<u8>> {
 
 pub(super) fn seeds() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
-    // struct virtio_blk_req: read, write, flush and id of sector 0.
+    // struct virtio_blk_req: read, write, flush and id of sector 0; kinds are (access, parts, threads).
     let request = request_bytes;
     for (kind, op, writes) in [
         (2, 0, true),
@@ -573,10 +603,41 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
         (2, 4, false),
         (3, 8, true),
         (3, 1, false),
+        (10, 0, true),
+        (10, 1, false),
     ] {
         let mut header = [0; 16];
         header[0] = op;
         seeds.push([vec![kind, 4, 4], request(0, &header, 512, writes)].concat());
+    }
+    // With all features of a disk that can be written, or that cannot.
+    let up = |kind: u8| vec![kind, 4, if kind % 4 == 2 { 31 } else { 7 }];
+    // Discard and write-zeroes of one segment after the header: the second sector, all of the disk, past its end, with a
+    // flag; on a file and on parts, whose second begins at 2 MiB, by io_uring and by threads.
+    for kind in [2, 3, 6, 7, 10, 14] {
+        for (op, sector, count, flags) in [
+            (11, 1, 1, 0),
+            (13, 0, 128, 1),
+            (13, 4096, 64, 0),
+            (11, 127, 2, 0),
+            (13, 1, 1, 2),
+        ] {
+            let mut header = [0; 32];
+            header[0] = op;
+            header[16..24].copy_from_slice(&u64::to_le_bytes(sector));
+            header[24] = count;
+            header[28] = flags;
+            seeds.push([up(kind), request(0, &header, 0, true)].concat());
+        }
+    }
+    // Reads of the parts' table and of what is around the parts.
+    for kind in [6, 7, 14, 15] {
+        let reads = [0_u64, 33, 2047, 2048, 2111, 4096, 4159, 6143].map(|sector| {
+            let mut header = [0; 16];
+            header[8..].copy_from_slice(&sector.to_le_bytes());
+            request(0, &header, 1024, true)
+        });
+        seeds.push([up(kind), reads.concat()].concat());
     }
     seeds.push([vec![0, 4, 3], request(0, &[], 64, true)].concat());
     // A connection to port 1024, and bytes on it.

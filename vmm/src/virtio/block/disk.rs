@@ -220,7 +220,7 @@ impl Disk {
 
 fn whole_sectors(image: &Image) -> u64 {
     let bytes = image.bytes();
-    if bytes % SECTOR != 0 {
+    if !bytes.is_multiple_of(SECTOR) {
         tracing::warn!(
             path = %image.path().display(),
             bytes,

@@ -144,17 +144,22 @@ impl Service {
         let view = self.ram.memory().into_inner();
         let mut used = false;
         let result = self.work(&view, &mut used);
-        // Also after an error: what was served before it is the driver's.
+        // Also after an error: what was served before it is the driver's. And before the engine is
+        // set to work, which may take its time.
         if used && self.queue.needs_notification(&*view).unwrap_or(true) {
             self.interrupt.used();
         }
-        result
+        let busy = result?;
+        self.engine.submit()?;
+        Ok(busy)
     }
 
+    /// Returns whether anything was done: operations that ended or were begun may have others for
+    /// a consequence.
     fn work(&mut self, view: &Arc<GuestMemoryMmap>, used: &mut bool) -> io::Result<bool> {
         let mut completions = std::mem::take(&mut self.completions);
         self.engine.completions(&mut completions);
-        let mut more = !completions.is_empty();
+        let mut busy = !completions.is_empty();
         for Completion { token, result } in completions.drain(..) {
             if self.stop.is_set() {
                 return Ok(false);
@@ -165,14 +170,11 @@ impl Service {
             self.go_on(token, view, used)?;
         }
         self.completions = completions;
-        let mut taken = 0;
-        // With every flight under way the next completion makes room.
-        while let Some(&token) = self.free.last() {
-            if taken == BATCH {
-                more = true;
+        for _ in 0..BATCH {
+            // With every flight under way the next completion makes room.
+            let Some(&token) = self.free.last() else {
                 break;
-            }
-            taken += 1;
+            };
             match pop(&mut self.queue, view).map_err(io::Error::other)? {
                 Popped::Empty => break,
                 Popped::Refused { head } => {
@@ -192,9 +194,9 @@ impl Service {
                     self.go_on(token, view, used)?;
                 }
             }
+            busy = true;
         }
-        self.engine.submit()?;
-        Ok(more)
+        Ok(busy)
     }
 
     /// Has the flight's next operation done, or returns its chain.

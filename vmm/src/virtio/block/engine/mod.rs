@@ -92,7 +92,7 @@ pub(super) trait Engine: Send {
     /// If the engine cannot go on.
     fn submit(&mut self) -> io::Result<()>;
 
-    /// Appends the completions that there are.
+    /// Fills `completions`, which is empty, with those that there are.
     fn completions(&mut self, completions: &mut Vec<Completion>);
 }
 

@@ -96,9 +96,12 @@ impl Engine for Pool {
     }
 
     fn completions(&mut self, completions: &mut Vec<Completion>) {
-        // Before the completions are looked at, so that a later one is heard of.
-        let _ = self.shared.ready.read();
-        completions.append(&mut self.shared.work().done);
+        let mut work = self.shared.work();
+        // Under the lock it is readable just when there are some.
+        if !work.done.is_empty() {
+            let _ = self.shared.ready.read();
+            completions.append(&mut work.done);
+        }
     }
 }
 

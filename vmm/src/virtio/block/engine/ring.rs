@@ -33,6 +33,8 @@ pub(in crate::virtio::block) struct Ring {
     busy: Vec<bool>,
     in_kernel: usize,
     thread: Pool,
+    /// Operations that the thread has.
+    helped: usize,
 }
 
 impl Ring {
@@ -96,6 +98,7 @@ impl Ring {
             busy: vec![false; depth.into()],
             in_kernel: 0,
             thread,
+            helped: 0,
         })
     }
 
@@ -164,7 +167,9 @@ impl Engine for Ring {
         let Some(entry) = self.entry(&operation) else {
             // SAFETY: the caller's promise is the one that is asked for; the thread is dropped
             // with `self`.
-            return unsafe { self.thread.start(token, operation) };
+            unsafe { self.thread.start(token, operation) }?;
+            self.helped += 1;
+            return Ok(());
         };
         self.push(&entry.user_data(token as u64))?;
         self.busy[token] = true;
@@ -194,8 +199,12 @@ impl Engine for Ring {
         Ok(())
     }
 
+    /// Without a system call, unless the thread has operations.
     fn completions(&mut self, completions: &mut Vec<Completion>) {
-        self.thread.completions(completions);
+        if self.helped > 0 {
+            self.thread.completions(completions);
+            self.helped -= completions.len();
+        }
         self.reap(|completion| completions.push(completion));
     }
 }
