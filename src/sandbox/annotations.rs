@@ -304,7 +304,7 @@ mod tests {
     ];
 
     fn sandbox(overrides: &Overrides) -> String {
-        let config = Config::default();
+        let config = crate::config::Config::default();
         let mut sandbox = SandboxConfig::new(&config, "n", "i", PathBuf::new());
         overrides.apply(&mut sandbox);
         format!("{sandbox:?}")

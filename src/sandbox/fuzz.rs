@@ -175,7 +175,7 @@ async fn call(sandbox: &Sandbox, kind: u8) {
     let exec = if kind & 0x80 == 0 { "" } else { "e1" };
     let failed = match kind % 16 {
         0 | 1 => sandbox
-            .create_container("c1", b"{}".to_vec(), Vec::new(), Stdio::new())
+            .create_container("c1", b"{}".to_vec(), Vec::new(), false, Stdio::new())
             .await
             .err(),
         2 => sandbox.start("c1", exec).await.err(),

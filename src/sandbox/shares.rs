@@ -61,7 +61,9 @@ impl Sandbox {
         };
         let root = open_export(path, access, recursive).map_err(failed)?;
         let server = self.0.files.clone();
-        server.export(name, root, access, caching).map_err(failed)?;
+        server
+            .export_cached(name, root, access, caching)
+            .map_err(failed)?;
         Ok(Share {
             server,
             name: name.to_owned(),

@@ -87,7 +87,7 @@ impl AgentService for Mute {
 
 async fn create(sandbox: &Sandbox, id: &str) -> Result<u32, Error> {
     sandbox
-        .create_container(id, Vec::new(), Vec::new(), Stdio::new())
+        .create_container(id, Vec::new(), Vec::new(), false, Stdio::new())
         .await
 }
 
@@ -303,7 +303,7 @@ async fn a_disk_that_the_guest_does_not_bind_is_unplugged() {
     let (sandbox, fake, _) = boot();
     let _guest = agent(&fake, Good(fake.clone())).await;
     let disk = DiskConfig::file("/d", true, "");
-    let error = sandbox.attach_disk(disk).await.unwrap_err();
+    let error = sandbox.attach_disk(disk, 0).await.unwrap_err();
     assert_eq!(error.code(), Some(ttrpc::Code::NOT_FOUND));
     assert_eq!(*fake.unplugged.lock().unwrap(), [2]);
     assert!(sandbox.inspect().devices.is_empty());

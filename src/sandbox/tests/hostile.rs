@@ -247,7 +247,7 @@ async fn a_device_path_is_taken_as_bounded_printable_words() {
     let mut bound = BindDiskResponse::new();
     bound.device = path;
     let (outcome, _) = against(
-        async |sandbox| sandbox.attach_disk(disk()).await,
+        async |sandbox| sandbox.attach_disk(disk(), 0).await,
         async move |mut raw: Raw| {
             let stream = raw.request().await;
             raw.send(&answer(stream, &bound)).await;

@@ -46,7 +46,7 @@ pub struct Disk {
 }
 
 /// What is mounted in the guest, and the disks for it.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Plan {
     /// Read-only files that are joined as one disk, each a partition.
     pub layers: Vec<PathBuf>,
@@ -68,7 +68,7 @@ enum Source {
     Text(String),
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct Planned {
     kind: String,
     source: Source,

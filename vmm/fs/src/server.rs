@@ -173,6 +173,15 @@ impl FileServer {
         Ok(Box::new(device.owning()))
     }
 
+    /// The names of what is exported, in their order.
+    pub fn exports(&self) -> Vec<String> {
+        let exports = self.core.exports();
+        let names = exports.by_name.keys();
+        names
+            .map(|name| String::from_utf8_lossy(name).into_owned())
+            .collect()
+    }
+
     /// What the guest has and has done.
     pub fn counters(&self) -> Counters {
         let core = &self.core;
