@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use sha2::{Digest, Sha256};
 
-use crate::context::{Context, Count};
+use crate::context::Context;
 use crate::ctr::{Ctr, expect_words};
 use crate::poll;
 use crate::processes;
