@@ -1,0 +1,62 @@
+//! The server against a mock driver, without a guest.
+
+mod device;
+mod exports;
+mod hostile;
+mod limits;
+mod operations;
+mod random;
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// What a tree is, with the content of its files: but for inode numbers and the times in `times`.
+pub(crate) fn snapshot(root: &Path, times: bool) -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![root.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            let metadata = path.symlink_metadata().expect("there");
+            let kind = metadata.file_type();
+            let content = if kind.is_file() {
+                format!("{:?}", std::fs::read(&path).expect("readable"))
+            } else if kind.is_symlink() {
+                format!("{:?}", std::fs::read_link(&path).expect("a link"))
+            } else {
+                String::new()
+            };
+            if kind.is_dir() {
+                folders.push(path.clone());
+            }
+            let mut facts = format!(
+                "{:o} {}:{} links {} {content}",
+                metadata.mode(),
+                metadata.uid(),
+                metadata.gid(),
+                metadata.nlink()
+            );
+            if times {
+                facts += &format!(
+                    " {}.{} {}.{}",
+                    metadata.mtime(),
+                    metadata.mtime_nsec(),
+                    metadata.ctime(),
+                    metadata.ctime_nsec(),
+                );
+                if kind.is_file() {
+                    facts += &format!(" {}.{}", metadata.atime(), metadata.atime_nsec());
+                }
+            }
+            let name = path.strip_prefix(root).expect("below");
+            found.insert(name.to_string_lossy().into_owned(), facts);
+        }
+    }
+    found
+}
+
+/// Descriptors of this process.
+pub(crate) fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("proc").count()
+}
