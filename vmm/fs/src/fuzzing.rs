@@ -37,7 +37,7 @@ const NAMES: [&str; 12] = [
 /// Inputs to begin with: walks through what there is, and all operations on it.
 pub fn seeds() -> Vec<Vec<u8>> {
     let opcodes: Vec<u8> = (0..=52).collect();
-    let mut seeds = vec![Vec::new()];
+    let mut seeds = Vec::new();
     for part in opcodes.chunks(9) {
         let mut bytes = Vec::new();
         for step in [&[1_u8; 9][..], part].concat() {

@@ -185,7 +185,7 @@ fn a_reset_closes_everything_and_the_device_starts_again() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("f"), "text").unwrap();
     let server = exporting(folder.path());
-    let before = descriptors();
+    let before = descriptors(folder.path());
     let mut device = server.device("nacre").unwrap();
     for _ in 0..3 {
         let mut machine = activate(&mut *device);
@@ -214,7 +214,7 @@ fn a_reset_closes_everything_and_the_device_starts_again() {
         assert_eq!(used, later, "nothing is touched after a reset");
         drop(machine);
         assert_eq!(server.counters().inodes, 0);
-        assert_eq!(descriptors(), before);
+        assert_eq!(descriptors(folder.path()), before);
     }
     device.reset();
 }

@@ -63,7 +63,7 @@ fn what_is_withdrawn_is_gone_and_closed() {
     fs::write(folder.path().join("f"), "text").unwrap();
     let server = server();
     let mut guest = Guest::new(&server);
-    let before = descriptors();
+    let before = descriptors(folder.path());
     for round in 0..3 {
         server
             .export("x", opath(folder.path()), Access::ReadWrite)
@@ -73,7 +73,7 @@ fn what_is_withdrawn_is_gone_and_closed() {
         let fh = guest.open(f, libc::O_RDWR).unwrap();
         assert!(server.withdraw("x"));
         assert!(!server.withdraw("x"));
-        assert_eq!(descriptors(), before, "round {round}");
+        assert_eq!(descriptors(folder.path()), before, "round {round}");
         assert_eq!(guest.walk("x").err(), Some(libc::ENOENT));
         assert_eq!(guest.lookup(root, "f").err(), Some(libc::ESTALE));
         assert_eq!(guest.read(f, fh, 0, 10), Err(libc::EBADF));

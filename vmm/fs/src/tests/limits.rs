@@ -246,14 +246,14 @@ fn descriptors_stay_as_many_over_ten_thousand_rounds() {
     fs::write(folder.path().join("f"), "text").unwrap();
     let mut guest = Guest::of(folder.path(), Access::ReadWrite, Caching::default());
     let root = guest.walk("x").unwrap();
-    let before = descriptors();
+    let before = descriptors(folder.path());
     for _ in 0..10_000 {
         let f = guest.lookup(root, "f").unwrap().nodeid;
         let fh = guest.open(f, libc::O_RDWR).unwrap();
         guest.release(opcode::RELEASE, f, fh).unwrap();
         guest.forget(f, 1);
     }
-    assert_eq!(descriptors(), before);
+    assert_eq!(descriptors(folder.path()), before);
     let counters = guest.server.counters();
     assert_eq!(
         (counters.inodes, counters.handles, counters.node_descriptors),
@@ -270,17 +270,17 @@ fn the_end_of_a_session_closes_everything() {
         .export("x", opath(folder.path()), Access::ReadWrite)
         .unwrap();
     let mut guest = Guest::new(&server);
-    let before = descriptors();
+    let before = descriptors(folder.path());
     for destroy in [true, false] {
         let f = guest.walk("x/f").unwrap();
         guest.open(f, libc::O_RDWR).unwrap();
-        assert!(descriptors() > before);
+        assert!(descriptors(folder.path()) > before);
         if destroy {
             guest.ask(opcode::DESTROY, 0, &[]).expect("answered");
             assert_eq!(guest.walk("x").err(), Some(libc::EIO), "not mounted");
         }
         guest.init();
-        assert_eq!(descriptors(), before);
+        assert_eq!(descriptors(folder.path()), before);
         assert_eq!(guest.mode(f), Err(libc::ESTALE));
     }
     assert!(rustix::fs::statat(CWD, folder.path().join("f"), AtFlags::empty()).is_ok());

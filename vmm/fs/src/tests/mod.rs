@@ -21,7 +21,7 @@ pub(crate) fn snapshot(root: &Path, times: bool) -> BTreeMap<String, String> {
             let metadata = path.symlink_metadata().expect("there");
             let kind = metadata.file_type();
             let content = if kind.is_file() {
-                format!("{:?}", std::fs::read(&path).expect("readable"))
+                format!("{:?}", contents(&path))
             } else if kind.is_symlink() {
                 format!("{:?}", std::fs::read_link(&path).expect("a link"))
             } else {
@@ -56,7 +56,21 @@ pub(crate) fn snapshot(root: &Path, times: bool) -> BTreeMap<String, String> {
     found
 }
 
-/// Descriptors of this process.
-pub(crate) fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").expect("proc").count()
+/// A file's content, without a trace in its time of access.
+fn contents(path: &Path) -> Vec<u8> {
+    let mut content = Vec::new();
+    let mut options = std::fs::OpenOptions::new();
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOATIME);
+    let mut file = options.read(true).open(path).expect("readable");
+    std::io::Read::read_to_end(&mut file, &mut content).expect("readable");
+    content
+}
+
+/// Descriptors of this process for what is in `folder`. Other tests have their own.
+pub(crate) fn descriptors(folder: &Path) -> usize {
+    std::fs::read_dir("/proc/self/fd")
+        .expect("proc")
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .filter(|target| target.starts_with(folder))
+        .count()
 }
