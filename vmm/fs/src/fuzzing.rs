@@ -172,8 +172,8 @@ fn request(
         opcode,
         unique: 7,
         nodeid,
-        uid: u32::from(opcode % 3 == 0) * 1000,
-        gid: u32::from(opcode % 3 == 0) * 1000,
+        uid: u32::from(opcode.is_multiple_of(3)) * 1000,
+        gid: u32::from(opcode.is_multiple_of(3)) * 1000,
         ..Default::default()
     };
     if input.ratio(1, 32)? {

@@ -4,6 +4,7 @@ mod device;
 mod exports;
 mod hostile;
 mod limits;
+mod linux;
 mod operations;
 mod random;
 
