@@ -142,6 +142,10 @@ dd if=/dev/zero of=big bs=1M count=20 2>/dev/null; sync big; du -k big; cmp -n 2
 : > empty; cat empty; rm a/f1; cat hard; find . -newer a/f11 -name 'f1?' | sort
 "#;
 
+fn work(folder: &Path) -> String {
+    shell(folder, SCRIPT) + &calls(folder)
+}
+
 /// What a script cannot do.
 fn calls(folder: &Path) -> String {
     let mut said = String::new();
@@ -289,7 +293,7 @@ fn calls(folder: &Path) -> String {
     say(
         "lock",
         &rustix::fs::fcntl_lock(
-            &OpenOptions::new().write(true).open(path("map")).unwrap(),
+            OpenOptions::new().write(true).open(path("map")).unwrap(),
             FlockOperation::NonBlockingLockExclusive,
         ),
     );
@@ -304,8 +308,8 @@ fn calls(folder: &Path) -> String {
     };
     let (mut one, mut two) = (open(), open());
     for i in 0..50 {
-        write!(one, "one {i}\n").unwrap();
-        write!(two, "two {i}\n").unwrap();
+        writeln!(one, "one {i}").unwrap();
+        writeln!(two, "two {i}").unwrap();
     }
     say(
         "log",
@@ -342,18 +346,17 @@ fn calls(folder: &Path) -> String {
 
 #[test]
 fn programs_on_a_mount_do_as_they_do_elsewhere() {
-    for caching in [Caching::default(), Caching::Always] {
-        let limits = Limits::for_descriptors(8192);
-        let server = compare(caching, limits, |folder| {
-            shell(folder, SCRIPT) + &calls(folder)
-        });
-        let counters = server.counters();
-        assert_eq!((counters.inodes, counters.handles), (0, 0), "{counters:?}");
-        assert!(
-            counters.requests > 1000 && counters.malformed == 0,
-            "{counters:?}"
-        );
-    }
+    let server = compare(Caching::default(), Limits::for_descriptors(8192), work);
+    let counters = server.counters();
+    assert!(
+        counters.requests > 1000 && counters.malformed == 0,
+        "{counters:?}"
+    );
+    // Unmounted by force of habit, this kind of mount leaves its nodes behind; a guest's does not.
+    assert_eq!(counters.handles, 0, "{counters:?}");
+    assert!(server.withdraw("x"));
+    let counters = server.counters();
+    assert_eq!((counters.inodes, counters.node_descriptors), (0, 0));
 }
 
 #[test]
@@ -362,8 +365,7 @@ fn programs_on_a_mount_do_not_notice_that_descriptors_are_few() {
         kept: 16,
         ..Limits::for_descriptors(8192)
     };
-    let server = compare(Caching::Always, limits, |folder| {
-        shell(folder, SCRIPT) + &calls(folder)
-    });
-    assert_eq!(server.counters().node_descriptors, 0);
+    let server = compare(Caching::Always, limits, work);
+    let counters = server.counters();
+    assert!(counters.node_descriptors <= 16 + 8, "{counters:?}");
 }
