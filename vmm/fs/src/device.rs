@@ -48,9 +48,18 @@ struct Threads {
 }
 
 /// Tells the threads to end.
-struct Stop {
+pub(crate) struct Stop {
     flag: AtomicBool,
     event: EventFd,
+}
+
+impl Stop {
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            flag: AtomicBool::new(false),
+            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        })
+    }
 }
 
 impl Device {
@@ -83,10 +92,7 @@ impl Device {
         } = activation;
         let queues = <[ActiveQueue; 2]>::try_from(queues)
             .map_err(|queues| io::Error::other(format!("{} queues, not 2", queues.len())))?;
-        let stop = Arc::new(Stop {
-            flag: AtomicBool::new(false),
-            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-        });
+        let stop = Arc::new(Stop::new()?);
         let counts = [("fs-forget", 1), ("fs", self.core.limits.workers)];
         // Dropped by an error, they end those that run.
         let threads = self.threads.insert(Threads {
@@ -94,15 +100,9 @@ impl Device {
             joins: Vec::new(),
         });
         for (ActiveQueue { queue, kick }, (name, count)) in queues.into_iter().zip(counts) {
-            let ring = Arc::new(Ring {
-                queue: Mutex::new(queue),
-                kick,
-                ram: ram.clone(),
-                interrupt: interrupt.clone(),
-                stop: Arc::clone(&stop),
-                broken: AtomicBool::new(false),
-                idle: AtomicUsize::new(count),
-            });
+            let (ram, interrupt) = (ram.clone(), interrupt.clone());
+            let ring = Ring::new(queue, kick, ram, interrupt, Arc::clone(&stop), count);
+            let ring = Arc::new(ring);
             // Linux may have sent its first request before DRIVER_OK.
             let _ = ring.kick.write(1);
             for index in 0..count {
@@ -202,7 +202,7 @@ impl Drop for Device {
 }
 
 /// A queue and what its threads share.
-struct Ring {
+pub(crate) struct Ring {
     queue: Mutex<Queue>,
     kick: Arc<EventFd>,
     ram: GuestRam,
@@ -215,6 +215,26 @@ struct Ring {
 }
 
 impl Ring {
+    /// A queue that `threads` threads will serve.
+    pub fn new(
+        queue: Queue,
+        kick: Arc<EventFd>,
+        ram: GuestRam,
+        interrupt: Interrupt,
+        stop: Arc<Stop>,
+        threads: usize,
+    ) -> Self {
+        Self {
+            queue: Mutex::new(queue),
+            kick,
+            ram,
+            interrupt,
+            stop,
+            broken: AtomicBool::new(false),
+            idle: AtomicUsize::new(threads),
+        }
+    }
+
     /// What a thread waits by. A kick wakes one of those that wait.
     fn waiting(&self) -> io::Result<std::os::fd::OwnedFd> {
         let waiting = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -266,7 +286,7 @@ impl Ring {
     }
 
     /// Serves one chain; whether there was one. Without one the thread counts as idle.
-    fn turn(&self, worker: &mut Worker) -> Result<bool, RingError> {
+    pub fn turn(&self, worker: &mut Worker) -> Result<bool, RingError> {
         let memory = self.ram.memory();
         let Some((size, chain)) = self.next(&memory)? else {
             return Ok(false);

@@ -27,6 +27,8 @@ mod device;
 mod directory;
 mod error;
 mod export;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod handles;
 mod limits;
 mod message;
@@ -35,6 +37,10 @@ mod ops;
 mod server;
 mod stat;
 mod sys;
+#[cfg(any(test, feature = "fuzzing"))]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 pub use error::Error;

@@ -140,10 +140,17 @@ impl<'m> Out<'m> {
     }
 }
 
-/// Reads the header; `None` for the answer where there is no room for one.
-pub(crate) fn open<'m>(
-    chain: Chain<'m>,
-) -> Result<(InHeader, Result<Args<'m>, Errno>, Option<Out<'m>>), Malformed> {
+/// A request taken apart.
+pub(crate) struct Opened<'m> {
+    pub header: InHeader,
+    /// An error where the header's length is not the chain's.
+    pub args: Result<Args<'m>, Errno>,
+    /// `None` where there is no room for an answer.
+    pub out: Option<Out<'m>>,
+}
+
+/// Reads the header.
+pub(crate) fn open(chain: Chain<'_>) -> Result<Opened<'_>, Malformed> {
     let Chain {
         mut readable,
         mut writable,
@@ -165,5 +172,5 @@ pub(crate) fn open<'m>(
         body: writable,
         written: 0,
     });
-    Ok((header, args, out))
+    Ok(Opened { header, args, out })
 }

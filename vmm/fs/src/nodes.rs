@@ -72,6 +72,17 @@ struct Key {
     ino: u64,
 }
 
+impl Key {
+    fn of(export: &Export, found: &Stat) -> Self {
+        Self {
+            export: export.id,
+            mount: found.mount,
+            dev: found.dev,
+            ino: found.attr.ino,
+        }
+    }
+}
+
 /// A file that the guest's kernel knows.
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -79,7 +90,6 @@ pub(crate) struct Node {
     pub export: Arc<Export>,
     pub kind: FileType,
     key: Key,
-    birth: (i64, u32),
     /// Handles that are open: such a node keeps its descriptor.
     pub handles: AtomicU32,
     used: AtomicBool,
@@ -96,8 +106,11 @@ struct Place {
 #[derive(Debug)]
 enum At {
     Open(Arc<Counted>),
+    /// Closed, to be found again by its handle.
     Handle(FileHandle),
-    Name,
+    /// Closed, to be found again by its name, with the time of birth that it had then: an overlay's file has
+    /// another since it was copied up.
+    Name((i64, u32)),
 }
 
 impl Node {
@@ -111,12 +124,16 @@ impl Node {
 
     /// Whether `found` is this file, of which `fd` is a descriptor, though its descriptor was closed meanwhile.
     fn is(&self, place: &Place, found: &Stat, fd: BorrowedFd<'_>) -> bool {
-        let same = self.kind == found.file_type() && self.birth == found.birth;
         match &place.at {
             At::Open(_) => true,
-            At::Handle(handle) => same && FileHandle::of(fd).is_ok_and(|now| now == *handle),
-            At::Name => same,
+            At::Handle(handle) => FileHandle::of(fd).is_ok_and(|now| now == *handle),
+            At::Name(birth) => self.has(found) && *birth == found.birth,
         }
+    }
+
+    /// Whether `found` has this node's number and type.
+    fn has(&self, found: &Stat) -> bool {
+        Key::of(&self.export, found) == self.key && found.file_type() == self.kind
     }
 }
 
@@ -187,12 +204,7 @@ impl Nodes {
         parent: u64,
         name: &CStr,
     ) -> Result<Found, Errno> {
-        let key = Key {
-            export: export.id,
-            mount: found.mount,
-            dev: found.dev,
-            ino: found.attr.ino,
-        };
+        let key = Key::of(export, found);
         let mut guard = self.table();
         let table = &mut *guard;
         if export.is_withdrawn() {
@@ -234,7 +246,6 @@ impl Nodes {
                 export: Arc::clone(export),
                 kind: found.file_type(),
                 key,
-                birth: found.birth,
                 handles: AtomicU32::new(0),
                 used: AtomicBool::new(false),
                 place: Mutex::new(Place {
@@ -263,7 +274,7 @@ impl Nodes {
     pub fn find(&self, id: u64) -> Result<Found, Errno> {
         let node = self.node(id)?;
         node.used.store(true, Ordering::Relaxed);
-        let (parent, name) = {
+        let (parent, name, birth) = {
             let place = node.place();
             match &place.at {
                 At::Open(fd) => {
@@ -274,9 +285,12 @@ impl Nodes {
                 At::Handle(handle) => {
                     let fd = node.export.open_handle(handle, node.key.mount)?;
                     drop(place);
+                    if !node.has(&stat(&fd)?) {
+                        return Err(Errno::STALE);
+                    }
                     return Ok(self.opened(node, fd));
                 }
-                At::Name => (place.parent, place.name.clone()),
+                At::Name(birth) => (place.parent, place.name.clone(), *birth),
             }
         };
         // Only files are found by name, and directories never, so this is one step.
@@ -287,13 +301,7 @@ impl Nodes {
         let parent = self.find(parent.id)?;
         let fd = open_child(parent.as_fd(), &name).map_err(|_| Errno::STALE)?;
         let now = stat(&fd)?;
-        let key = Key {
-            export: node.key.export,
-            mount: now.mount,
-            dev: now.dev,
-            ino: now.attr.ino,
-        };
-        if key != node.key || now.birth != node.birth || now.file_type() != node.kind {
+        if !node.has(&now) || now.birth != birth {
             return Err(Errno::STALE);
         }
         Ok(self.opened(node, fd))
@@ -352,12 +360,7 @@ impl Nodes {
 
     /// The file that `node` was looked up as has another name now.
     pub fn renamed(&self, export: &Export, found: &Stat, parent: u64, name: &CStr) {
-        let key = Key {
-            export: export.id,
-            mount: found.mount,
-            dev: found.dev,
-            ino: found.attr.ino,
-        };
+        let key = Key::of(export, found);
         let table = self.table();
         if let Some(known) = table.by_key.get(&key).and_then(|id| table.known.get(id)) {
             let mut place = known.node.place();
@@ -439,7 +442,11 @@ fn close(node: &Node) -> bool {
     {
         Ok(handle) => At::Handle(handle),
         // The root of an export has no name below it.
-        Err(_) if !node.is_directory() && place.parent != ROOT_ID => At::Name,
+        Err(_) if !node.is_directory() && place.parent != ROOT_ID => match stat(fd.as_ref()) {
+            Ok(now) if node.has(&now) && now.attr.nlink > 0 => At::Name(now.birth),
+            // Without a name, or another number since it was copied up: only by its descriptor.
+            _ => return false,
+        },
         Err(_) => return false,
     };
     place.at = at;

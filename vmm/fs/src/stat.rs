@@ -9,6 +9,7 @@ use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, StatxTimestamp, statx};
 use rustix::io::Errno;
 
 use crate::abi;
+use crate::limits::Caching;
 
 /// Bits of the guest's inode numbers that hold the host's.
 const INO_BITS: u32 = 48;
@@ -56,6 +57,16 @@ pub(crate) fn stat(fd: impl AsFd) -> Result<Stat, Errno> {
 impl Stat {
     pub fn file_type(&self) -> FileType {
         FileType::from_raw_mode(self.attr.mode)
+    }
+
+    /// How long the guest may believe these attributes. A write may take set-user-ID and set-group-ID away
+    /// without a word to the guest's kernel, which would go on to run the file with them; so it asks each time.
+    pub fn validity(&self, caching: Caching) -> (u64, u32) {
+        let special = self.attr.mode & (libc::S_ISUID | libc::S_ISGID) != 0;
+        if special && self.file_type() == FileType::RegularFile {
+            return (0, 0);
+        }
+        caching.validity()
     }
 
     pub fn is_directory(&self) -> bool {

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use crate::abi::{self, InHeader, ROOT_ID, init, opcode};
 use crate::credentials::Credentials;
-use crate::message::{self, Args, Out};
+use crate::message::{self, Args, Opened, Out};
 use crate::nodes::Found;
 use crate::server::Core;
 
@@ -62,7 +62,7 @@ impl Worker {
     pub fn serve(&mut self, chain: Chain<'_>) -> u32 {
         let core = Arc::clone(&self.core);
         let tally = &core.tally;
-        let (header, args, out) = match message::open(chain) {
+        let Opened { header, args, out } = match message::open(chain) {
             Ok(parts) => parts,
             Err(message::Malformed) => {
                 tally.malformed.fetch_add(1, Ordering::Relaxed);

@@ -59,7 +59,7 @@ impl Worker {
         }
         let fh = (request.getattr_flags & abi::GETATTR_FH != 0).then_some(request.fh);
         let (now, caching) = self.now(node, fh)?;
-        let (attr_valid, attr_valid_nsec) = caching.validity();
+        let (attr_valid, attr_valid_nsec) = now.validity(caching);
         out.put(&abi::StatxOut {
             attr_valid,
             attr_valid_nsec,
@@ -78,7 +78,7 @@ impl Worker {
     }
 
     fn attr_out(&self, now: &Stat, caching: Caching) -> AttrOut {
-        let (attr_valid, attr_valid_nsec) = caching.validity();
+        let (attr_valid, attr_valid_nsec) = now.validity(caching);
         AttrOut {
             attr_valid,
             attr_valid_nsec,

@@ -73,14 +73,16 @@ impl Worker {
 
     /// What the guest is told of a node that it has looked up.
     pub(crate) fn entry(&self, found: &Found, now: &Stat) -> EntryOut {
-        let (seconds, nanoseconds) = found.node.export.caching.validity();
+        let caching = found.node.export.caching;
+        let (entry_valid, entry_valid_nsec) = caching.validity();
+        let (attr_valid, attr_valid_nsec) = now.validity(caching);
         EntryOut {
             nodeid: found.node.id,
             generation: 0,
-            entry_valid: seconds,
-            attr_valid: seconds,
-            entry_valid_nsec: nanoseconds,
-            attr_valid_nsec: nanoseconds,
+            entry_valid,
+            attr_valid,
+            entry_valid_nsec,
+            attr_valid_nsec,
             attr: self.attr(now),
         }
     }
