@@ -9,6 +9,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::*;
 use crate::config::{DiskCache, DiskConfig};
+use crate::event_loop::EventLoop;
+use crate::virtio::block::Block;
 
 const DEPTH: u16 = 8;
 
@@ -195,4 +197,63 @@ fn dropped_threads_have_ended_and_what_waited_for_them_is_forgotten() {
     drop(pool);
     assert!(start.elapsed() < Duration::from_secs(10));
     assert_eq!(Arc::strong_count(&disk), 1, "no thread is left");
+}
+
+/// Takes io_uring away from this thread, as the seccomp profile of a container does.
+fn refuse_io_uring() {
+    let instruction = |code: u32, jf, k| libc::sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf,
+        k,
+    };
+    let mut filter = [
+        // The number of the system call is the first word.
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            1,
+            libc::SYS_io_uring_setup as u32,
+        ),
+        instruction(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+        ),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: the calls take integers and a program of that length, which lives for them; they
+    // change what this thread may do and nothing else.
+    let results = unsafe {
+        [
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+            libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program),
+        ]
+    };
+    assert_eq!(results, [0, 0], "{}", io::Error::last_os_error());
+}
+
+#[test]
+fn where_io_uring_is_refused_threads_do_it_and_asking_for_it_is_an_error() {
+    let (file, disk) = disk(4096, DiskCache::Host);
+    let test = move || {
+        refuse_io_uring();
+        let engine = choose(DiskIo::Auto, &disk, DEPTH).expect("there is always one");
+        assert_eq!(engine.name(), "threads");
+        drop((engine, disk));
+        let config = DiskConfig {
+            io: DiskIo::IoUring,
+            ..DiskConfig::file(file.path(), true, "")
+        };
+        let (_events, handle) = EventLoop::start("test-loop", |_| {}).expect("an event loop");
+        let error = Block::new(&config, handle).err().expect("refused");
+        let text = error.to_string();
+        let path = file.path().to_string_lossy();
+        assert!(text.contains("io_uring") && text.contains(&*path), "{text}");
+    };
+    std::thread::spawn(test).join().expect("the test's thread");
 }
