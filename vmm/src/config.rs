@@ -162,11 +162,12 @@ pub struct DiskConfig {
 pub enum DiskSource {
     /// One file or block device, which is the whole disk.
     File(PathBuf),
-    /// Several, each one partition of a disk whose partition table (GPT) is made up in memory:
-    /// `/dev/vdX1` for the first, `/dev/vdX2` for the second, 1 to [`MAXIMUM_PARTS`] of them. The
-    /// guest's kernel needs CONFIG_EFI_PARTITION. Each begins at a multiple of 1 MiB. A part that
-    /// ends within a sector ends with zeros there if the disk is read only, and else with the last
-    /// whole sector. The partition table itself cannot be written.
+    /// Several, 1 to [`MAXIMUM_PARTS`], each one partition of a disk whose partition table (GPT) is
+    /// made up in memory: `/dev/vdX1` for the first, `/dev/vdX2` for the second, with the PARTUUID
+    /// that [`part_uuid`](crate::virtio::block::part_uuid) says. The guest's kernel needs
+    /// CONFIG_EFI_PARTITION, as Debian's has. Each begins at a multiple of 1 MiB. A part that ends
+    /// within a sector ends with zeros there if the disk is read only, and else with the last whole
+    /// sector. The partition table itself cannot be written.
     Parts(Vec<DiskPart>),
 }
 

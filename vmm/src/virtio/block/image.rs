@@ -414,7 +414,7 @@ mod tests {
     #[test]
     fn only_what_is_aligned_goes_past_the_page_cache() {
         // Not /tmp, which may be a tmpfs without O_DIRECT.
-        let file = tempfile::NamedTempFile::new_in(".").expect("an image");
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").expect("an image");
         file.as_file().set_len(1 << 20).expect("a length");
         let host = Image::open(file.path(), true, DiskCache::Host, 512).expect("an image");
         let direct = Image::open(file.path(), true, DiskCache::Direct, 512).expect("an image");

@@ -171,6 +171,9 @@ impl Service {
         }
         self.completions = completions;
         for _ in 0..BATCH {
+            if self.stop.is_set() {
+                return Ok(false);
+            }
             // With every flight under way the next completion makes room.
             let Some(&token) = self.free.last() else {
                 break;

@@ -8,13 +8,13 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-pub(super) use pool::Pool;
+use pool::Pool;
 pub(super) use ring::Ring;
 
 use super::disk::Disk;
 use crate::config::DiskIo;
 
-/// Threads of a disk that has no io_uring: enough to keep a file system busy.
+/// Threads for what io_uring does not do: enough to keep a file system busy.
 const THREADS: usize = 4;
 
 /// Something to do with one file.

@@ -1,5 +1,6 @@
-//! Operations by io_uring: transfers and syncs by the ring; what it cannot do on every kernel and
-//! file (discards, zeroes) by one thread.
+//! Operations by io_uring: reads, writes past the page cache and syncs by the ring; what it does
+//! not do well (writes into the page cache) or not on every kernel and file (discards, zeroes) by
+//! threads.
 //!
 //! The kernel is done with an operation when its completion was taken from the ring. `in_kernel`
 //! counts what it has and has not completed, so that dropping the ring can wait for exactly that.
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
-use super::{Action, Completion, Engine, Operation, Pool};
+use super::{Action, Completion, Engine, Operation, Pool, THREADS};
 use crate::virtio::block::disk::Disk;
 
 /// Operations handed to the kernel by one call, at most: it does some of them at once, and a reset
@@ -32,8 +33,8 @@ pub(in crate::virtio::block) struct Ring {
     /// Operations that are in the ring or its queues, by token.
     busy: Vec<bool>,
     in_kernel: usize,
-    thread: Pool,
-    /// Operations that the thread has.
+    threads: Pool,
+    /// Operations that the threads have.
     helped: usize,
 }
 
@@ -56,13 +57,13 @@ impl Ring {
                 (first, descriptors.len() as u32 - 1)
             })
             .collect();
-        Self::over(&descriptors, files, Pool::new(disk, 1)?, depth)
+        Self::over(&descriptors, files, Pool::new(disk, THREADS)?, depth)
     }
 
     pub(super) fn over(
         descriptors: &[RawFd],
         files: Vec<(u32, u32)>,
-        thread: Pool,
+        threads: Pool,
         depth: u16,
     ) -> io::Result<Self> {
         let entries = u32::from(depth).next_power_of_two();
@@ -97,7 +98,7 @@ impl Ring {
             files,
             busy: vec![false; depth.into()],
             in_kernel: 0,
-            thread,
+            threads,
             helped: 0,
         })
     }
@@ -111,6 +112,9 @@ impl Ring {
                 let entry = opcode::Readv::new(file, vectors.first, vectors.count as u32);
                 Some(entry.offset(offset).build())
             }
+            // Most file systems may wait at a write into the page cache, so the kernel would leave
+            // it to a worker of its own, one at a time for a file. That was measured to be slower.
+            Action::Write { .. } if !operation.direct => None,
             Action::Write { offset, vectors } => {
                 let entry = opcode::Writev::new(file, vectors.first, vectors.count as u32);
                 Some(entry.offset(offset).build())
@@ -158,16 +162,16 @@ impl Engine for Ring {
     }
 
     fn descriptors(&self) -> Vec<RawFd> {
-        let mut descriptors = self.thread.descriptors();
+        let mut descriptors = self.threads.descriptors();
         descriptors.push(self.ring.as_raw_fd());
         descriptors
     }
 
     unsafe fn start(&mut self, token: usize, operation: Operation) -> io::Result<()> {
         let Some(entry) = self.entry(&operation) else {
-            // SAFETY: the caller's promise is the one that is asked for; the thread is dropped
+            // SAFETY: the caller's promise is the one that is asked for; the threads are dropped
             // with `self`.
-            unsafe { self.thread.start(token, operation) }?;
+            unsafe { self.threads.start(token, operation) }?;
             self.helped += 1;
             return Ok(());
         };
@@ -199,10 +203,10 @@ impl Engine for Ring {
         Ok(())
     }
 
-    /// Without a system call, unless the thread has operations.
+    /// Without a system call, unless the threads have operations.
     fn completions(&mut self, completions: &mut Vec<Completion>) {
         if self.helped > 0 {
-            self.thread.completions(completions);
+            self.threads.completions(completions);
             self.helped -= completions.len();
         }
         self.reap(|completion| completions.push(completion));

@@ -8,14 +8,21 @@ use tempfile::NamedTempFile;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::*;
-use crate::config::DiskConfig;
+use crate::config::{DiskCache, DiskConfig};
+use crate::event_loop::EventLoop;
+use crate::virtio::block::Block;
 
 const DEPTH: u16 = 8;
 
-fn disk(bytes: u64) -> (NamedTempFile, Arc<Disk>) {
-    let file = NamedTempFile::new().expect("an image");
+fn disk(bytes: u64, cache: DiskCache) -> (NamedTempFile, Arc<Disk>) {
+    // Not /tmp, which may be a tmpfs without O_DIRECT.
+    let file = NamedTempFile::new_in("/var/tmp").expect("an image");
     file.as_file().set_len(bytes).expect("a length");
-    let disk = Disk::open(&DiskConfig::file(file.path(), false, "")).expect("a disk");
+    let config = DiskConfig {
+        cache,
+        ..DiskConfig::file(file.path(), false, "")
+    };
+    let disk = Disk::open(&config).expect("a disk");
     (file, Arc::new(disk))
 }
 
@@ -55,7 +62,7 @@ fn wait(engine: &mut dyn Engine, count: usize) -> Vec<Completion> {
 
 #[test]
 fn the_automatic_choice_is_io_uring_where_the_host_has_it() {
-    let (_file, disk) = disk(4096);
+    let (_file, disk) = disk(4096, DiskCache::Host);
     let forced = choose(DiskIo::IoUring, &disk, DEPTH);
     let automatic = choose(DiskIo::Auto, &disk, DEPTH).expect("there is always one");
     let expected = match io_uring::IoUring::new(2) {
@@ -68,58 +75,72 @@ fn the_automatic_choice_is_io_uring_where_the_host_has_it() {
     assert_eq!(threads.name(), "threads");
 }
 
+/// As O_DIRECT wants it.
+#[repr(align(4096))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Page([u8; 4096]);
+
 #[test]
 fn each_kind_of_operation_is_done_and_wakes_the_waiter() {
     for io in [DiskIo::Auto, DiskIo::Threads] {
-        let (file, disk) = disk(1 << 20);
-        let mut engine = choose(io, &disk, DEPTH).expect("an engine");
-        let mut bytes = vec![9; 8192];
-        let (first, second) = bytes.split_at_mut(4096);
-        let table = [vector(first), vector(second)];
-        let vectors = Vectors {
-            first: table.as_ptr(),
-            count: table.len(),
-        };
-        let mut run = |action| {
-            // SAFETY: `bytes` and `table` outlive the engine's use of them: it is waited for.
-            unsafe { engine.start(3, operation(action)) }.expect("started");
-            engine.submit().expect("submitted");
-            let mut completions = wait(&mut *engine, 1);
-            let Completion { token, result } = completions.remove(0);
-            assert_eq!(token, 3);
-            result
-        };
-        let offset = 4096;
-        let moved = run(Action::Write { offset, vectors });
-        assert_eq!(moved.expect("written"), 8192);
-        assert_eq!(run(Action::Sync).expect("synced"), 0);
-        let zero = Action::Zero {
-            offset: 8192,
-            len: 4096,
-            unmap: true,
-        };
-        run(zero).expect("zeroed");
-        let moved = run(Action::Read { offset, vectors });
-        assert_eq!(moved.expect("read"), 8192);
-        let discard = Action::Discard {
-            offset: 0,
-            len: 1 << 20,
-        };
-        run(discard).expect("discarded");
-        let past = Action::Read {
-            offset: 1 << 20,
-            vectors,
-        };
-        assert_eq!(run(past).expect("at the end"), 0);
-        let wrong = Action::Read {
-            offset: u64::MAX - 4096,
-            vectors,
-        };
-        assert!(run(wrong).is_err());
-        drop(engine);
-        assert_eq!(bytes, [[9; 4096], [0; 4096]].concat());
-        assert_eq!(file.as_file().metadata().expect("metadata").len(), 1 << 20);
+        for cache in [DiskCache::Host, DiskCache::Direct] {
+            each_kind(io, cache);
+        }
     }
+}
+
+fn each_kind(io: DiskIo, cache: DiskCache) {
+    let (file, disk) = disk(1 << 20, cache);
+    let mut engine = choose(io, &disk, DEPTH).expect("an engine");
+    let mut pages = [Page([9; 4096]); 2];
+    let table = pages.each_mut().map(|page| vector(&mut page.0));
+    let vectors = Vectors {
+        first: table.as_ptr(),
+        count: table.len(),
+    };
+    let mut run = |action| {
+        let operation = Operation {
+            direct: cache == DiskCache::Direct,
+            ..operation(action)
+        };
+        // SAFETY: `pages` and `table` outlive the engine's use of them: it is waited for.
+        unsafe { engine.start(3, operation) }.expect("started");
+        engine.submit().expect("submitted");
+        let mut completions = wait(&mut *engine, 1);
+        let Completion { token, result } = completions.remove(0);
+        assert_eq!(token, 3);
+        result
+    };
+    let offset = 4096;
+    let moved = run(Action::Write { offset, vectors });
+    assert_eq!(moved.expect("written"), 8192);
+    assert_eq!(run(Action::Sync).expect("synced"), 0);
+    let zero = Action::Zero {
+        offset: 8192,
+        len: 4096,
+        unmap: true,
+    };
+    run(zero).expect("zeroed");
+    let moved = run(Action::Read { offset, vectors });
+    assert_eq!(moved.expect("read"), 8192);
+    let discard = Action::Discard {
+        offset: 0,
+        len: 1 << 20,
+    };
+    run(discard).expect("discarded");
+    let past = Action::Read {
+        offset: 1 << 20,
+        vectors,
+    };
+    assert_eq!(run(past).expect("at the end"), 0);
+    let wrong = Action::Read {
+        offset: u64::MAX - 4095,
+        vectors,
+    };
+    assert!(run(wrong).is_err());
+    drop(engine);
+    assert_eq!(pages, [Page([9; 4096]), Page([0; 4096])]);
+    assert_eq!(file.as_file().metadata().expect("metadata").len(), 1 << 20);
 }
 
 /// A read that nothing ends by itself: dropping the ring cancels it, and the kernel has forgotten
@@ -130,7 +151,7 @@ fn a_dropped_ring_has_cancelled_what_was_under_way() {
         // Then there is no ring to be dropped, and the first test has said so.
         return;
     };
-    let (_file, disk) = disk(4096);
+    let (_file, disk) = disk(4096, DiskCache::Host);
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
     let pool = Pool::new(&disk, 1).expect("a pool");
     let descriptors = [reader.as_raw_fd()];
@@ -161,7 +182,7 @@ fn a_dropped_ring_has_cancelled_what_was_under_way() {
 
 #[test]
 fn dropped_threads_have_ended_and_what_waited_for_them_is_forgotten() {
-    let (_file, disk) = disk(1 << 20);
+    let (_file, disk) = disk(1 << 20, DiskCache::Host);
     let mut pool = Pool::new(&disk, 1).expect("a pool");
     for token in 0..usize::from(DEPTH) {
         let zero = Action::Zero {
@@ -176,4 +197,63 @@ fn dropped_threads_have_ended_and_what_waited_for_them_is_forgotten() {
     drop(pool);
     assert!(start.elapsed() < Duration::from_secs(10));
     assert_eq!(Arc::strong_count(&disk), 1, "no thread is left");
+}
+
+/// Takes io_uring away from this thread, as the seccomp profile of a container does.
+fn refuse_io_uring() {
+    let instruction = |code: u32, jf, k| libc::sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf,
+        k,
+    };
+    let mut filter = [
+        // The number of the system call is the first word.
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            1,
+            libc::SYS_io_uring_setup as u32,
+        ),
+        instruction(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+        ),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: the calls take integers and a program of that length, which lives for them; they
+    // change what this thread may do and nothing else.
+    let results = unsafe {
+        [
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+            libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program),
+        ]
+    };
+    assert_eq!(results, [0, 0], "{}", io::Error::last_os_error());
+}
+
+#[test]
+fn where_io_uring_is_refused_threads_do_it_and_asking_for_it_is_an_error() {
+    let (file, disk) = disk(4096, DiskCache::Host);
+    let test = move || {
+        refuse_io_uring();
+        let engine = choose(DiskIo::Auto, &disk, DEPTH).expect("there is always one");
+        assert_eq!(engine.name(), "threads");
+        drop((engine, disk));
+        let config = DiskConfig {
+            io: DiskIo::IoUring,
+            ..DiskConfig::file(file.path(), true, "")
+        };
+        let (_events, handle) = EventLoop::start("test-loop", |_| {}).expect("an event loop");
+        let error = Block::new(&config, handle).err().expect("refused");
+        let text = error.to_string();
+        let path = file.path().to_string_lossy();
+        assert!(text.contains("io_uring") && text.contains(&*path), "{text}");
+    };
+    std::thread::spawn(test).join().expect("the test's thread");
 }
