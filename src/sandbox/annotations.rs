@@ -327,7 +327,6 @@ mod tests {
             " debug\"",
             "boot: 90s",
             "create: 5s",
-            " 2G",
         ] {
             assert!(all.contains(word), "{word} is not in {all}");
         }

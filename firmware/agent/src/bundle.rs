@@ -28,7 +28,7 @@ pub struct Bundle {
 }
 
 /// Links that the runtime makes in /dev.
-const DEVICE_LINKS: [&str; 5] = ["core", "fd", "stdin", "stdout", "stderr"];
+const DEVICE_LINKS: [&str; 6] = ["core", "kcore", "fd", "stdin", "stdout", "stderr"];
 
 /// Whether a specification mounts something on /dev.
 fn covers_devices(specification: &oci_spec::runtime::Spec) -> bool {

@@ -121,7 +121,8 @@ mod tests {
             ("{{}}", "none of mount"),
         ] {
             let error = fill(text, &Three).unwrap_err().to_string();
-            assert!(error.contains(why) && error.contains(text), "{error}");
+            assert!(error.contains(why), "{error}");
+            assert!(error.contains(&format!("{text:?}")), "{error}");
         }
     }
 }

@@ -87,7 +87,7 @@ async fn annotations_that_ask_for_another_vm_are_refused_at_create() {
     let spec = stage.directory.path().join("bundle/config.json");
     let text = std::fs::read_to_string(&spec).unwrap();
     for (annotation, refused) in [
-        (r#""io.nacre.rootfs.headroom":"1M""#, None),
+        (r#""io.containerd.other":"1M""#, None),
         (r#""io.nacre.vcpus":"2""#, Some("was started without it")),
         (r#""io.nacre.kernel":"/k""#, Some("not allowed")),
     ] {
