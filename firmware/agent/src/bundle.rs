@@ -12,8 +12,8 @@ use nacre_protocol::agent::{GuestDirectory, GuestMount};
 use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::stat::{Mode, fstatat, mkdirat};
-use nix::unistd::{UnlinkatFlags, fchownat, unlinkat};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::fchownat;
 use tracing::{debug, warn};
 
 use crate::error::{Doing, Error};
@@ -25,15 +25,6 @@ use crate::spec;
 pub struct Bundle {
     path: PathBuf,
     mounts: Mutex<Vec<PathBuf>>,
-}
-
-/// Links that the runtime makes in /dev.
-const DEVICE_LINKS: [&str; 6] = ["core", "kcore", "fd", "stdin", "stdout", "stderr"];
-
-/// Whether a specification mounts something on /dev.
-fn covers_devices(specification: &oci_spec::runtime::Spec) -> bool {
-    let mut mounts = specification.mounts().iter().flatten();
-    mounts.any(|mount| mount.destination() == Path::new("/dev"))
 }
 
 /// The longest id; it becomes the name of a directory.
@@ -135,31 +126,7 @@ impl Bundle {
             let directory = self.path.join(directory);
             fs::create_dir_all(&directory).doing(|| format!("making {}", directory.display()))?;
         }
-        if !covers_devices(specification) {
-            self.clear_device_links()?;
-        }
         write_json(&self.path.join("config.json"), specification)
-    }
-
-    /// Takes away the links in the root's /dev that the runtime makes: it refuses a root that has them, as one has that
-    /// was used before without a mount on /dev.
-    fn clear_device_links(&self) -> Result<(), Error> {
-        let doing = || format!("clearing the device links of {}", self.path.display());
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let root = open(&self.path.join(spec::ROOT), flags, Mode::empty()).doing(doing)?;
-        let Ok(devices) = openat(&root, "dev", flags, Mode::empty()) else {
-            // None, or a link or a file, of which the runtime says what it does not like.
-            return Ok(());
-        };
-        for name in DEVICE_LINKS {
-            let link = fstatat(&devices, name, AtFlags::AT_SYMLINK_NOFOLLOW)
-                .is_ok_and(|found| found.st_mode & libc::S_IFMT == libc::S_IFLNK);
-            // A root that cannot be written is refused by the runtime, in its own words.
-            if link && let Err(error) = unlinkat(&devices, name, UnlinkatFlags::NoRemoveDir) {
-                debug!("removing the link /dev/{name} of a root: {error}");
-            }
-        }
-        Ok(())
     }
 
     /// Unmounts everything and removes the directory. What cannot be is said, and the rest goes on. Blocks
@@ -368,28 +335,6 @@ mod tests {
             assert!(bundle.make_directory(&own(path, 0o700)).is_err(), "{path}");
         }
         assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn a_root_that_was_used_before_has_no_device_links() {
-        let place = tempfile::tempdir().unwrap();
-        let bundle = Bundle {
-            path: place.path().to_owned(),
-            mounts: Mutex::default(),
-        };
-        let devices = place.path().join("rootfs/dev");
-        fs::create_dir_all(&devices).unwrap();
-        std::os::unix::fs::symlink("/proc/kcore", devices.join("core")).unwrap();
-        fs::write(devices.join("stdin"), "a file").unwrap();
-        bundle
-            .fill(&oci_spec::runtime::Spec::default())
-            .unwrap();
-        assert!(devices.join("core").is_symlink(), "the mount on /dev covers it");
-        let mut bare = oci_spec::runtime::Spec::default();
-        bare.set_mounts(None);
-        bundle.fill(&bare).unwrap();
-        assert!(!devices.join("core").is_symlink());
-        assert!(devices.join("stdin").is_file(), "it is no link");
     }
 
     #[test]

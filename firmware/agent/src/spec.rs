@@ -4,7 +4,10 @@
 
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
+use oci_spec::OciSpecError;
+use oci_spec::runtime::{
+    LinuxNamespaceType, LinuxResources, MountBuilder, Process, RootBuilder, Spec,
+};
 
 use crate::confinement::{self, Own};
 use crate::error::Error;
@@ -47,6 +50,8 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         .build()
         .map_err(|error| invalid(format!("has no usable root: {error}")))?;
     spec.set_root(Some(root));
+
+    give_devices(&mut spec).map_err(|error| invalid(format!("has no usable mounts: {error}")))?;
 
     let Some(process) = spec.process_mut() else {
         return Err(invalid("has no process".into()));
@@ -100,6 +105,26 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         own_users,
         own_network,
     })
+}
+
+/// Sees to it that /dev is of the container's own: the runtime makes device nodes and links there, which a root that the
+/// host shares cannot have, and one that was used before has already.
+fn give_devices(spec: &mut Spec) -> Result<(), OciSpecError> {
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    let devices = Path::new("/dev");
+    if mounts.iter().any(|mount| mount.destination() == devices) {
+        return Ok(());
+    }
+    let options = ["nosuid", "strictatime", "mode=755", "size=65536k"];
+    let own = MountBuilder::default()
+        .destination(devices)
+        .typ("tmpfs")
+        .source("tmpfs")
+        .options(options.map(str::to_owned))
+        .build()?;
+    mounts.insert(0, own);
+    spec.set_mounts(Some(mounts));
+    Ok(())
 }
 
 /// Whether the kernel has AppArmor switched on.
@@ -206,6 +231,21 @@ mod tests {
         assert!(own_network && !own_users && filter.is_none() && own.is_none());
         assert_eq!(resources.pids().map(|pids| pids.limit()), Some(7));
         assert!(linux.resources().is_none(), "nobody applies them twice");
+    }
+
+    #[test]
+    fn devices_are_the_containers_own_unless_they_are_mounted() {
+        let mounts = |spec: Spec| spec.mounts().clone().unwrap_or_default();
+        let given = mounts(adapted(SPEC).unwrap().spec);
+        assert_eq!(given[0].destination(), Path::new("/dev"));
+        assert_eq!(given[0].typ().as_deref(), Some("tmpfs"));
+        let with = SPEC.replace(
+            r#""hooks""#,
+            r#""mounts": [{"destination": "/dev", "type": "devtmpfs"}], "hooks""#,
+        );
+        let kept = mounts(adapted(&with).unwrap().spec);
+        assert_eq!(kept.len(), 1);
+        assert_eq!(kept[0].typ().as_deref(), Some("devtmpfs"));
     }
 
     #[test]

@@ -103,6 +103,10 @@ impl Running {
             ready_within: Duration::from_secs_f64(60.0 * patience),
         };
         running.wait_until_ready()?;
+        // Each opens its database when it is first asked.
+        for snapshotter in ["overlayfs", "native", "blockfile", "erofs"] {
+            let _ = running.ctr(&["snapshots", "--snapshotter", snapshotter, "list"]);
+        }
         running
             .ctr(&["images", "import", "--local", &image.to_string_lossy()])
             .or_else(|_| {

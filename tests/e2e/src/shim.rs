@@ -120,15 +120,6 @@ impl<'a> Bundle<'a> {
         })
     }
 
-    /// Adds a mount to its config.json.
-    pub fn add_mount(&self, mount: serde_json::Value) -> Result<()> {
-        let path = self.folder.join("config.json");
-        let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
-        let mounts = spec["mounts"].as_array_mut().context("no mounts")?;
-        mounts.push(mount);
-        Ok(fs::write(path, serde_json::to_vec_pretty(&spec)?)?)
-    }
-
     /// A bundle in the suite's namespace without annotations.
     pub fn plain(context: &'a Context, name: &str) -> Result<Self> {
         Bundle::new(context, NAMESPACE, &context.id(name), &[])

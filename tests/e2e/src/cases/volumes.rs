@@ -209,7 +209,7 @@ fn read_only(context: &Context) -> Result<()> {
     fs::write(folder.path.join("f"), "kept")?;
     fs::set_permissions(folder.path.join("f"), fs::Permissions::from_mode(0o666))?;
     let before = fs::metadata(folder.path.join("f"))?;
-    let running = Running::start(context, "kept", &[&folder], &["--privileged"])?;
+    let running = Running::start(context, "kept", &[&folder], &["--cap-add", "CAP_SYS_ADMIN"])?;
     expect("the file", &running.script("cat /data/f")?, "kept")?;
     // runc's root is the host's, and gets what it takes by remounting; a guest's is not.
     if context.runtime == crate::context::Runtime::Nacre {
