@@ -38,6 +38,18 @@ fn serve(server: &FileServer, device: &File) {
     }
 }
 
+/// Ends the mount if the thread that serves it panics, so that no one waits for it for ever.
+struct End(std::path::PathBuf);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let flags = rustix::mount::UnmountFlags::FORCE | rustix::mount::UnmountFlags::DETACH;
+            let _ = rustix::mount::unmount(&self.0, flags);
+        }
+    }
+}
+
 /// Runs `work` on a folder by itself, and on one that is served over a mount.
 fn compare(
     caching: Caching,
@@ -72,14 +84,18 @@ fn compare(
         );
         let options = std::ffi::CString::new(options).unwrap();
         let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("nacre", place.path(), "fuse", flags, options.as_c_str())
+            .expect("mounted");
         let threads: Vec<_> = (0..2)
             .map(|_| {
                 let (server, device) = (server.clone(), Arc::clone(&device));
-                std::thread::spawn(move || serve(&server, &device))
+                let end = End(place.path().to_owned());
+                std::thread::spawn(move || {
+                    let _end = end;
+                    serve(&server, &device);
+                })
             })
             .collect();
-        rustix::mount::mount("nacre", place.path(), "fuse", flags, options.as_c_str())
-            .expect("mounted");
         let through = place.path().join("x");
         let (ours, theirs) = (work(&through), work(twin.path()));
         assert_eq!(
