@@ -271,6 +271,40 @@ fn calls(folder: &Path) -> String {
     );
     say("remove", &rustix::fs::removexattr(path("copied"), "user.a"));
     say("remove", &rustix::fs::removexattr(path("copied"), "user.a"));
+    // A default ACL: rwx for the owner, user 1000, the group and the mask, r-x for others. It stands in for the umask.
+    let mut acl = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in [
+        (1_u16, 7_u16, u32::MAX),
+        (2, 7, 1000),
+        (4, 7, u32::MAX),
+        (0x10, 7, u32::MAX),
+        (0x20, 5, u32::MAX),
+    ] {
+        acl.extend(tag.to_le_bytes());
+        acl.extend(permissions.to_le_bytes());
+        acl.extend(id.to_le_bytes());
+    }
+    fs::create_dir(path("acl")).unwrap();
+    let key = "system.posix_acl_default";
+    say(
+        "acl",
+        &rustix::fs::setxattr(path("acl"), key, &acl, XattrFlags::empty()),
+    );
+    say(
+        "acl",
+        &shell(&path("acl"), "umask 077; echo > f; mkdir d; stat -c %a f d"),
+    );
+    say(
+        "acl",
+        &shell(
+            &path("acl"),
+            "chmod 700 f; stat -c %a f; setpriv --reuid 1000 --clear-groups cat f; chmod 770 f; setpriv --reuid 1000 --clear-groups cat f",
+        ),
+    );
+    let mut buffer = [0; 100];
+    let acl = rustix::fs::getxattr(path("acl/f"), "system.posix_acl_access", &mut buffer[..]);
+    say("acl", &acl);
+    say("acl", &buffer);
     // Names.
     symlink("/nowhere", path("dangling")).unwrap();
     say(
