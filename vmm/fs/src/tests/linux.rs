@@ -158,6 +158,18 @@ dd if=/dev/zero of=big bs=1M count=20 2>/dev/null; sync big; du -k big; cmp -n 2
 : > empty; cat empty; rm a/f1; cat hard; find . -newer a/f11 -name 'f1?' | sort
 "#;
 
+/// The same at several places at once.
+fn side_by_side(folder: &Path) -> String {
+    let names = ["a", "b", "c", "d"];
+    for name in names {
+        fs::create_dir(folder.join(name)).unwrap();
+    }
+    std::thread::scope(|scope| {
+        let threads = names.map(|name| scope.spawn(move || calls(&folder.join(name))));
+        threads.map(|thread| thread.join().unwrap()).concat()
+    })
+}
+
 fn work(folder: &Path) -> String {
     shell(folder, SCRIPT) + &calls(folder)
 }
@@ -415,7 +427,11 @@ fn programs_on_a_mount_do_not_notice_that_descriptors_are_few() {
         kept: 16,
         ..Limits::for_descriptors(8192)
     };
-    let server = compare(Caching::Always, limits, work);
+    let server = compare(Caching::Always, limits, |folder| {
+        let side_by_side = side_by_side(folder);
+        fs::create_dir(folder.join("e")).unwrap();
+        side_by_side + &work(&folder.join("e"))
+    });
     let counters = server.counters();
     assert!(counters.node_descriptors <= 16 + 8, "{counters:?}");
 }
