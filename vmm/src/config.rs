@@ -517,6 +517,7 @@ pub fn default_cmdline() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::device::{ActivateError, Activation};
 
     fn good() -> VmConfig {
         VmConfig {
@@ -538,6 +539,40 @@ mod tests {
 
     fn disk(id: &str) -> DiskConfig {
         DiskConfig::file("disk", true, id)
+    }
+
+    /// Devices that do nothing.
+    fn ready(count: usize) -> ReadyDevices {
+        struct Idle;
+        impl VirtioDevice for Idle {
+            fn kind(&self) -> &'static str {
+                "idle"
+            }
+            fn device_id(&self) -> u32 {
+                63
+            }
+            fn features(&self) -> u64 {
+                0
+            }
+            fn queue_sizes(&self) -> &[u16] {
+                &[]
+            }
+            fn read_config(&self, _offset: u64, data: &mut [u8]) {
+                data.fill(0);
+            }
+            fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+            fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+                Ok(())
+            }
+            fn reset(&mut self) {}
+        }
+        let devices = ReadyDevices((0..count).map(|_| Box::new(Idle) as _).collect());
+        assert_eq!(
+            format!("{devices:?}").matches("idle").count(),
+            count,
+            "named by their kind"
+        );
+        devices
     }
 
     fn refused(change: impl Fn(&mut VmConfig)) -> String {
@@ -586,7 +621,7 @@ mod tests {
             disk.source = DiskSource::Parts(vec![DiskPart { path, name }]);
             disk
         };
-        let cases: [(String, &[&str]); 19] = [
+        let cases: [(String, &[&str]); 20] = [
             (
                 refused(|c| c.plug.virtio_mem_mib = 100),
                 &["100 MiB", "multiples of 128"],
@@ -612,6 +647,13 @@ mod tests {
             (refused(|c| c.windows = 0), &["0 virtio-mmio", "1 to 18"]),
             (refused(|c| c.windows = 19), &["19 virtio-mmio", "18"]),
             (refused(|c| c.windows = 1), &["1 virtio-mmio", "2 devices"]),
+            (
+                refused(|c| {
+                    c.devices = ready(3);
+                    c.disks = vec![disk("a"); 6];
+                }),
+                &["6 disks", "5 other devices", "room for 5"],
+            ),
             (
                 refused(|c| c.disks = vec![disk("a"); 9]),
                 &["9 disks", "room for 8"],

@@ -13,18 +13,22 @@ use crate::handles::Handle;
 use crate::message::Out;
 use crate::sys;
 
-/// Bytes of one answer, at most: each entry may take a lookup.
-const MOST: u64 = 128 << 10;
+/// Bytes of one answer, at most: each entry may take a lookup, and a third of them may stay with the handle.
+const MOST: u64 = 32 << 10;
 /// Bytes read from the host at once, at least: the longest entry fits.
 const LEAST: usize = 512;
 /// `struct linux_dirent64` up to the name.
 const HOST_HEADER: usize = 19;
 
-/// Where reading a directory has come to.
+/// Where reading a directory has come to. Entries that were read from the host and found no room wait for the next
+/// request: going back for them would skip some, or show some twice, where offsets are places in a list that changes
+/// meanwhile (tmpfs before Linux 6.6).
 #[derive(Debug, Default)]
 pub(crate) struct Stream {
-    /// The offset that the descriptor stands at.
+    /// The offset of what comes next.
     position: u64,
+    /// The host's records from there on, before what the descriptor stands at.
+    waiting: Vec<u8>,
 }
 
 /// One entry of a directory.
@@ -102,27 +106,34 @@ pub(crate) fn read(
     let mut stream = stream.lock().unwrap_or_else(|poisoned| {
         let mut stream = poisoned.into_inner();
         stream.position = u64::MAX;
+        stream.waiting = Vec::new();
         stream
     });
     if stream.position != offset {
+        stream.waiting = Vec::new();
         rustix::fs::seek(&handle.file, SeekFrom::Start(offset))?;
         stream.position = offset;
     }
-    let mut buffer = vec![0; usize::try_from(part).unwrap_or(LEAST).max(LEAST)];
+    let mut buffer = std::mem::take(&mut stream.waiting);
+    let mut count = buffer.len();
     loop {
-        let count = sys::read_directory(&handle.file, &mut buffer)?;
-        if count == 0 {
-            return Ok(());
-        }
         let mut rest = &buffer[..count];
         while !rest.is_empty() {
             let (entry, behind) = parse(rest).ok_or(Errno::IO)?;
-            if !each(&entry)? {
-                rustix::fs::seek(&handle.file, SeekFrom::Start(stream.position))?;
-                return Ok(());
+            match each(&entry) {
+                Ok(true) => {}
+                full => {
+                    stream.waiting = rest.to_vec();
+                    return full.map(drop);
+                }
             }
             stream.position = entry.next;
             rest = behind;
+        }
+        buffer.resize(usize::try_from(part).unwrap_or(LEAST).max(LEAST), 0);
+        count = sys::read_directory(&handle.file, &mut buffer)?;
+        if count == 0 {
+            return Ok(());
         }
     }
 }

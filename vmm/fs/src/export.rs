@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -59,8 +59,8 @@ pub(crate) struct Export {
     pub caching: Caching,
     /// The root's type and identity.
     pub stat: Stat,
-    /// A file on each mount by which handles are opened, by the mount's id.
-    mounts: Mutex<HashMap<u64, Arc<OwnedFd>>>,
+    /// A file on each mount by which handles are opened, by the mount's id; `None` where there are no handles.
+    mounts: Mutex<HashMap<u64, Option<Arc<OwnedFd>>>>,
     withdrawn: AtomicBool,
     /// Dropped with the export.
     gone: Mutex<Option<Sender<()>>>,
@@ -128,9 +128,16 @@ impl Export {
         mount: u64,
         directory: bool,
     ) -> Result<FileHandle, Errno> {
-        let handle = FileHandle::of(fd)?;
-        let known = self.mount(mount).is_ok();
-        if !known {
+        let known = self.mounts().get(&mount).cloned();
+        if matches!(known, Some(None)) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let handle = FileHandle::of(fd).inspect_err(|error| {
+            if *error == Errno::OPNOTSUPP {
+                self.mounts().insert(mount, None);
+            }
+        })?;
+        if known.is_none() {
             // Any directory on the mount will do.
             let from = if directory {
                 fd
@@ -141,11 +148,18 @@ impl Export {
             };
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             let file = openat(from, c".", flags, Mode::empty())?;
-            self.mounts().insert(mount, Arc::new(file));
+            self.mounts().insert(mount, Some(Arc::new(file)));
         }
         // Whether it can be opened is known only by doing it: a capability may be missing.
-        handle.open(self.mount(mount)?.as_fd())?;
-        Ok(handle)
+        match handle.open(self.mount(mount)?.as_fd()) {
+            Ok(_) => Ok(handle),
+            Err(error) => {
+                if error == Errno::PERM {
+                    self.mounts().insert(mount, None);
+                }
+                Err(error)
+            }
+        }
     }
 
     pub fn open_handle(&self, handle: &FileHandle, mount: u64) -> Result<OwnedFd, Errno> {
@@ -153,10 +167,11 @@ impl Export {
     }
 
     fn mount(&self, mount: u64) -> Result<Arc<OwnedFd>, Errno> {
-        self.mounts().get(&mount).cloned().ok_or(Errno::STALE)
+        let found = self.mounts().get(&mount).cloned();
+        found.flatten().ok_or(Errno::STALE)
     }
 
-    fn mounts(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<OwnedFd>>> {
+    fn mounts(&self) -> MutexGuard<'_, HashMap<u64, Option<Arc<OwnedFd>>>> {
         self.mounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

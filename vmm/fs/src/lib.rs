@@ -20,6 +20,9 @@
 //! **What is not here.** Locks are the guest's own: programs in the guest see each other's, not the host's.
 //! ioctl (`lsattr`, `chattr`) and DAX do not exist. The guest's O_TMPFILE needs Linux 6.2 in the guest; before, it is
 //! refused there. Supplementary groups are known to the guest's kernel only, which checks permissions by itself.
+//! Device nodes, overlay whiteouts among them, cannot be made, so an export is no upper layer for an overlay of the guest's.
+//! Mounts below an export do not show as mounts in the guest, but each file has an inode number of its own. A system
+//! call of the host's that hangs (a dead network file system) holds one thread, and a reset waits for it.
 
 mod abi;
 mod credentials;

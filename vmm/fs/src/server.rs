@@ -72,7 +72,8 @@ pub(crate) struct Tally {
 }
 
 impl FileServer {
-    /// A server without exports.
+    /// A server without exports, to be made in the process that serves: it finds its descriptors in this
+    /// process's `/proc/self/fd`.
     ///
     /// # Errors
     ///

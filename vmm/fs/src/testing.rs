@@ -101,6 +101,22 @@ impl Lane {
             .expect("in guest memory");
     }
 
+    /// Whether the device wants to be told of what was offered since `old` chains (EVENT_IDX).
+    #[cfg(test)]
+    pub fn wants_kick(&self, memory: &GuestMemoryMmap, old: u16) -> bool {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        let at = GuestAddress(self.used + 4 + u64::from(self.size) * 8);
+        let event: u16 = memory.read_obj(at).expect("in guest memory");
+        let new = self.next_available;
+        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+    }
+
+    /// How many chains were offered so far.
+    #[cfg(test)]
+    pub fn offered(&self) -> u16 {
+        self.next_available
+    }
+
     /// The next chain that was returned: its head and the bytes written.
     pub fn take_used(&mut self, memory: &GuestMemoryMmap) -> Option<(u32, u32)> {
         let index: u16 = memory

@@ -147,6 +147,8 @@ impl Worker {
         // From a file system of the host it would tell the guest that no file at all can do this.
         result.map_err(|error| match error {
             Errno::NOSYS => Errno::OPNOTSUPP,
+            // This process's limit, not that of the guest's program.
+            Errno::MFILE => Errno::NFILE,
             error => error,
         })
     }

@@ -293,6 +293,7 @@ impl Worker {
         if !known.contains(mode) {
             return Err(Errno::OPNOTSUPP);
         }
+        // Whether the caller may keep set-user-ID is not said here: then it goes.
         self.credentials.changing(true, || {
             fallocate(&handle.file, mode, request.offset, request.length)
         })

@@ -189,6 +189,43 @@ fn all_requests_of_a_burst_are_answered_by_several_threads() {
 }
 
 #[test]
+fn a_driver_that_kicks_only_when_asked_is_always_served() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("f"), "text").unwrap();
+    let server = exporting(folder.path());
+    let mut device = server.device("nacre").unwrap();
+    let mut machine = activate(&mut *device);
+    machine.init();
+    assert_eq!(machine.ask(opcode::LOOKUP, 1, b"x\0"), 0);
+    let (mut free, mut asked, mut kicks) = ((0..8).collect::<Vec<_>>(), 0_u32, 0_u32);
+    while asked < 20_000 || free.len() < 8 {
+        // One, two, or many at once, with some always under way, or none.
+        let burst = [1, 2, 1, 8, 3, 1][asked as usize % 6];
+        for _ in 0..burst {
+            if asked == 20_000 {
+                break;
+            }
+            let Some(place) = free.pop() else {
+                break;
+            };
+            let old = machine.lanes[1].offered();
+            machine.offer(1, place, &request(opcode::LOOKUP, 2, b"f\0"), 4096);
+            if machine.lanes[1].wants_kick(&machine.memory, old) {
+                machine.kick(1);
+                kicks += 1;
+            }
+            asked += 1;
+        }
+        if asked.is_multiple_of(7) || free.is_empty() || asked == 20_000 {
+            let (place, error) = machine.wait(1);
+            assert_eq!(error, 0);
+            free.push(place);
+        }
+    }
+    assert!(kicks > 0 && kicks <= asked, "{kicks} of {asked}");
+}
+
+#[test]
 fn a_reset_closes_everything_and_the_device_starts_again() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("f"), "text").unwrap();

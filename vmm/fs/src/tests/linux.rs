@@ -38,6 +38,18 @@ fn serve(server: &FileServer, device: &File) {
     }
 }
 
+/// Ends the mount if the thread that serves it panics, so that no one waits for it for ever.
+struct End(std::path::PathBuf);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let flags = rustix::mount::UnmountFlags::FORCE | rustix::mount::UnmountFlags::DETACH;
+            let _ = rustix::mount::unmount(&self.0, flags);
+        }
+    }
+}
+
 /// Runs `work` on a folder by itself, and on one that is served over a mount.
 fn compare(
     caching: Caching,
@@ -72,14 +84,18 @@ fn compare(
         );
         let options = std::ffi::CString::new(options).unwrap();
         let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("nacre", place.path(), "fuse", flags, options.as_c_str())
+            .expect("mounted");
         let threads: Vec<_> = (0..2)
             .map(|_| {
                 let (server, device) = (server.clone(), Arc::clone(&device));
-                std::thread::spawn(move || serve(&server, &device))
+                let end = End(place.path().to_owned());
+                std::thread::spawn(move || {
+                    let _end = end;
+                    serve(&server, &device);
+                })
             })
             .collect();
-        rustix::mount::mount("nacre", place.path(), "fuse", flags, options.as_c_str())
-            .expect("mounted");
         let through = place.path().join("x");
         let (ours, theirs) = (work(&through), work(twin.path()));
         assert_eq!(
@@ -141,6 +157,18 @@ touch -d '2001-02-03 04:05:06.789' a/f11; stat -c %y a/f11; touch -h -d 2002-03-
 dd if=/dev/zero of=big bs=1M count=20 2>/dev/null; sync big; du -k big; cmp -n 20971520 big /dev/zero
 : > empty; cat empty; rm a/f1; cat hard; find . -newer a/f11 -name 'f1?' | sort
 "#;
+
+/// The same at several places at once.
+fn side_by_side(folder: &Path) -> String {
+    let names = ["a", "b", "c", "d"];
+    for name in names {
+        fs::create_dir(folder.join(name)).unwrap();
+    }
+    std::thread::scope(|scope| {
+        let threads = names.map(|name| scope.spawn(move || calls(&folder.join(name))));
+        threads.map(|thread| thread.join().unwrap()).concat()
+    })
+}
 
 fn work(folder: &Path) -> String {
     shell(folder, SCRIPT) + &calls(folder)
@@ -255,6 +283,40 @@ fn calls(folder: &Path) -> String {
     );
     say("remove", &rustix::fs::removexattr(path("copied"), "user.a"));
     say("remove", &rustix::fs::removexattr(path("copied"), "user.a"));
+    // A default ACL: rwx for the owner, user 1000, the group and the mask, r-x for others. It stands in for the umask.
+    let mut acl = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in [
+        (1_u16, 7_u16, u32::MAX),
+        (2, 7, 1000),
+        (4, 7, u32::MAX),
+        (0x10, 7, u32::MAX),
+        (0x20, 5, u32::MAX),
+    ] {
+        acl.extend(tag.to_le_bytes());
+        acl.extend(permissions.to_le_bytes());
+        acl.extend(id.to_le_bytes());
+    }
+    fs::create_dir(path("acl")).unwrap();
+    let key = "system.posix_acl_default";
+    say(
+        "acl",
+        &rustix::fs::setxattr(path("acl"), key, &acl, XattrFlags::empty()),
+    );
+    say(
+        "acl",
+        &shell(&path("acl"), "umask 077; echo > f; mkdir d; stat -c %a f d"),
+    );
+    say(
+        "acl",
+        &shell(
+            &path("acl"),
+            "chmod 700 f; stat -c %a f; setpriv --reuid 1000 --clear-groups cat f; chmod 770 f; setpriv --reuid 1000 --clear-groups cat f",
+        ),
+    );
+    let mut buffer = [0; 100];
+    let acl = rustix::fs::getxattr(path("acl/f"), "system.posix_acl_access", &mut buffer[..]);
+    say("acl", &acl);
+    say("acl", &buffer);
     // Names.
     symlink("/nowhere", path("dangling")).unwrap();
     say(
@@ -365,7 +427,11 @@ fn programs_on_a_mount_do_not_notice_that_descriptors_are_few() {
         kept: 16,
         ..Limits::for_descriptors(8192)
     };
-    let server = compare(Caching::Always, limits, work);
+    let server = compare(Caching::Always, limits, |folder| {
+        let side_by_side = side_by_side(folder);
+        fs::create_dir(folder.join("e")).unwrap();
+        side_by_side + &work(&folder.join("e"))
+    });
     let counters = server.counters();
     assert!(counters.node_descriptors <= 16 + 8, "{counters:?}");
 }

@@ -1,6 +1,7 @@
 //! The server against a mock driver, without a guest.
 
 mod device;
+mod directories;
 mod exports;
 mod hostile;
 mod limits;

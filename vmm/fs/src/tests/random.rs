@@ -23,7 +23,7 @@ fn hostile_requests_touch_nothing_else_and_are_answered_or_not() {
         bytes
     });
     let config = ProptestConfig {
-        cases: 300,
+        cases: 100,
         failure_persistence: None,
         ..ProptestConfig::default()
     };
