@@ -40,7 +40,11 @@ impl Sandbox {
         match bound {
             Ok(answer) => {
                 let device = bounded(&answer.device, 256);
-                let mut disks = self.0.disks.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut disks = self
+                    .0
+                    .devices
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
                 disks.push(Device {
                     window: Some(window),
                     kind: "block".to_owned(),
@@ -75,7 +79,11 @@ impl Sandbox {
             Err(error) => Err(error),
         };
         let unplugged = self.0.machine.unplug(window);
-        let mut disks = self.0.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut disks = self
+            .0
+            .devices
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         disks.retain(|device| device.window != Some(window));
         unbound.and(unplugged)
     }

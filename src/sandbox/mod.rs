@@ -46,8 +46,8 @@ use tokio::task::JoinSet;
 pub use console::{ConsoleSink, GuestLine, LineSink, Source, Tail};
 pub use error::{Error, chain};
 pub use machine::GuestStream;
-pub use nacre_protocol::agent::{GuestDirectory, GuestMount, Process, StatsResponse, Stdio};
 pub use nacre_fs::{Access, Caching};
+pub use nacre_protocol::agent::{GuestDirectory, GuestMount, Process, StatsResponse, Stdio};
 pub use nacre_vmm::config::PlugConfig;
 pub use nacre_vmm::{DiskConfig, ExitReason};
 pub use phases::{BootPhases, monotonic_ns, process_start_ns};
@@ -245,7 +245,8 @@ struct Inner {
     state: watch::Receiver<BringUp>,
     events: Mutex<Option<mpsc::Receiver<AgentEvent>>>,
     containers: Containers,
-    disks: Mutex<Vec<Device>>,
+    /// What comes and goes, and what is shared.
+    devices: Arc<Mutex<Vec<Device>>>,
     files: FileServer,
     next_share: AtomicU32,
     resizing: tokio::sync::Semaphore,
@@ -314,7 +315,7 @@ impl Sandbox {
             state,
             events: Mutex::new(Some(events)),
             containers,
-            disks: Mutex::new(parts.disks),
+            devices: Arc::new(Mutex::new(parts.disks)),
             files: parts.files,
             next_share: AtomicU32::new(1),
             resizing: tokio::sync::Semaphore::new(1),
@@ -532,7 +533,7 @@ impl Sandbox {
             containers,
             devices: self
                 .0
-                .disks
+                .devices
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .clone(),

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nacre_fs::{Access, Caching, FileServer, open_export};
 use nacre_protocol::SHARES;
@@ -10,12 +11,16 @@ use nacre_protocol::agent::GuestMount;
 
 use super::Sandbox;
 use super::error::Error;
+use crate::control::Device;
 
 /// Something that is shared; dropping it takes it away from the guest.
 #[derive(Debug)]
 pub struct Share {
     server: FileServer,
     name: String,
+    /// The sandbox's list, with this in it.
+    devices: Arc<Mutex<Vec<Device>>>,
+    device: Device,
 }
 
 impl Share {
@@ -38,6 +43,10 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         self.server.withdraw(&self.name);
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = devices.iter().position(|device| *device == self.device) {
+            devices.remove(place);
+        }
     }
 }
 
@@ -64,9 +73,25 @@ impl Sandbox {
         server
             .export_cached(name, root, access, caching)
             .map_err(failed)?;
+        let state = match access {
+            Access::ReadOnly => "read-only",
+            Access::ReadWrite => "read-write",
+        };
+        let device = Device {
+            window: None,
+            kind: "share".to_owned(),
+            detail: format!("{} as {name}, {state}", path.display()),
+        };
+        let devices = self.0.devices.clone();
+        devices
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(device.clone());
         Ok(Share {
             server,
             name: name.to_owned(),
+            devices,
+            device,
         })
     }
 

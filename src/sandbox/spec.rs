@@ -422,7 +422,9 @@ mod tests {
             ),
         ] {
             let guest = for_guest(
-                &spec(|spec| spec["mounts"] = json!([{"destination": "/tmp", "type": "tmpfs"}, mount])),
+                &spec(|spec| {
+                    spec["mounts"] = json!([{"destination": "/tmp", "type": "tmpfs"}, mount])
+                }),
                 "c1",
                 "7",
             )

@@ -120,7 +120,12 @@ pub fn make_file_system(
             .map_err(io_error("size the disk", &unfinished))?;
         drop(file);
         let mut command = that_dies_with_us(&mkfs);
-        command.args(["-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"]);
+        command.args([
+            "-q",
+            "-F",
+            "-E",
+            "lazy_itable_init=1,lazy_journal_init=1,nodiscard",
+        ]);
         if let Some(uuid) = uuid {
             command.args(["-U", uuid]);
         }
@@ -254,7 +259,11 @@ mod tests {
         assert_eq!(bytes.len(), 16 << 20);
         assert_eq!(bytes[0x438..0x43a], [0x53, 0xef], "the superblock's magic");
         assert_eq!(bytes[0x468..0x46c], [0x01, 0x23, 0xab, 0xcd], "the UUID");
-        assert_ne!(bytes[0x45c] & 4, 0, "it has a journal, to replay after a crash");
+        assert_ne!(
+            bytes[0x45c] & 4,
+            0,
+            "it has a journal, to replay after a crash"
+        );
         std::fs::write(&path, b"kept").unwrap();
         make_file_system(&path, "ext4", 16 << 20, None).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"kept");
@@ -284,7 +293,9 @@ mod tests {
         let until = Instant::now() + Duration::from_millis(100);
         assert_eq!(run(hangs, until), Ok(None));
         let mut fails = Command::new("sh");
-        fails.args(["-c", "echo no room >&2; exit 3"]).stdin(Stdio::null());
+        fails
+            .args(["-c", "echo no room >&2; exit 3"])
+            .stdin(Stdio::null());
         let until = Instant::now() + Duration::from_secs(20);
         assert_eq!(run(fails, until), Err("no room".to_owned()));
     }

@@ -52,13 +52,13 @@ fn text(vm: &Inspection) -> String {
         text.push_str(&format!("container   {container}\n"));
     }
     for device in &vm.devices {
-        let window = device
-            .window
-            .map_or_else(|| "?".to_owned(), |window| window.to_string());
-        text.push_str(&format!(
-            "device      window {window}: {} {}\n",
-            device.kind, device.detail
-        ));
+        match device.window {
+            Some(window) => text.push_str(&format!(
+                "device      window {window}: {} {}\n",
+                device.kind, device.detail
+            )),
+            None => text.push_str(&format!("{:<11} {}\n", device.kind, device.detail)),
+        }
     }
     if !vm.exits.is_empty() {
         let exits: Vec<String> = vm

@@ -160,9 +160,7 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
     };
     let ran = async {
         session.serve(&sandbox).await?;
-        container
-            .run(config, args, spec, &mut signals)
-            .await
+        container.run(config, args, spec, &mut signals).await
     }
     .await;
     // In order, whatever became of the container; the session then frees the state.
@@ -357,7 +355,11 @@ fn share(
 
 /// The shared root with a file system in memory over it.
 fn root(shares: &[Share]) -> Vec<GuestMount> {
-    let mut mounts: Vec<GuestMount> = shares.first().map(|root| root.mount("lower")).into_iter().collect();
+    let mut mounts: Vec<GuestMount> = shares
+        .first()
+        .map(|root| root.mount("lower"))
+        .into_iter()
+        .collect();
     let mut memory = GuestMount::new();
     memory.fstype = "tmpfs".to_owned();
     memory.source = "tmpfs".to_owned();

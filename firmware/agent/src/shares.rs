@@ -32,8 +32,14 @@ pub fn mount_once() -> Result<(), Error> {
     fs::create_dir_all(SHARES).doing(|| format!("making {SHARES}"))?;
     // Device nodes of the host's files mean nothing here.
     let flags = MsFlags::MS_NODEV;
-    mount(Some(SHARE_TAG), SHARES, Some("virtiofs"), flags, None::<&str>)
-        .doing(|| format!("mounting the host's virtio-fs device {SHARE_TAG} on {SHARES}"))?;
+    mount(
+        Some(SHARE_TAG),
+        SHARES,
+        Some("virtiofs"),
+        flags,
+        None::<&str>,
+    )
+    .doing(|| format!("mounting the host's virtio-fs device {SHARE_TAG} on {SHARES}"))?;
     *mounted = true;
     Ok(())
 }

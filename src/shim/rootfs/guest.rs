@@ -156,8 +156,7 @@ impl Plan {
                         planned.directories.push(directory(value).ok_or_else(odd)?);
                     }
                     Some((key, value)) if kind.mkfs && key.starts_with("mkfs.") => {
-                        mkfs.take(&key["mkfs.".len()..], value)
-                            .ok_or_else(odd)?;
+                        mkfs.take(&key["mkfs.".len()..], value).ok_or_else(odd)?;
                     }
                     _ => return Err(odd()),
                 }

@@ -335,10 +335,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("upper");
         let user = nix::unistd::getuid();
-        let option = format!(
-            "X-containerd.mkdir.path={}:1751:{user}",
-            path.display()
-        );
+        let option = format!("X-containerd.mkdir.path={}:1751:{user}", path.display());
         let plan = of("mkdir/overlay", "", &[&option]).unwrap();
         plan.directories[0].make().unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();

@@ -41,10 +41,7 @@ pub(super) fn fill(text: &str, earlier: &impl Earlier) -> Result<String, Error> 
 
 fn call(inside: &str, earlier: &impl Earlier) -> Result<String, String> {
     // Dashes beside the braces trim blanks, of which there are none that matter.
-    let words: Vec<&str> = inside
-        .trim_matches('-')
-        .split_ascii_whitespace()
-        .collect();
+    let words: Vec<&str> = inside.trim_matches('-').split_ascii_whitespace().collect();
     let index = |word: &str| {
         let count = earlier.count();
         let index: usize = word

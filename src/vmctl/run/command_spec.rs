@@ -306,7 +306,10 @@ mod tests {
             .iter()
             .map(|bind| (bind.source.to_str().unwrap(), bind.read_only))
             .collect();
-        assert_eq!(binds, [("/srv/a", true), ("/srv/b", false), ("/srv/c", false)]);
+        assert_eq!(
+            binds,
+            [("/srv/a", true), ("/srv/b", false), ("/srv/c", false)]
+        );
         for text in ["/srv", "/srv:data", "/srv:/data:rx", "/srv:/data:ro:x"] {
             assert!(Volume::parse(text).is_err(), "{text}");
         }

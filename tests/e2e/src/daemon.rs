@@ -103,9 +103,11 @@ impl Running {
             ready_within: Duration::from_secs_f64(60.0 * patience),
         };
         running.wait_until_ready()?;
-        // Each opens its database when it is first asked.
+        // Each opens its database, for good, when it first has something to do. The older containerd has no erofs.
         for snapshotter in ["overlayfs", "native", "blockfile", "erofs"] {
-            let _ = running.ctr(&["snapshots", "--snapshotter", snapshotter, "list"]);
+            for action in ["prepare", "remove"] {
+                let _ = running.ctr(&["snapshots", "--snapshotter", snapshotter, action, "first"]);
+            }
         }
         running
             .ctr(&["images", "import", "--local", &image.to_string_lossy()])

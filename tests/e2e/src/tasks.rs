@@ -14,8 +14,8 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
-use containerd_shim_protos::types::mount::Mount;
 use containerd_shim_protos::ttrpc::{Code, Error, Request};
+use containerd_shim_protos::types::mount::Mount;
 use serde_json::json;
 
 /// Why a call was refused.

@@ -48,7 +48,11 @@ pub(crate) const CASES: &[Case] = &[
         (240, 600),
         whiteouts,
     ),
-    alone("a disk with ext4 is a root, and a view of it too", (120, 120), ext4),
+    alone(
+        "a disk with ext4 is a root, and a view of it too",
+        (120, 120),
+        ext4,
+    ),
     alone(
         "a scratch disk is sound after every end, and is recovered after a crash",
         (400, 1800),
@@ -89,7 +93,10 @@ fn snapshotters(context: &Context) -> Result<()> {
         let out = output.out();
         expect_words(&out, &["written\n7:8 644\nmoved\n", "No such file"])?;
         match &said {
-            Some(before) => ensure!(*before == out, "{snapshotter} says {out:?} and not {before:?}"),
+            Some(before) => ensure!(
+                *before == out,
+                "{snapshotter} says {out:?} and not {before:?}"
+            ),
             None => said = Some(out),
         }
     }
@@ -127,7 +134,12 @@ fn mount(kind: &str, source: impl AsRef<Path>, options: &[&str]) -> Mount {
 
 /// An EROFS image of a folder.
 fn erofs(folder: &Path, image: &Path) -> Result<()> {
-    let output = ctr::run(Command::new("mkfs.erofs").arg("--quiet").arg(image).arg(folder))?;
+    let output = ctr::run(
+        Command::new("mkfs.erofs")
+            .arg("--quiet")
+            .arg(image)
+            .arg(folder),
+    )?;
     output.expect_code(0)?;
     Ok(())
 }
@@ -152,7 +164,12 @@ fn overlay(layers: &[PathBuf], scratch: &Path) -> Vec<Mount> {
     mounts.push(mount(
         "mkfs/ext4",
         scratch,
-        &["X-containerd.mkfs.fs=ext4", "X-containerd.mkfs.size=32MiB", "rw", "loop"],
+        &[
+            "X-containerd.mkfs.fs=ext4",
+            "X-containerd.mkfs.size=32MiB",
+            "rw",
+            "loop",
+        ],
     ));
     let upper = format!("{{{{ mount {count} }}}}/upper");
     let work = format!("{{{{ mount {count} }}}}/work");
@@ -225,8 +242,16 @@ fn layers(context: &Context) -> Result<()> {
     )?;
     ensure!(first == "of the second layer\n755\n", "{first:?}");
     let size = fs::metadata(&scratch)?;
-    ensure!(size.len() == 32 << 20, "the scratch disk has {} bytes", size.len());
-    ensure!(size.permissions().mode() & 0o777 == 0o600, "its mode is {:o}", size.mode());
+    ensure!(
+        size.len() == 32 << 20,
+        "the scratch disk has {} bytes",
+        size.len()
+    );
+    ensure!(
+        size.permissions().mode() & 0o777 == 0o600,
+        "its mode is {:o}",
+        size.mode()
+    );
     sound(&scratch)?;
     // The same root again: its changes are there.
     let again = run(context, "layers-again", "cat /kept /etc/second", &root)?;
@@ -243,7 +268,10 @@ fn whiteouts(context: &Context) -> Result<()> {
         // Each brings a file of its own, changes a common one, and takes the file before away.
         let folder = context.path(format!("layer-{number}"));
         fs::create_dir_all(folder.join("many"))?;
-        fs::write(folder.join(format!("many/f{number}")), format!("{number}\n"))?;
+        fs::write(
+            folder.join(format!("many/f{number}")),
+            format!("{number}\n"),
+        )?;
         fs::write(folder.join("many/last"), format!("{number}\n"))?;
         if number > 1 && number % 2 == 0 {
             device(&folder.join(format!("many/f{}", number - 1)))?;
@@ -401,10 +429,7 @@ fn too_many(context: &Context) -> Result<()> {
 fn refused(context: &Context) -> Result<()> {
     let layer = base(context)?;
     let roots = [
-        (
-            vec![mount("wild/erofs", &layer, &[])],
-            &["wild/erofs"][..],
-        ),
+        (vec![mount("wild/erofs", &layer, &[])], &["wild/erofs"][..]),
         (
             vec![
                 mount("erofs", &layer, &["ro"]),
@@ -420,10 +445,7 @@ fn refused(context: &Context) -> Result<()> {
             vec![mount("erofs", context.path("missing.erofs"), &["ro"])],
             &["missing.erofs", "No such file"],
         ),
-        (
-            vec![mount("nosuchfs", "/dev/null", &[])],
-            &["nosuchfs"],
-        ),
+        (vec![mount("nosuchfs", "/dev/null", &[])], &["nosuchfs"]),
     ];
     for (number, (root, words)) in roots.iter().enumerate() {
         let bundle = Bundle::script(context, &format!("refused-{number}"), "true")?;

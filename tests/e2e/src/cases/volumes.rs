@@ -34,7 +34,11 @@ const fn nacre(name: &'static str, seconds: (u64, u64), run: fn(&Context) -> Res
 }
 
 pub(crate) const CASES: &[Case] = &[
-    agreed("a volume is written from both sides", (120, 120), both_sides),
+    agreed(
+        "a volume is written from both sides",
+        (120, 120),
+        both_sides,
+    ),
     agreed(
         "a read-only volume cannot be written by root, even after remounting",
         (120, 120),
@@ -46,8 +50,16 @@ pub(crate) const CASES: &[Case] = &[
         kubernetes,
     ),
     agreed("many small files in a volume", (180, 1800), small_files),
-    agreed("a large file in a volume keeps its checksum", (180, 1800), large_file),
-    agreed("a deleted file is readable while it is open", (90, 90), deleted),
+    agreed(
+        "a large file in a volume keeps its checksum",
+        (180, 1800),
+        large_file,
+    ),
+    agreed(
+        "a deleted file is readable while it is open",
+        (90, 90),
+        deleted,
+    ),
     nacre(
         "opening many files leaves the shim no more descriptors",
         (180, 1800),
@@ -71,7 +83,10 @@ impl Volume {
 
     fn of(path: &Path, destination: &str, options: &str) -> Self {
         Volume {
-            option: format!("type=bind,src={},dst={destination},options={options}", path.display()),
+            option: format!(
+                "type=bind,src={},dst={destination},options={options}",
+                path.display()
+            ),
             path: path.to_owned(),
         }
     }
@@ -111,9 +126,7 @@ impl<'a> Running<'a> {
     fn script(&self, script: &str) -> Result<String> {
         let number = self.execs.replace(self.execs.get() + 1);
         let exec = format!("e{number}");
-        let output = self
-            .ctr
-            .exec(&self.id, &exec, &[], &["sh", "-c", script])?;
+        let output = self.ctr.exec(&self.id, &exec, &[], &["sh", "-c", script])?;
         output
             .expect_code(0)
             .with_context(|| format!("in the container: {script}"))?;
@@ -154,16 +167,30 @@ fn both_sides(context: &Context) -> Result<()> {
          ln -s ../host /data/d/link; ln /data/g /data/d/hard; echo -n more >> /etc/single",
     )?;
     let made = fs::metadata(folder.path.join("g"))?;
-    expect("its owner", &format!("{}:{}", made.uid(), made.gid()), "1234:4321")?;
+    expect(
+        "its owner",
+        &format!("{}:{}", made.uid(), made.gid()),
+        "1234:4321",
+    )?;
     expect("its mode", &format!("{:o}", made.mode() & 0o7777), "640")?;
     expect("its links", &made.nlink().to_string(), "2")?;
-    expect("its content", &fs::read_to_string(folder.path.join("g"))?, "guest")?;
+    expect(
+        "its content",
+        &fs::read_to_string(folder.path.join("g"))?,
+        "guest",
+    )?;
     expect(
         "a link",
-        &fs::read_link(folder.path.join("d/link"))?.display().to_string(),
+        &fs::read_link(folder.path.join("d/link"))?
+            .display()
+            .to_string(),
         "../host",
     )?;
-    expect("the single file", &fs::read_to_string(&single)?, "one filemore")?;
+    expect(
+        "the single file",
+        &fs::read_to_string(&single)?,
+        "one filemore",
+    )?;
 
     // What the host does is seen within its time for names, and by an open at once.
     fs::write(folder.path.join("host"), "changed, and longer than before")?;
@@ -175,14 +202,18 @@ fn both_sides(context: &Context) -> Result<()> {
     fs::rename(folder.path.join("g"), folder.path.join("renamed"))?;
     fs::write(folder.path.join("later"), "later")?;
     fs::remove_file(folder.path.join("d/link"))?;
-    poll::until("the host's changes in the guest", context.seconds(20), || {
-        let seen = running.script("ls /data /data/d; cat /data/later 2>/dev/null; true")?;
-        let right = seen.contains("renamed")
-            && seen.contains("later\n")
-            && !seen.contains("link")
-            && !seen.lines().any(|line| line == "g");
-        Ok(right.then_some(()))
-    })?;
+    poll::until(
+        "the host's changes in the guest",
+        context.seconds(20),
+        || {
+            let seen = running.script("ls /data /data/d; cat /data/later 2>/dev/null; true")?;
+            let right = seen.contains("renamed")
+                && seen.contains("later\n")
+                && !seen.contains("link")
+                && !seen.lines().any(|line| line == "g");
+            Ok(right.then_some(()))
+        },
+    )?;
     // Appending from both sides loses nothing.
     for turn in 0..5 {
         running.script(&format!("echo guest {turn} >> /data/log"))?;
@@ -243,7 +274,11 @@ fn read_only(context: &Context) -> Result<()> {
         (after.ctime(), after.ctime_nsec()) == (before.ctime(), before.ctime_nsec()),
         "the file was touched"
     );
-    expect("the file", &fs::read_to_string(folder.path.join("f"))?, "kept")?;
+    expect(
+        "the file",
+        &fs::read_to_string(folder.path.join("f"))?,
+        "kept",
+    )?;
     let names: Vec<_> = fs::read_dir(&folder.path)?.flatten().collect();
     ensure!(names.len() == 2, "the folder has {names:?}");
     Ok(())
@@ -281,7 +316,11 @@ fn kubernetes(context: &Context) -> Result<()> {
             "type=tmpfs,src=tmpfs,dst=/memory,options=nosuid:nodev:mode=700:size=4m",
         ],
     )?;
-    expect("the key", &running.script("cat /etc/config/key")?, "value 1\n")?;
+    expect(
+        "the key",
+        &running.script("cat /etc/config/key")?,
+        "value 1\n",
+    )?;
     expect_words(&running.script("cat /etc/hosts")?, &["localhost pod"])?;
     version(2)?;
     poll::until("the new version of the key", context.seconds(20), || {
@@ -296,7 +335,8 @@ fn kubernetes(context: &Context) -> Result<()> {
     )?;
     let sizes = running.script("df -k /memory /dev/shm | awk 'NR > 1 {print $2}'")?;
     expect("the sizes of what is in memory", &sizes, "4096\n65536\n")?;
-    let full = running.script("dd if=/dev/zero of=/memory/x bs=1M count=8 2>/dev/null; stat -c %s /memory/x")?;
+    let full = running
+        .script("dd if=/dev/zero of=/memory/x bs=1M count=8 2>/dev/null; stat -c %s /memory/x")?;
     expect("a file that fills it", &full, "4194304\n")?;
     running.end()
 }
@@ -312,17 +352,19 @@ fn small_files(context: &Context) -> Result<()> {
     expect("the files made", made.trim(), &count.to_string())?;
     let mut found = 0;
     for number in 0..count {
-        let path = folder
-            .path
-            .join(format!("t/{}/f{number}", number / 100));
+        let path = folder.path.join(format!("t/{}/f{number}", number / 100));
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         expect("a file", &text, &format!("file {number}\n"))?;
         found += 1;
     }
-    let sums = running.script("find /data/t -type f | sort | xargs cat | sha256sum | cut -d' ' -f1")?;
+    let sums =
+        running.script("find /data/t -type f | sort | xargs cat | sha256sum | cut -d' ' -f1")?;
     let removed = running.script("rm -r /data/t && ls /data | wc -l")?;
     expect("what is left", removed.trim(), "0")?;
-    ensure!(fs::read_dir(&folder.path)?.next().is_none(), "the host still has some");
+    ensure!(
+        fs::read_dir(&folder.path)?.next().is_none(),
+        "the host still has some"
+    );
     eprintln!("  {found} files, checksum {}", sums.trim());
     running.end()
 }
@@ -351,7 +393,11 @@ fn large_file(context: &Context) -> Result<()> {
         "sha256sum /data/from-host | cut -d' ' -f1; dd if=/data/from-host of=/data/from-guest bs=1M 2>/dev/null; \
          sync; sha256sum < /data/from-guest | cut -d' ' -f1",
     )?;
-    expect("the checksums in the guest", &seen, &format!("{wanted}\n{wanted}\n"))?;
+    expect(
+        "the checksums in the guest",
+        &seen,
+        &format!("{wanted}\n{wanted}\n"),
+    )?;
     running.end()?;
     let mut hash = Sha256::new();
     let mut copy = fs::File::open(folder.path.join("from-guest"))?;
@@ -362,7 +408,11 @@ fn large_file(context: &Context) -> Result<()> {
         }
         hash.update(&block[..read]);
     }
-    expect("the copy's checksum on the host", &hex(&hash.finalize()), &wanted)?;
+    expect(
+        "the copy's checksum on the host",
+        &hex(&hash.finalize()),
+        &wanted,
+    )?;
     for name in ["from-host", "from-guest"] {
         fs::remove_file(folder.path.join(name))?;
     }
@@ -388,7 +438,9 @@ fn deleted(context: &Context) -> Result<()> {
         let limit = context.seconds(30);
         std::thread::spawn(move || -> Result<()> {
             let flag = path.join("opened");
-            poll::until("the guest's open", limit, || Ok(flag.exists().then_some(())))?;
+            poll::until("the guest's open", limit, || {
+                Ok(flag.exists().then_some(()))
+            })?;
             fs::remove_file(path.join("g"))?;
             Ok(fs::remove_file(flag)?)
         })
@@ -417,9 +469,15 @@ fn descriptors(context: &Context) -> Result<()> {
     running.script(&opens)?;
     let before = open()?;
     let last = running.script(&opens)?;
-    expect("the last of the file", last.trim(), &(count - 1).to_string())?;
+    expect(
+        "the last of the file",
+        last.trim(),
+        &(count - 1).to_string(),
+    )?;
     let after = open()?;
-    eprintln!("  {before} descriptors before {count} opens for writing and reading each, {after} after");
+    eprintln!(
+        "  {before} descriptors before {count} opens for writing and reading each, {after} after"
+    );
     ensure!(after <= before + 2, "{before} descriptors became {after}");
     running.end()
 }
@@ -428,14 +486,26 @@ fn refused(context: &Context) -> Result<()> {
     let ctr = Ctr::new(context)?;
     let missing = context.path("not-there");
     for (name, source, words) in [
-        ("missing", missing.as_path(), &["not-there", "No such file"][..]),
-        ("device", Path::new("/dev/null"), &["/dev/null", "device of the host"]),
+        (
+            "missing",
+            missing.as_path(),
+            &["not-there", "No such file"][..],
+        ),
+        (
+            "device",
+            Path::new("/dev/null"),
+            &["/dev/null", "device of the host"],
+        ),
     ] {
         let volume = Volume::of(source, "/x", "rbind:ro");
         let flags = flags(&[&volume]);
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         let output = ctr.run(&context.id(name), &flags, &["true"])?;
-        ensure!(output.code != 0, "the container ran with {}", source.display());
+        ensure!(
+            output.code != 0,
+            "the container ran with {}",
+            source.display()
+        );
         expect_words(&output.err(), words)?;
     }
     Ok(())

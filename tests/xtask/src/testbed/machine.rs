@@ -310,8 +310,8 @@ fn tools() -> Result<Stage> {
 fn mkfs_erofs(stage: &mut Stage) -> Result<()> {
     let root = apt::closure(Release::Trixie, &["erofs-utils"])?;
     let libraries = root.join("usr/lib/x86_64-linux-gnu");
-    for entry in std::fs::read_dir(&libraries)
-        .with_context(|| format!("reading {}", libraries.display()))?
+    for entry in
+        std::fs::read_dir(&libraries).with_context(|| format!("reading {}", libraries.display()))?
     {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_owned();
