@@ -24,7 +24,6 @@ const LONGEST_DURATION_MS: u64 = 31_536_000_000;
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 /// What memory is plugged in, in MiB.
 const PLUG_UNIT_MIB: u64 = 2;
-/// Largest ext4 image with the blocks that its maker chooses.
 
 /// A size in bytes, written as a number with an optional K, M, G or T (powers of 1024).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -423,7 +423,7 @@ mod tests {
         ] {
             let guest = for_guest(
                 &spec(|spec| {
-                    spec["mounts"] = json!([{"destination": "/tmp", "type": "tmpfs"}, mount])
+                    spec["mounts"] = json!([{"destination": "/tmp", "type": "tmpfs"}, mount]);
                 }),
                 "c1",
                 "7",

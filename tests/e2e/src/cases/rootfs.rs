@@ -409,9 +409,9 @@ fn too_many(context: &Context) -> Result<()> {
     let bundle = Bundle::script(context, "many-disks", "true")?;
     let address = bundle.started(Dialect::Params)?;
     let tasks = Tasks::dial(&address)?;
-    let refusal = match tasks.create_over(&bundle.id, &bundle.folder, &Stdio::default(), &root) {
-        Ok(_) => bail!("a root of 20 disks was made"),
-        Err(refusal) => refusal,
+    let created = tasks.create_over(&bundle.id, &bundle.folder, &Stdio::default(), &root);
+    let Err(refusal) = created else {
+        bail!("a root of 20 disks was made");
     };
     eprintln!("  {refusal}");
     expect_words(&refusal.message, &["windows"])?;
