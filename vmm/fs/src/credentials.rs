@@ -10,7 +10,8 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::process::{getegid, geteuid, umask};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, UnshareFlags, capabilities, set_capabilities, unshare_unsafe,
+    CapabilitySet, CapabilitySets, UnshareFlags, capabilities, set_capabilities, set_thread_groups,
+    unshare_unsafe,
 };
 
 use crate::sys;
@@ -33,6 +34,8 @@ impl Credentials {
         // this thread's own.
         unsafe { unshare_unsafe(UnshareFlags::FS) }?;
         umask(Mode::empty());
+        // Groups of this process are not the guest's: by them a file would keep its set-group-ID. Not root, it stays in them.
+        let _ = set_thread_groups(&[]);
         Ok(Self {
             own: (geteuid().as_raw(), getegid().as_raw()),
             full: capabilities(None)?,

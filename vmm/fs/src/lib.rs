@@ -41,6 +41,10 @@ mod server;
 mod stat;
 mod sys;
 #[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(
+    not(test),
+    allow(dead_code, reason = "the fuzz target needs less of it than tests do")
+)]
 mod testing;
 #[cfg(test)]
 mod tests;
