@@ -41,7 +41,7 @@ pub struct Usage {
     pub other_cpu_ms: u64,
     /// vCPU exits to the VMM by reason.
     pub exits: BTreeMap<String, u64>,
-    /// vCPUs and units of ACPI memory that the guest ejected unasked.
+    /// Ejects of vCPUs and units of ACPI memory that nobody had asked the guest for.
     pub unasked_ejects: u64,
     /// Since the VM was asked for, milliseconds.
     pub uptime_ms: u64,

@@ -291,7 +291,7 @@ impl Vm {
             .flatten()
     }
 
-    /// Ejects of vCPUs and memory that the guest was not asked for; they have no effect. 0 when the VM has ended.
+    /// Ejects of vCPUs and memory that the guest was not asked for. 0 when the VM has ended.
     pub fn unasked_ejects(&self) -> u64 {
         self.with_machine(|machine| Ok(machine.plugs().registers().unasked()))
             .unwrap_or(0)

@@ -43,6 +43,16 @@ impl Sandbox {
                 }
             }
         }
+        let gone = |unit: &&UnitView| self.slot(slot_of(unit)).is_none();
+        if let Some(unit) = units.iter().find(gone)
+            && self.0.machine.exit_reason().is_none()
+        {
+            let undone = self.take_units_back(&units, units.len()).await;
+            return Err(format!(
+                "{} was online, but the guest has ejected it, unasked; {undone}",
+                named(unit)
+            ));
+        }
         Ok(steps)
     }
 

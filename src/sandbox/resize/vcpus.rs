@@ -68,10 +68,20 @@ impl Sandbox {
     }
 
     async fn to_vcpus(&self, to: u8, before: u8) -> Result<Vec<Step>, String> {
+        // Each round takes a vCPU that is not acknowledged, adds one, or removes one. More of them than this there are only where
+        // the guest ejects what it was given.
+        let most = 2 * usize::from(self.0.max_vcpus);
         let mut steps = Vec::new();
-        // Each round takes a vCPU that is not acknowledged, adds one, or removes one. The guest can make it take more rounds only
-        // by ejecting what it was asked for earlier, which it can do once for each.
+        if to >= before {
+            self.look_for_offline(before).await?;
+        }
         loop {
+            if steps.len() > most {
+                return Err(format!(
+                    "after {most} steps the VM has {} vCPUs, since the guest ejects what it is given",
+                    self.vcpus()
+                ));
+            }
             let now = self.vcpus();
             let step = match (now.cmp(&to), self.left_over_vcpu()) {
                 (Ordering::Greater, _) => self.remove_vcpu().await,
@@ -97,8 +107,11 @@ impl Sandbox {
         if at == before {
             return String::new();
         }
-        // Bounded: a step that fails ends it.
-        while self.vcpus() != before && self.0.machine.exit_reason().is_none() {
+        // A guest that ejects what it is given would have it go on.
+        for _ in 0..=self.0.max_vcpus {
+            if self.vcpus() == before || self.0.machine.exit_reason().is_some() {
+                return format!("; it is back at {before} vCPUs");
+            }
             let step = if self.vcpus() < before {
                 self.add_vcpu().await
             } else {
@@ -111,7 +124,24 @@ impl Sandbox {
                 );
             }
         }
-        format!("; it is back at {before} vCPUs")
+        format!(
+            "; it should go back to {before} vCPUs and has {}",
+            self.vcpus()
+        )
+    }
+
+    /// What the guest has taken offline by itself is not acknowledged any more.
+    async fn look_for_offline(&self, vcpus: u8) -> Result<(), String> {
+        if vcpus == 1 {
+            return Ok(());
+        }
+        let seen = self.resources().await.map_err(|error| chain(&error))?;
+        for slot in self.0.machine.vcpu_slots() {
+            if slot.index != 0 && !seen.online_uids.contains(&u32::from(slot.index)) {
+                self.begin(Plugged::Vcpu(slot.index));
+            }
+        }
+        Ok(())
     }
 
     /// The highest that is there and that the guest may not have online.

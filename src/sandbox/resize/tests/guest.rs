@@ -153,6 +153,11 @@ impl Guest {
         self.write(of, STATUS, 1);
     }
 
+    /// The guest takes it offline by itself.
+    pub fn loses(&self, of: Plugged) {
+        self.online.lock().unwrap().remove(&of);
+    }
+
     /// What an interrupt has the kernel do.
     fn look(&self) {
         loop {
@@ -335,6 +340,11 @@ impl AgentService for Guest {
         answer.memory_total_bytes = (256 << 20) + self.fake.mem.borrow().plugged;
         answer.memory_available_bytes = 200 << 20;
         answer.memory_block_bytes = 128 << 20;
+        let online = self.online().into_iter().filter_map(|of| match of {
+            Plugged::Vcpu(index) => Some(u32::from(index)),
+            Plugged::Unit(_) => None,
+        });
+        answer.online_uids = std::iter::once(0).chain(online).collect();
         has(&mut answer);
         Ok(answer)
     }
