@@ -38,7 +38,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// Seconds that the guest has for each step.
-const PATIENCE: u64 = 6;
+const PATIENCE: u64 = 8;
 const BOOT_MIB: u64 = 384;
 const UNIT_MIB: u64 = 128;
 
@@ -59,15 +59,25 @@ fn size(of: &Value) -> (Option<u64>, Option<u64>) {
     (of["vcpus"].as_u64(), of["memory_mib"].as_u64())
 }
 
-fn unasked(shell: &Shell<'_>) -> Result<u64> {
-    let (inspected, usage) = (shell.inspect()?, shell.usage()?);
-    let number = |of: &Value| of["unasked_ejects"].as_u64();
-    let (one, other) = (number(&inspected), number(&usage));
+fn unasked(of: &Value) -> Result<u64> {
+    let unasked = of["unasked_ejects"].as_u64();
+    unasked.with_context(|| format!("no unasked_ejects in {of}"))
+}
+
+/// Has the guest's root eject something unasked, and waits until both who count that have one more, and the guest as much as the
+/// host.
+fn ejects(context: &Context, shell: &mut Shell<'_>, eject: &str) -> Result<()> {
+    let before = unasked(&shell.usage()?)?;
+    shell.root(eject)?;
+    poll::until("the eject is counted", context.seconds(10), || {
+        Ok((unasked(&shell.usage()?)? > before).then_some(()))
+    })?;
+    let counts = (unasked(&shell.inspect()?)?, unasked(&shell.usage()?)?);
     ensure!(
-        one == other,
-        "unasked ejects are {one:?} by inspect and {other:?} by top"
+        counts == (before + 1, before + 1),
+        "unasked ejects by inspect and top are {counts:?}, and were {before}"
     );
-    one.context("no unasked_ejects")
+    agrees(shell)
 }
 
 /// What the host counts, by both who tell it, is what the guest's kernel has, online or not.
@@ -166,12 +176,7 @@ fn cpus(context: &Context) -> Result<()> {
     // Ejected, unasked, when it is there and while it comes.
     let eject = "echo 1 > $(readlink -f sys/devices/system/cpu/cpu1/firmware_node)/eject";
     honest(&mut shell, 2, BOOT_MIB)?;
-    let before = unasked(&shell)?;
-    shell.root(eject)?;
-    poll::until("the eject is counted", context.seconds(10), || {
-        Ok((unasked(&shell)? == before + 1).then_some(()))
-    })?;
-    agrees(&mut shell)?;
+    ejects(context, &mut shell, eject)?;
     honest(&mut shell, 2, BOOT_MIB)?;
     honest(&mut shell, 1, BOOT_MIB)?;
     shell.root_keeps(eject, 20)?;
@@ -222,12 +227,7 @@ fn memory(context: &Context) -> Result<()> {
 
     let eject = "for unit in sys/bus/acpi/devices/PNP0C80:*; do if grep -q 1 $unit/status 2> /dev/null; then echo 1 > $unit/eject; fi; done";
     honest(&mut shell, 1, one)?;
-    let before = unasked(&shell)?;
-    shell.root(eject)?;
-    poll::until("the eject is counted", context.seconds(10), || {
-        Ok((unasked(&shell)? == before + 1).then_some(()))
-    })?;
-    agrees(&mut shell)?;
+    ejects(context, &mut shell, eject)?;
     honest(&mut shell, 1, one)?;
     honest(&mut shell, 1, BOOT_MIB)?;
     shell.root_keeps(eject, 50)?;
@@ -299,7 +299,10 @@ fn registers(context: &Context) -> Result<()> {
         honest(&mut shell, 3, BOOT_MIB + UNIT_MIB)?;
         honest(&mut shell, 1, BOOT_MIB)?;
     }
-    ensure!(unasked(&shell)? > 0, "no eject of the boot vCPU is counted");
+    ensure!(
+        unasked(&shell.usage()?)? > 0,
+        "no eject of the boot vCPU is counted"
+    );
     shell.end()
 }
 
@@ -319,7 +322,7 @@ fn from_under_it(context: &Context) -> Result<()> {
             if let Some(end) = shell.ended()? {
                 return Ok(Some(end));
             }
-            let counted = unasked(&shell).unwrap_or(0);
+            let counted = shell.usage().and_then(|usage| unasked(&usage)).unwrap_or(0);
             Ok((counted > 0).then(|| format!("{counted} counted")))
         })?;
         eprintln!("  {what}: {counted}");
@@ -332,6 +335,7 @@ fn from_under_it(context: &Context) -> Result<()> {
             // Whoever ran it is told how the VM ended.
             Some(_) => {
                 let said = shell.errors();
+                eprintln!("  {what}: {}", said.lines().last().unwrap_or_default());
                 ensure!(said.contains("The VM"), "no reason is told: {said}");
             }
             None => shell.stop()?,
