@@ -345,3 +345,37 @@ async fn a_guest_that_takes_its_time_to_refuse_is_not_asked_for_every_unit() {
     assert_eq!(vm.size(), (1, most));
     vm.agrees();
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_unit_that_the_guest_ejects_while_others_come_is_missed() {
+    let vm = Vm::new(Script {
+        online: |_| Reply::After(seconds(1)),
+        ..Script::good()
+    })
+    .await;
+    let guest = vm.guest.clone();
+    let ejects = tokio::spawn(async move {
+        while guest.online().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        guest.eject(Plugged::Unit(0));
+    });
+    let text = words(vm.sandbox.resize_memory(512).await);
+    ejects.await.unwrap();
+    has_all(
+        &text,
+        &[
+            "128 MiB at 0x100000000 was online, but the guest has ejected it, unasked",
+            "it was unplugged again",
+        ],
+    );
+    assert_eq!(vm.size(), (1, 256));
+    assert_eq!(vm.sandbox.inspect().unasked_ejects, 1);
+    // What it ejected by itself comes with the next change.
+    vm.guest.behave(Script::good());
+    assert_eq!(vm.sandbox.resize_memory(512).await.unwrap().now, 512);
+    vm.guest.eject(Plugged::Unit(1));
+    assert_eq!(vm.size(), (1, 384));
+    assert_eq!(vm.sandbox.resize_memory(512).await.unwrap().now, 512);
+    vm.agrees();
+}

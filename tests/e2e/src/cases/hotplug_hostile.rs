@@ -308,28 +308,43 @@ fn registers(context: &Context) -> Result<()> {
 
 /// Ejects, by the registers, what its own kernel uses: a vCPU that runs, and memory that is online.
 fn from_under_it(context: &Context) -> Result<()> {
-    for (what, slot) in [("vCPU", CPUS + 16), ("memory", MEMORY)] {
+    let left = [
+        (Some(1), Some(BOOT_MIB + UNIT_MIB)),
+        (Some(2), Some(BOOT_MIB)),
+    ];
+    for ((what, slot), left) in [("vCPU", CPUS + 16), ("memory", MEMORY)].iter().zip(left) {
         let mut shell = start(context, what, OPEN)?;
         shell.root("mkdir -p /dev; [ -e /dev/mem ] || mknod /dev/mem c 1 1")?;
         honest(&mut shell, 2, BOOT_MIB + UNIT_MIB)?;
         // The answer may never come: what would print it may be on that vCPU, or in that memory.
         let command = format!(
             "(echo '{}' > /root.ask; cat /root.said) < /dev/null > /dev/null 2>&1 &\n",
-            poke(slot, Some(1))
+            poke(*slot, Some(1))
         );
         shell.write(command.as_bytes())?;
         let counted = poll::until("the eject or the end", context.seconds(20), || {
             if let Some(end) = shell.ended()? {
                 return Ok(Some(end));
             }
-            let counted = shell.usage().and_then(|usage| unasked(&usage)).unwrap_or(0);
-            Ok((counted > 0).then(|| format!("{counted} counted")))
+            // Its process may be on its way out.
+            let Ok(usage) = shell.usage() else {
+                return Ok(None);
+            };
+            if unasked(&usage)? == 0 {
+                return Ok(None);
+            }
+            ensure!(
+                size(&usage) == left,
+                "without it the VM has {:?} instead of {left:?}",
+                size(&usage)
+            );
+            Ok(Some("counted, and gone".to_owned()))
         })?;
         eprintln!("  {what}: {counted}");
         let named = ["vCPU 1", "128 MiB at 0x10", "ended", "agent", "No VM"];
-        let size = ["--cpus", "1", "--memory", &format!("{BOOT_MIB}M")];
+        let smaller = ["--cpus", "1", "--memory", &format!("{BOOT_MIB}M")];
         if shell.ended()?.is_none() {
-            tried(context, &shell, &size, &named)?;
+            tried(context, &shell, &smaller, &named)?;
         }
         match shell.ended()? {
             // Whoever ran it is told how the VM ended.
