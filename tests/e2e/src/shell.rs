@@ -179,13 +179,11 @@ impl<'a> Shell<'a> {
         stdin.write_all(bytes).context("writing to the shell")
     }
 
-    /// Its standard input and output, for bytes of the case's own; it is told nothing more.
-    pub fn streams(&mut self) -> Result<(ChildStdin, Receiver<Vec<u8>>)> {
-        ensure!(
-            self.rest.is_empty(),
-            "it has printed {:?} that nobody read",
-            String::from_utf8_lossy(&self.rest)
-        );
+    /// Becomes another program, which gets these two: its standard input and output.
+    pub fn becomes(&mut self, program: &str) -> Result<(ChildStdin, Receiver<Vec<u8>>)> {
+        // The shell reads ahead; what the program is to get is not to be sent before the shell is gone.
+        self.write(format!("exec sh -c 'echo \"<begins>\"; exec {program}'\n").as_bytes())?;
+        self.read_until(b"<begins>\n", self.context.seconds(30))?;
         let stdin = self.stdin.take().context("standard input is closed")?;
         let (_, nothing) = std::sync::mpsc::channel();
         Ok((stdin, std::mem::replace(&mut self.said, nothing)))
@@ -279,14 +277,16 @@ impl<'a> Shell<'a> {
         Ok(self.child.try_wait()?.map(|status| status.to_string()))
     }
 
-    /// Ends the VM whatever its guest does, by two signals more than a guest that obeys needs.
+    /// Ends the VM whatever its guest does: the third signal does it. Signals that come together are one.
     pub fn stop(mut self) -> Result<()> {
-        for _ in 0..3 {
-            processes::signal(self.pid() as i32, Signal::SIGTERM);
-        }
         let limit = self.context.seconds(30);
         poll::until("the end of vmctl run", limit, || {
-            Ok(self.child.try_wait()?)
+            let ended = self.child.try_wait()?;
+            if ended.is_none() {
+                processes::signal(self.pid() as i32, Signal::SIGTERM);
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            Ok(ended)
         })?;
         Ok(())
     }
