@@ -285,7 +285,16 @@ impl Sandbox {
         }
         let mut steps = Vec::new();
         if status.driver && (status.plugged, status.requested) != (to, to) {
-            steps = self.request(to).await?;
+            match self.request(to).await {
+                Ok(step) => steps = step,
+                Err(why) => {
+                    let available = self.available().await;
+                    let available = available.map_or_else(String::new, |bytes| {
+                        format!("; the guest has {} MiB available", bytes / MIB)
+                    });
+                    return Err(format!("{why}{available}"));
+                }
+            }
         }
         if by_units == 0 {
             return Ok(steps);

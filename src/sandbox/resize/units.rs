@@ -140,6 +140,8 @@ impl Sandbox {
         units.sort_by_key(|unit| (self.is_left_over(slot_of(unit)), unit.slot.index));
         let mut steps = Vec::new();
         let mut stays = Causes::default();
+        // What the guest has available, once a unit has not gone.
+        let mut available = None;
         // What the guest was asked for by an earlier change may go by itself.
         while self.unit_bytes() > to {
             let Some(unit) = units.pop() else {
@@ -158,19 +160,39 @@ impl Sandbox {
                 }
                 return Err(why);
             };
+            if let Some(bytes) = available
+                && bytes < unit.bytes
+                && !self.is_left_over(slot_of(&unit))
+            {
+                let mib = bytes >> 20;
+                let why = format!("not tried, since the guest has only {mib} MiB available");
+                stays.add(&unit, &why);
+                continue;
+            }
             match self.remove_unit(&unit).await {
-                Ok(step) => steps.push(step),
+                Ok(step) => {
+                    steps.push(step);
+                    available = None;
+                }
                 Err(stuck) => {
                     stays.add(&unit, &stuck.why);
                     // A guest that takes its time to refuse each would take hours for all.
                     if stuck.late || began.elapsed() >= self.longest() {
                         stays.untried = units.len();
                         units.clear();
+                    } else {
+                        available = self.available().await;
                     }
                 }
             }
         }
         Ok(steps)
+    }
+
+    /// Bytes that the guest's kernel could make free, if it says so.
+    pub(super) async fn available(&self) -> Option<u64> {
+        let seen = self.resources().await.ok()?;
+        Some(seen.memory_available_bytes)
     }
 
     async fn remove_unit(&self, unit: &UnitView) -> Result<Step, Stuck> {

@@ -347,6 +347,40 @@ async fn a_guest_that_takes_its_time_to_refuse_is_not_asked_for_every_unit() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_guest_without_room_is_not_tried_unit_by_unit() {
+    let vm = Vm::new(Script::good()).await;
+    vm.sandbox.resize_memory(768).await.unwrap();
+    let full = || Script {
+        offline: |_| Reply::Refuses(Code::FAILED_PRECONDITION, "it is in use"),
+        has: |has| has.memory_available_bytes = 100 << 20,
+        ..Script::good()
+    };
+    vm.guest.behave(full());
+    vm.guest.calls();
+    let text = words(vm.sandbox.resize_memory(256).await);
+    has_all(
+        &text,
+        &[
+            "0 of 512 MiB can be unplugged",
+            "128 MiB at 0x118000000: The guest failed",
+            "it is in use",
+            "128 MiB at 0x100000000: not tried, since the guest has only 100 MiB available",
+        ],
+    );
+    assert_eq!(vm.guest.calls(), ["offline Unit(3)", "resources"]);
+    // With room each is tried.
+    vm.guest.behave(Script {
+        has: |_| {},
+        ..full()
+    });
+    let text = words(vm.sandbox.resize_memory(256).await);
+    assert_eq!(text.matches("it is in use").count(), 4, "{text}");
+    vm.guest.behave(Script::good());
+    assert_eq!(vm.sandbox.resize_memory(256).await.unwrap().now, 256);
+    vm.agrees();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_unit_that_the_guest_ejects_while_others_come_is_missed() {
     let vm = Vm::new(Script {
         online: |_| Reply::After(seconds(1)),
