@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::hotplug::{alone, memory_total};
 use crate::context::Context;
-use crate::ctr::Output;
+use crate::ctr::{Output, expect_words};
 use crate::poll;
 use crate::shell::Shell;
 use crate::suite::Case;
@@ -24,6 +24,11 @@ pub(crate) const CASES: &[Case] = &[
         "resize: a guest's root that takes memory offline and ejects it, unasked, harms no other change",
         (300, 300),
         memory,
+    ),
+    alone(
+        "resize: a guest that hears of no change is waited for no longer than was said, and all is undone",
+        (300, 300),
+        deaf,
     ),
     alone(
         "resize: a guest's root that writes to the hotplug registers is answered to in time",
@@ -237,6 +242,56 @@ fn memory(context: &Context) -> Result<()> {
     shell.root_stops()?;
     settled(context, &mut shell)?;
     honest(&mut shell, 1, one + UNIT_MIB)?;
+    honest(&mut shell, 1, BOOT_MIB)?;
+    shell.end()
+}
+
+/// Without the driver of the Generic Event Device the kernel notices nothing.
+fn deaf(context: &Context) -> Result<()> {
+    const DRIVER: &str = "sys/bus/platform/drivers/acpi-ged";
+    let mut shell = start(context, "deaf", "")?;
+    let device = shell.root(&format!("ls {DRIVER} | grep ACPI0013"))?;
+    let hears =
+        |shell: &mut Shell<'_>, how: &str| shell.root(&format!("echo {device} > {DRIVER}/{how}"));
+    let (grown, small) = (format!("{}M", BOOT_MIB + UNIT_MIB), format!("{BOOT_MIB}M"));
+    let refused = |shell: &mut Shell<'_>, options: [&str; 2], words: &[&str]| -> Result<()> {
+        let output = tried(context, shell, &options, &words[..1])?;
+        output.expect_code(1)?;
+        expect_words(&output.err(), words)?;
+        ensure!(
+            output.took > context.seconds(PATIENCE),
+            "the guest had {:?} and not the time that was said",
+            output.took
+        );
+        agrees(shell)
+    };
+    hears(&mut shell, "unbind")?;
+    let undone = "it was unplugged again";
+    refused(
+        &mut shell,
+        ["--cpus", "3"],
+        &["vCPU 1 was plugged, but", undone],
+    )?;
+    let unit = "128 MiB at 0x100000000";
+    refused(
+        &mut shell,
+        ["--memory", &grown],
+        &[unit, "was plugged, but", undone],
+    )?;
+    hears(&mut shell, "bind")?;
+    honest(&mut shell, 3, BOOT_MIB + UNIT_MIB)?;
+    hears(&mut shell, "unbind")?;
+    let undone = ["the request is taken back", "it is online again"];
+    let words = |what| [&[what, "the guest does not eject it"][..], &undone].concat();
+    refused(
+        &mut shell,
+        ["--cpus", "1"],
+        &words("vCPU 2 is offline, but"),
+    )?;
+    refused(&mut shell, ["--memory", &small], &words(unit))?;
+    let online = shell.number("grep -c ^processor /proc/cpuinfo")?;
+    ensure!(online == 3, "{online} of 3 vCPUs are online again");
+    hears(&mut shell, "bind")?;
     honest(&mut shell, 1, BOOT_MIB)?;
     shell.end()
 }
