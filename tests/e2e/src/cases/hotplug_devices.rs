@@ -3,9 +3,9 @@
 
 use std::io::Write;
 use std::process::ChildStdin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -156,6 +156,8 @@ impl Words {
 struct Echo {
     back: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
+    /// What was wrong with what came back.
+    wrong: Arc<OnceLock<String>>,
     limit: Duration,
     writer: std::thread::JoinHandle<Result<u64>>,
     reader: std::thread::JoinHandle<Result<Duration>>,
@@ -175,13 +177,18 @@ impl Echo {
         let (counted, stopped) = (Arc::clone(&back), Arc::clone(&stop));
         let writer = std::thread::spawn(move || write(stdin, &counted, &stopped));
         let counted = Arc::clone(&back);
+        let wrong = Arc::new(OnceLock::new());
+        let said_wrong = Arc::clone(&wrong);
         let reader = std::thread::spawn(move || {
             let outcome = read(&said, &counted, limit);
-            outcome.inspect_err(|error| eprintln!("  the streams: {error:#}"))
+            outcome.inspect_err(|error| {
+                let _ = said_wrong.set(format!("{error:#}"));
+            })
         });
         Ok(Self {
             back,
             stop,
+            wrong,
             limit,
             writer,
             reader,
@@ -196,8 +203,8 @@ impl Echo {
     /// Waits until more than those have come back.
     fn goes_on(&self, before: u64) -> Result<()> {
         poll::until("bytes come back", self.limit, || {
-            if self.reader.is_finished() {
-                bail!("the stream has ended after {} bytes", self.back());
+            if let Some(wrong) = self.wrong.get() {
+                bail!("the streams: {wrong}");
             }
             Ok((self.back() > before).then_some(()))
         })
