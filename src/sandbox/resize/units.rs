@@ -3,11 +3,10 @@
 use nacre_protocol::agent::{OfflineMemoryRequest, OnlineMemoryRequest, OnlineMemoryResponse};
 use nacre_vmm::hotplug::memory::UnitView;
 use tokio::time::Instant;
-use ttrpc::Code;
 
-use super::{Plugged, Step, Stuck, us, with_report};
+use super::{Plugged, Step, Stuck, is_unknown, us, with_report};
 use crate::sandbox::Sandbox;
-use crate::sandbox::error::{Error, chain};
+use crate::sandbox::error::chain;
 
 impl Sandbox {
     /// Bytes of the units that are there.
@@ -63,14 +62,23 @@ impl Sandbox {
         units
     }
 
-    /// One that is there comes online, which an earlier change left.
-    pub(super) async fn use_unit(&self, unit: &UnitView) -> Result<Step, Stuck> {
+    /// One that is there comes online, which an earlier change left. One that the guest's kernel does not know goes: it missed
+    /// what it was told, and is to be told anew.
+    pub(super) async fn use_unit(&self, unit: &UnitView) -> Result<Option<Step>, String> {
         let began = Instant::now();
-        let answer = self.online_unit(unit).await.map_err(|stuck| {
-            stuck.map(|why| format!("{} was plugged earlier, but {why}", named(unit)))
-        })?;
-        let times = (answer.noticed_us, answer.online_us);
-        Ok(Step::of_guest(named(unit), times, us(began)))
+        match self.online_unit(unit).await {
+            Ok(answer) => {
+                let times = (answer.noticed_us, answer.online_us);
+                Ok(Some(Step::of_guest(named(unit), times, us(began))))
+            }
+            Err(stuck) => {
+                if stuck.unknown && self.eject(slot_of(unit)).await.is_ok() {
+                    return Ok(None);
+                }
+                let why = stuck.why;
+                Err(format!("{} was plugged earlier, but {why}", named(unit)))
+            }
+        }
     }
 
     /// Has the agent bring a unit online, and acknowledges it.
@@ -215,10 +223,7 @@ impl Sandbox {
         let offline_us = match answer {
             Ok(answer) => answer.offline_us,
             // The guest's kernel never took it, or has let go of it already.
-            Err(Error::Refused {
-                code: Code::NOT_FOUND,
-                ..
-            }) => 0,
+            Err(error) if is_unknown(&error) => 0,
             Err(error) => {
                 let stuck = Stuck::by(&error);
                 if !stuck.late {

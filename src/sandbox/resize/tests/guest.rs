@@ -153,6 +153,13 @@ impl Guest {
         self.write(of, STATUS, 1);
     }
 
+    /// Something in the guest fetches what its kernel is told of, before the kernel does.
+    pub fn steal(&self) -> u32 {
+        let mut word = [0; 4];
+        self.fake.plugs.registers().read(FETCH, &mut word);
+        u32::from_le_bytes(word)
+    }
+
     /// The guest takes it offline by itself.
     pub fn loses(&self, of: Plugged) {
         self.online.lock().unwrap().remove(&of);
