@@ -36,11 +36,8 @@ impl<'a> Shell<'a> {
     ) -> Result<Self> {
         let initrd = Initrd::write(context, Some(SERVES))?;
         let patience = context.seconds(patience).as_secs();
-        let settings = format!(
-            "cmdline = \"rdinit=/first {cmdline}\"
-resize_timeout = \"{patience}s\"
-"
-        );
+        let settings =
+            format!("cmdline = \"rdinit=/first {cmdline}\"\nresize_timeout = \"{patience}s\"\n");
         let options = [&["--initrd", initrd.path()], options].concat();
         let mut shell = Self::launch(context, name, Kernel::Usual, &options, &settings)?;
         shell
