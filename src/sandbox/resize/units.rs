@@ -8,6 +8,9 @@ use super::{Plugged, Step, Stuck, is_unknown, us, with_report};
 use crate::sandbox::Sandbox;
 use crate::sandbox::error::chain;
 
+/// How much more the guest may have available than its kernel estimates.
+const UNCERTAIN: u64 = 32 << 20;
+
 impl Sandbox {
     /// Bytes of the units that are there.
     pub(super) fn unit_bytes(&self) -> u64 {
@@ -148,8 +151,15 @@ impl Sandbox {
         units.sort_by_key(|unit| (self.is_left_over(slot_of(unit)), unit.slot.index));
         let mut steps = Vec::new();
         let mut stays = Causes::default();
-        // What the guest has available, once a unit has not gone.
-        let mut available = None;
+        let online = units
+            .iter()
+            .filter(|unit| !self.is_left_over(slot_of(unit)));
+        let online: u64 = online.map(|unit| unit.bytes).sum();
+        // What the guest has available, if that is too little: for all that is to go, since it would hardly have room to take back
+        // what went before it failed; or, once a unit has not gone, for another.
+        let needed = (before - to).min(online);
+        let mut short = self.available().await;
+        short = short.filter(|bytes| bytes.saturating_add(UNCERTAIN) < needed);
         // What the guest was asked for by an earlier change may go by itself.
         while self.unit_bytes() > to {
             let Some(unit) = units.pop() else {
@@ -168,8 +178,7 @@ impl Sandbox {
                 }
                 return Err(why);
             };
-            if let Some(bytes) = available
-                && bytes < unit.bytes
+            if let Some(bytes) = short
                 && !self.is_left_over(slot_of(&unit))
             {
                 let mib = bytes >> 20;
@@ -178,10 +187,7 @@ impl Sandbox {
                 continue;
             }
             match self.remove_unit(&unit).await {
-                Ok(step) => {
-                    steps.push(step);
-                    available = None;
-                }
+                Ok(step) => steps.push(step),
                 Err(stuck) => {
                     stays.add(&unit, &stuck.why);
                     // A guest that takes its time to refuse each would take hours for all.
@@ -189,7 +195,7 @@ impl Sandbox {
                         stays.untried = units.len();
                         units.clear();
                     } else {
-                        available = self.available().await;
+                        short = self.available().await.filter(|bytes| *bytes < unit.bytes);
                     }
                 }
             }

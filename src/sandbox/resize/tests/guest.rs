@@ -345,7 +345,7 @@ impl AgentService for Guest {
         self.reply("resources".to_owned(), reply).await?;
         let mut answer = ResourcesResponse::new();
         answer.memory_total_bytes = (256 << 20) + self.fake.mem.borrow().plugged;
-        answer.memory_available_bytes = 200 << 20;
+        answer.memory_available_bytes = 2 << 30;
         answer.memory_block_bytes = 128 << 20;
         let online = self.online().into_iter().filter_map(|of| match of {
             Plugged::Vcpu(index) => Some(u32::from(index)),
