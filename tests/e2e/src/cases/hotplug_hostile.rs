@@ -405,8 +405,9 @@ fn from_under_it(context: &Context) -> Result<()> {
             // Whoever ran it is told how the VM ended.
             Some(_) => {
                 let said = shell.errors();
-                eprintln!("  {what}: {}", said.lines().last().unwrap_or_default());
-                ensure!(said.contains("The VM"), "no reason is told: {said}");
+                let reason = said.lines().find(|line| line.contains("The VM"));
+                let reason = reason.with_context(|| format!("no reason is told: {said}"))?;
+                eprintln!("  {what}: {reason}");
             }
             None => shell.stop()?,
         }
