@@ -186,6 +186,8 @@ pub struct Inspection {
     pub phases: BootPhases,
     /// vCPU exits by reason.
     pub exits: BTreeMap<String, u64>,
+    /// Ejects of vCPUs and units of ACPI memory that nobody had asked the guest for.
+    pub unasked_ejects: u64,
     /// Containers.
     pub containers: Vec<String>,
     /// Devices.
@@ -447,6 +449,7 @@ mod tests {
                 ..BootPhases::default()
             },
             exits: BTreeMap::from([("io".to_owned(), 3)]),
+            unasked_ejects: 6,
             containers: vec!["c".to_owned()],
             devices: vec![Device {
                 window: Some(0),
@@ -523,6 +526,7 @@ mod tests {
         let usage = client.usage().await.unwrap();
         assert_eq!((&*usage.id, usage.pid, usage.memory_mib), ("a", 7, 512));
         assert_eq!(usage.exits, inspection().exits);
+        assert_eq!(usage.unasked_ejects, 6);
         assert!(usage.rss_kib > 0 && usage.uptime_ms > 0, "{usage:?}");
         assert_eq!(
             (usage.used_mib, usage.memory),

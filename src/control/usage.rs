@@ -41,6 +41,8 @@ pub struct Usage {
     pub other_cpu_ms: u64,
     /// vCPU exits to the VMM by reason.
     pub exits: BTreeMap<String, u64>,
+    /// Ejects of vCPUs and units of ACPI memory that nobody had asked the guest for.
+    pub unasked_ejects: u64,
     /// Since the VM was asked for, milliseconds.
     pub uptime_ms: u64,
     /// Containers.
@@ -70,6 +72,7 @@ impl Usage {
             vcpu_cpu_ms: readings.vcpu_cpu_ms,
             other_cpu_ms: readings.other_cpu_ms,
             exits: vm.exits,
+            unasked_ejects: vm.unasked_ejects,
             uptime_ms,
             containers: vm.containers,
         }

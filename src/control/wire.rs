@@ -45,6 +45,7 @@ impl From<Inspection> for proto::InspectResponse {
         to.timings = from.timings.into_iter().map(Into::into).collect();
         to.max_vcpus = from.max_vcpus;
         to.memory = memory(from.memory);
+        to.unasked_ejects = from.unasked_ejects;
         to
     }
 }
@@ -111,6 +112,7 @@ impl From<proto::InspectResponse> for Inspection {
             timings: from.timings.into_iter().map(Into::into).collect(),
             max_vcpus: from.max_vcpus,
             memory: memory_of(from.memory),
+            unasked_ejects: from.unasked_ejects,
         }
     }
 }
@@ -204,6 +206,7 @@ impl From<Usage> for proto::UsageResponse {
         to.memory = memory(from.memory);
         to.used_mib_plus_one = from.used_mib.map_or(0, |mib| mib.saturating_add(1));
         to.max_vcpus = from.max_vcpus;
+        to.unasked_ejects = from.unasked_ejects;
         to
     }
 }
@@ -226,6 +229,7 @@ impl From<proto::UsageResponse> for Usage {
             memory: memory_of(from.memory),
             used_mib: from.used_mib_plus_one.checked_sub(1),
             max_vcpus: from.max_vcpus,
+            unasked_ejects: from.unasked_ejects,
         }
     }
 }

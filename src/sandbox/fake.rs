@@ -309,6 +309,10 @@ impl Plug for Fake {
         there.then(|| self.mem.subscribe())
     }
 
+    fn unasked_ejects(&self) -> u64 {
+        self.plugs.registers().unasked()
+    }
+
     fn given_back(&self) -> u64 {
         0
     }

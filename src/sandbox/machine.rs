@@ -41,6 +41,8 @@ pub(crate) trait Plug: Send + Sync {
     fn memory_area(&self) -> Area;
     /// Tells of each change of a slot.
     fn plug_changes(&self) -> watch::Receiver<u64>;
+    /// Ejects by the guest that nobody had asked for.
+    fn unasked_ejects(&self) -> u64;
     /// How much the virtio-mem driver is to plug, in bytes.
     fn request_memory(&self, bytes: u64) -> Result<(), Error>;
     /// Bytes that the guest has given back through the balloon since it began.

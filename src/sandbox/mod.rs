@@ -530,6 +530,7 @@ impl Sandbox {
                 .unwrap_or_default(),
             phases: self.phases(),
             exits: self.0.machine.exits().into_iter().collect(),
+            unasked_ejects: self.0.machine.unasked_ejects(),
             containers,
             devices: self
                 .0

@@ -153,6 +153,10 @@ impl Plug for Vm {
         Vm::plug_changes(self)
     }
 
+    fn unasked_ejects(&self) -> u64 {
+        Vm::unasked_ejects(self)
+    }
+
     fn request_memory(&self, bytes: u64) -> Result<(), Error> {
         let doing = || format!("request {} MiB of the virtio-mem device", bytes >> 20);
         let mem = self.mem().ok_or_else(|| Error::Machine {

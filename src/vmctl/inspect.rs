@@ -68,6 +68,9 @@ fn text(vm: &Inspection) -> String {
             .collect();
         text.push_str(&format!("exits       {}\n", exits.join(", ")));
     }
+    if vm.unasked_ejects > 0 {
+        text.push_str(&format!("ejects      {} unasked\n", vm.unasked_ejects));
+    }
     text.push_str("boot\n");
     text.push_str(&phases_text(&vm.phases));
     for timings in &vm.timings {
@@ -138,6 +141,14 @@ mod tests {
             text.contains("1.000 ms, 2 times, 1.000 to 2.000 ms"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn ejects_that_nobody_asked_for_are_told_where_there_are_some() {
+        let mut vm = Inspection::default();
+        assert!(!text(&vm).contains("unasked"));
+        vm.unasked_ejects = 3;
+        assert!(text(&vm).contains("ejects      3 unasked\n"));
     }
 
     #[test]

@@ -132,6 +132,12 @@ fn details(usage: &Usage) -> String {
     for (reason, count) in usage.exits.iter().filter(|(_, count)| **count > 0) {
         text.push_str(&format!("exits by {reason:<14} {count}\n"));
     }
+    if usage.unasked_ejects > 0 {
+        text.push_str(&format!(
+            "unasked ejects         {}\n",
+            usage.unasked_ejects
+        ));
+    }
     for container in &usage.containers {
         text.push_str(&format!("container {container}\n"));
     }
@@ -164,6 +170,7 @@ mod tests {
             vcpu_cpu_ms: 12_340,
             other_cpu_ms: 50,
             exits: [("halt".to_owned(), 0), ("port-write".to_owned(), 40)].into(),
+            unasked_ejects: 5,
             uptime_ms: 61_000,
             containers: vec!["web".to_owned()],
         };
@@ -189,6 +196,7 @@ mod tests {
             text.contains("port-write") && !text.contains("halt"),
             "{text}"
         );
+        assert!(text.contains("unasked ejects         5\n"), "{text}");
         assert_eq!(table(&[]), "No VMs.\n");
     }
 }

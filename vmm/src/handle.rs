@@ -292,6 +292,12 @@ impl Vm {
             .flatten()
     }
 
+    /// Ejects of vCPUs and memory that the guest was not asked for. 0 when the VM has ended.
+    pub fn unasked_ejects(&self) -> u64 {
+        self.with_machine(|machine| Ok(machine.plugs().registers().unasked()))
+            .unwrap_or(0)
+    }
+
     /// Tells of each change of a vCPU's or memory unit's slot.
     pub fn plug_changes(&self) -> watch::Receiver<u64> {
         self.shared.progress.plug_changes.subscribe()

@@ -144,9 +144,9 @@ impl Sandbox {
         }
         let mut steps = Vec::new();
         for unit in self.left_over_units() {
-            let used = self.use_unit(&unit).await;
-            steps.push(used.map_err(|stuck| stuck.why)?);
+            steps.extend(self.use_unit(&unit).await?);
         }
+        let now = self.plugged_bytes();
         // Where the last change of the virtio-mem device came to another size than it was to, the device is not to move any more.
         if let Some(status) = self.mem_status()
             && status.requested != status.plugged
@@ -285,7 +285,16 @@ impl Sandbox {
         }
         let mut steps = Vec::new();
         if status.driver && (status.plugged, status.requested) != (to, to) {
-            steps = self.request(to).await?;
+            match self.request(to).await {
+                Ok(step) => steps = step,
+                Err(why) => {
+                    let available = self.available().await;
+                    let available = available.map_or_else(String::new, |bytes| {
+                        format!("; the guest has {} MiB available", bytes / MIB)
+                    });
+                    return Err(format!("{why}{available}"));
+                }
+            }
         }
         if by_units == 0 {
             return Ok(steps);

@@ -199,6 +199,8 @@ struct Stuck {
     why: String,
     /// The guest did not answer in time, or cannot any more: to ask it for the like would take as long.
     late: bool,
+    /// The guest's kernel does not know what it is about.
+    unknown: bool,
 }
 
 impl Stuck {
@@ -206,13 +208,14 @@ impl Stuck {
         Self {
             why: chain(error),
             late: !matches!(error, Error::Refused { .. }),
+            unknown: is_unknown(error),
         }
     }
 
     fn map(self, words: impl FnOnce(String) -> String) -> Self {
         Self {
             why: words(self.why),
-            late: self.late,
+            ..self
         }
     }
 }
@@ -221,6 +224,17 @@ impl Stuck {
 fn refusal(slot: Option<&SlotView>) -> Option<Ost> {
     slot.and_then(|slot| slot.ost)
         .filter(|ost| ost.refuses_eject() || ost.refuses_insertion())
+}
+
+/// Whether the agent says that the guest's kernel does not know it: it never noticed it, or has let go of it.
+fn is_unknown(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Refused {
+            code: ttrpc::Code::NOT_FOUND,
+            ..
+        }
+    )
 }
 
 /// What a failed call to the agent adds to what the guest's kernel said.

@@ -102,6 +102,7 @@ impl Sandbox {
             Err(error) => Err(Stuck {
                 why: chain(&error),
                 late: false,
+                unknown: false,
             }),
         };
         // The guest may have been faster than the one or slower than the other.
@@ -131,6 +132,7 @@ impl Sandbox {
                 return Err(Stuck {
                     why: format!("the guest does not eject it{word}"),
                     late: false,
+                    unknown: false,
                 });
             }
             // A guest that makes changes without end has a deadline all the same.
@@ -145,6 +147,7 @@ impl Sandbox {
                         slot.state
                     ),
                     late: true,
+                    unknown: false,
                 });
             }
             tokio::select! {

@@ -3,11 +3,13 @@
 use nacre_protocol::agent::{OfflineMemoryRequest, OnlineMemoryRequest, OnlineMemoryResponse};
 use nacre_vmm::hotplug::memory::UnitView;
 use tokio::time::Instant;
-use ttrpc::Code;
 
-use super::{Plugged, Step, Stuck, us, with_report};
+use super::{Plugged, Step, Stuck, is_unknown, us, with_report};
 use crate::sandbox::Sandbox;
-use crate::sandbox::error::{Error, chain};
+use crate::sandbox::error::chain;
+
+/// How much more the guest may have available than its kernel estimates.
+const UNCERTAIN: u64 = 32 << 20;
 
 impl Sandbox {
     /// Bytes of the units that are there.
@@ -43,6 +45,16 @@ impl Sandbox {
                 }
             }
         }
+        let gone = |unit: &&UnitView| self.slot(slot_of(unit)).is_none();
+        if let Some(unit) = units.iter().find(gone)
+            && self.0.machine.exit_reason().is_none()
+        {
+            let undone = self.take_units_back(&units, units.len()).await;
+            return Err(format!(
+                "{} was online, but the guest has ejected it, unasked; {undone}",
+                named(unit)
+            ));
+        }
         Ok(steps)
     }
 
@@ -53,14 +65,23 @@ impl Sandbox {
         units
     }
 
-    /// One that is there comes online, which an earlier change left.
-    pub(super) async fn use_unit(&self, unit: &UnitView) -> Result<Step, Stuck> {
+    /// One that is there comes online, which an earlier change left. One that the guest's kernel does not know goes: it missed
+    /// what it was told, and is to be told anew.
+    pub(super) async fn use_unit(&self, unit: &UnitView) -> Result<Option<Step>, String> {
         let began = Instant::now();
-        let answer = self.online_unit(unit).await.map_err(|stuck| {
-            stuck.map(|why| format!("{} was plugged earlier, but {why}", named(unit)))
-        })?;
-        let times = (answer.noticed_us, answer.online_us);
-        Ok(Step::of_guest(named(unit), times, us(began)))
+        match self.online_unit(unit).await {
+            Ok(answer) => {
+                let times = (answer.noticed_us, answer.online_us);
+                Ok(Some(Step::of_guest(named(unit), times, us(began))))
+            }
+            Err(stuck) => {
+                if stuck.unknown && self.eject(slot_of(unit)).await.is_ok() {
+                    return Ok(None);
+                }
+                let why = stuck.why;
+                Err(format!("{} was plugged earlier, but {why}", named(unit)))
+            }
+        }
     }
 
     /// Has the agent bring a unit online, and acknowledges it.
@@ -130,6 +151,15 @@ impl Sandbox {
         units.sort_by_key(|unit| (self.is_left_over(slot_of(unit)), unit.slot.index));
         let mut steps = Vec::new();
         let mut stays = Causes::default();
+        let online = units
+            .iter()
+            .filter(|unit| !self.is_left_over(slot_of(unit)));
+        let online: u64 = online.map(|unit| unit.bytes).sum();
+        // What the guest has available, if that is too little: for all that is to go, since it would hardly have room to take back
+        // what went before it failed; or, once a unit has not gone, for another.
+        let needed = (before - to).min(online);
+        let mut short = self.available().await;
+        short = short.filter(|bytes| bytes.saturating_add(UNCERTAIN) < needed);
         // What the guest was asked for by an earlier change may go by itself.
         while self.unit_bytes() > to {
             let Some(unit) = units.pop() else {
@@ -148,6 +178,14 @@ impl Sandbox {
                 }
                 return Err(why);
             };
+            if let Some(bytes) = short
+                && !self.is_left_over(slot_of(&unit))
+            {
+                let mib = bytes >> 20;
+                let why = format!("not tried, since the guest has only {mib} MiB available");
+                stays.add(&unit, &why);
+                continue;
+            }
             match self.remove_unit(&unit).await {
                 Ok(step) => steps.push(step),
                 Err(stuck) => {
@@ -156,11 +194,19 @@ impl Sandbox {
                     if stuck.late || began.elapsed() >= self.longest() {
                         stays.untried = units.len();
                         units.clear();
+                    } else {
+                        short = self.available().await.filter(|bytes| *bytes < unit.bytes);
                     }
                 }
             }
         }
         Ok(steps)
+    }
+
+    /// Bytes that the guest's kernel could make free, if it says so.
+    pub(super) async fn available(&self) -> Option<u64> {
+        let seen = self.resources().await.ok()?;
+        Some(seen.memory_available_bytes)
     }
 
     async fn remove_unit(&self, unit: &UnitView) -> Result<Step, Stuck> {
@@ -183,10 +229,7 @@ impl Sandbox {
         let offline_us = match answer {
             Ok(answer) => answer.offline_us,
             // The guest's kernel never took it, or has let go of it already.
-            Err(Error::Refused {
-                code: Code::NOT_FOUND,
-                ..
-            }) => 0,
+            Err(error) if is_unknown(&error) => 0,
             Err(error) => {
                 let stuck = Stuck::by(&error);
                 if !stuck.late {

@@ -4,9 +4,8 @@ use std::cmp::Ordering;
 
 use nacre_protocol::agent::{OfflineCpuRequest, OnlineCpuRequest, OnlineCpuResponse};
 use tokio::time::Instant;
-use ttrpc::Code;
 
-use super::{Plugged, Resized, Step, us, with_report};
+use super::{Plugged, Resized, Step, is_unknown, us, with_report};
 use crate::sandbox::Sandbox;
 use crate::sandbox::error::{Error, chain};
 
@@ -68,19 +67,31 @@ impl Sandbox {
     }
 
     async fn to_vcpus(&self, to: u8, before: u8) -> Result<Vec<Step>, String> {
+        // Each round takes a vCPU that is not acknowledged, adds one, or removes one. More of them than this there are only where
+        // the guest ejects what it was given.
+        let most = 2 * usize::from(self.0.max_vcpus);
         let mut steps = Vec::new();
-        // Each round takes a vCPU that is not acknowledged, adds one, or removes one. The guest can make it take more rounds only
-        // by ejecting what it was asked for earlier, which it can do once for each.
+        let mut rounds = 0;
+        if to >= before {
+            self.look_for_offline(before).await?;
+        }
         loop {
+            rounds += 1;
+            if rounds > most {
+                return Err(format!(
+                    "after {most} changes the VM has {} vCPUs, since the guest ejects what it is given",
+                    self.vcpus()
+                ));
+            }
             let now = self.vcpus();
             let step = match (now.cmp(&to), self.left_over_vcpu()) {
-                (Ordering::Greater, _) => self.remove_vcpu().await,
+                (Ordering::Greater, _) => self.remove_vcpu().await.map(Some),
                 (_, Some(index)) => self.use_vcpu(index).await,
-                (Ordering::Less, None) => self.add_vcpu().await,
+                (Ordering::Less, None) => self.add_vcpu().await.map(Some),
                 (Ordering::Equal, None) => return Ok(steps),
             };
             match step {
-                Ok(step) => steps.push(step),
+                Ok(step) => steps.extend(step),
                 Err(cause) => {
                     let undone = self.back_to_vcpus(before, now).await;
                     return Err(format!("{cause}{undone}"));
@@ -97,8 +108,11 @@ impl Sandbox {
         if at == before {
             return String::new();
         }
-        // Bounded: a step that fails ends it.
-        while self.vcpus() != before && self.0.machine.exit_reason().is_none() {
+        // A guest that ejects what it is given would have it go on.
+        for _ in 0..=self.0.max_vcpus {
+            if self.vcpus() == before || self.0.machine.exit_reason().is_some() {
+                return format!("; it is back at {before} vCPUs");
+            }
             let step = if self.vcpus() < before {
                 self.add_vcpu().await
             } else {
@@ -111,7 +125,24 @@ impl Sandbox {
                 );
             }
         }
-        format!("; it is back at {before} vCPUs")
+        format!(
+            "; it should go back to {before} vCPUs and has {}",
+            self.vcpus()
+        )
+    }
+
+    /// What the guest has taken offline by itself is not acknowledged any more.
+    async fn look_for_offline(&self, vcpus: u8) -> Result<(), String> {
+        if vcpus == 1 {
+            return Ok(());
+        }
+        let seen = self.resources().await.map_err(|error| chain(&error))?;
+        for slot in self.0.machine.vcpu_slots() {
+            if slot.index != 0 && !seen.online_uids.contains(&u32::from(slot.index)) {
+                self.begin(Plugged::Vcpu(slot.index));
+            }
+        }
+        Ok(())
     }
 
     /// The highest that is there and that the guest may not have online.
@@ -140,18 +171,25 @@ impl Sandbox {
         Ok(answer)
     }
 
-    /// One that is there comes online, which an earlier change left.
-    async fn use_vcpu(&self, index: u8) -> Result<Step, String> {
+    /// One that is there comes online, which an earlier change left. One that the guest's kernel does not know goes: it missed
+    /// what it was told, and is to be told anew.
+    async fn use_vcpu(&self, index: u8) -> Result<Option<Step>, String> {
         let began = Instant::now();
-        let answer = self.online_vcpu(index).await.map_err(|error| {
-            let cause = with_report(&error, self.slot(Plugged::Vcpu(index)).as_ref());
-            format!("vCPU {index} was plugged earlier, but {cause}")
-        })?;
-        Ok(Step::of_guest(
-            format!("vCPU {index}"),
-            (answer.noticed_us, answer.online_us),
-            us(began),
-        ))
+        let of = Plugged::Vcpu(index);
+        match self.online_vcpu(index).await {
+            Ok(answer) => Ok(Some(Step::of_guest(
+                format!("vCPU {index}"),
+                (answer.noticed_us, answer.online_us),
+                us(began),
+            ))),
+            Err(error) => {
+                let cause = with_report(&error, self.slot(of).as_ref());
+                if is_unknown(&error) && self.eject(of).await.is_ok() {
+                    return Ok(None);
+                }
+                Err(format!("vCPU {index} was plugged earlier, but {cause}"))
+            }
+        }
     }
 
     /// One more. What went wrong is in words, and is undone.
@@ -208,10 +246,7 @@ impl Sandbox {
         let offline_us = match answer {
             Ok(answer) => answer.offline_us,
             // The guest's kernel never took it, or has let go of it already.
-            Err(Error::Refused {
-                code: Code::NOT_FOUND,
-                ..
-            }) => 0,
+            Err(error) if is_unknown(&error) => 0,
             Err(error) => {
                 let why = format!("vCPU {index} did not go offline: {}", chain(&error));
                 return match error {

@@ -232,7 +232,7 @@ impl Agent for Acting {
         self.mute().await;
         let mut answer = wire::ResourcesResponse::new();
         answer.memory_block_bytes = 128 << 20;
-        (answer.memory_total_bytes, answer.memory_available_bytes) = (200 << 20, 150 << 20);
+        (answer.memory_total_bytes, answer.memory_available_bytes) = (1 << 30, 974 << 20);
         let slots = self.fake.plugs.cpus().views();
         answer.online_uids = slots.iter().map(|slot| slot.index.into()).collect();
         Ok(answer)

@@ -42,6 +42,11 @@ impl Initrd {
         })
     }
 
+    /// Its file.
+    pub fn path(&self) -> &str {
+        &self.initrd
+    }
+
     /// Has the bundle's shim boot it.
     pub fn boots(self, bundle: &mut Bundle<'_>) {
         bundle.environment.push(("NACRE_CONFIG", self.config));

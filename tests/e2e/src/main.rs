@@ -19,6 +19,7 @@ mod lots;
 mod poll;
 mod processes;
 mod report;
+mod root;
 mod shell;
 mod shim;
 mod sink;

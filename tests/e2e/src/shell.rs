@@ -9,11 +9,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::context::Context;
 use crate::ctr::{self, Output, expect_words};
-use crate::{image, poll};
+use crate::{image, poll, processes};
 
 /// Which guest kernel a VM runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,15 +59,27 @@ impl<'a> Shell<'a> {
         kernel: Kernel,
         options: &[&str],
     ) -> Result<Self> {
+        // Where the guest does not give back what it uses, the host waits for this long.
+        let patience = context.seconds(15).as_secs();
+        let settings = format!("resize_timeout = \"{patience}s\"\n");
+        Self::launch(context, name, kernel, options, &settings)
+    }
+
+    /// Starts one with this configuration, and does not wait.
+    pub(super) fn launch(
+        context: &'a Context,
+        name: &str,
+        kernel: Kernel,
+        options: &[&str],
+        settings: &str,
+    ) -> Result<Self> {
         let root = context.path("rootfs");
         if !root.exists() {
             std::fs::create_dir_all(&root)?;
             image::unpack(&context.programs.busybox, &root)?;
         }
-        // Where the guest does not give back what it uses, the host waits for this long.
         let config = context.path("nacre.toml");
-        let patience = context.seconds(15).as_secs();
-        std::fs::write(&config, format!("resize_timeout = \"{patience}s\"\n"))?;
+        std::fs::write(&config, settings)?;
         let errors = context.path(format!("{name}.err"));
         let name = context.id(name);
         let mut command = vmctl(context);
@@ -166,6 +179,16 @@ impl<'a> Shell<'a> {
         stdin.write_all(bytes).context("writing to the shell")
     }
 
+    /// Becomes another program, which gets these two: its standard input and output.
+    pub fn becomes(&mut self, program: &str) -> Result<(ChildStdin, Receiver<Vec<u8>>)> {
+        // The shell reads ahead; what the program is to get is not to be sent before the shell is gone.
+        self.write(format!("exec sh -c 'echo \"<begins>\"; exec {program}'\n").as_bytes())?;
+        self.read_until(b"<begins>\n", self.context.seconds(30))?;
+        let stdin = self.stdin.take().context("standard input is closed")?;
+        let (_, nothing) = std::sync::mpsc::channel();
+        Ok((stdin, std::mem::replace(&mut self.said, nothing)))
+    }
+
     /// All that it prints before `end`, which goes too.
     fn read_until(&mut self, end: &[u8], limit: Duration) -> Result<Vec<u8>> {
         let deadline = Instant::now() + limit;
@@ -221,6 +244,14 @@ impl<'a> Shell<'a> {
         Ok(output)
     }
 
+    /// `vmctl inspect` of this VM.
+    pub fn inspect(&self) -> Result<Value> {
+        let mut command = vmctl(self.context);
+        let output = ctr::run(command.args(["inspect", &self.name, "--json"]))?;
+        output.expect_code(0)?;
+        serde_json::from_slice(&output.stdout).context("vmctl inspect --json printed no JSON")
+    }
+
     /// `vmctl top` of this VM.
     pub fn usage(&self) -> Result<Value> {
         let mut command = vmctl(self.context);
@@ -238,6 +269,25 @@ impl<'a> Shell<'a> {
             size == (Some(vcpus), Some(memory_mib)),
             "it has {size:?} vCPUs and MiB instead of {vcpus} and {memory_mib}"
         );
+        Ok(())
+    }
+
+    /// How `vmctl run` has ended, if it has.
+    pub fn ended(&mut self) -> Result<Option<String>> {
+        Ok(self.child.try_wait()?.map(|status| status.to_string()))
+    }
+
+    /// Ends the VM whatever its guest does: the third signal does it. Signals that come together are one.
+    pub fn stop(mut self) -> Result<()> {
+        let limit = self.context.seconds(30);
+        poll::until("the end of vmctl run", limit, || {
+            let ended = self.child.try_wait()?;
+            if ended.is_none() {
+                processes::signal(self.pid() as i32, Signal::SIGTERM);
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            Ok(ended)
+        })?;
         Ok(())
     }
 

@@ -115,8 +115,11 @@ impl Cpus {
         &self.table
     }
 
-    /// The guest ejects one: it is parked, and its slot is empty. Whether it had been asked to.
+    /// The guest ejects one: it is parked, and its slot is empty; vCPU 0 stays. Whether it had been asked to.
     pub(super) fn eject(&self, index: usize) -> bool {
+        if index == 0 {
+            return false;
+        }
         self.table.eject(index, |vcpu| {
             vcpu.park();
             true

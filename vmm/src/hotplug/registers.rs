@@ -67,7 +67,7 @@ impl Registers {
         }
     }
 
-    /// Ejects of what the guest had not been asked to eject; they have no effect.
+    /// Ejects that the guest had not been asked for. What it knew of is gone by that, vCPU 0 apart; others have no effect.
     pub fn unasked(&self) -> u64 {
         self.unasked.load(Ordering::Relaxed)
     }

@@ -3,10 +3,14 @@
 //! ```text
 //! Empty ─plug→ Announced ─fetch→ Present ─ask→ Asked ─fetch→ Leaving ─eject→ Empty
 //!                  └withdraw→ Empty  ↑└──withdraw──┘            └refuse→ Present
+//!                                    └────────eject→ Empty
 //! ```
 //!
 //! The guest fetches what it is to be notified of, ejects (`_EJ0`) and reports (`_OST`); all else is the host's. A slot
 //! whose eject the guest never answers stays in `Leaving`, and leaves whenever the guest gets to it.
+//!
+//! An eject from `Present` is one that nobody waits for: the guest's root began it, or the guest refused a request and does
+//! another that it was told of before. Its kernel has let go of what it ejects, so it is gone here too.
 
 use std::fmt;
 
@@ -79,7 +83,7 @@ pub fn next(state: State, event: Event) -> Result<State, Refused> {
         (State::Present, Event::Ask) => Ok(State::Asked),
         (State::Asked, Event::Fetch) => Ok(State::Leaving),
         (State::Asked, Event::Withdraw) => Ok(State::Present),
-        (State::Asked | State::Leaving, Event::Eject) => Ok(State::Empty),
+        (State::Present | State::Asked | State::Leaving, Event::Eject) => Ok(State::Empty),
         (State::Leaving, Event::Ask) => Ok(State::Asked),
         (State::Leaving, Event::Refuse) => Ok(State::Present),
         _ => Err(Refused),
@@ -152,7 +156,7 @@ mod tests {
                 Announced,
                 [None, Some(Present), None, Some(Empty), None, None],
             ),
-            (Present, [None, None, Some(Asked), None, None, None]),
+            (Present, [None, None, Some(Asked), None, Some(Empty), None]),
             (
                 Asked,
                 [None, Some(Leaving), None, Some(Present), Some(Empty), None],

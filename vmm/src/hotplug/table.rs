@@ -183,7 +183,7 @@ impl<T> Table<T> {
     }
 
     /// The guest ejects. `give_back` gets the content, with the slots locked, and says whether it is gone; otherwise the slot
-    /// stays as it is. Whether the guest had been asked to.
+    /// stays as it is. Whether the guest had been asked to; what it does not know of yet it cannot eject.
     pub fn eject(&self, index: usize, give_back: impl FnOnce(&T) -> bool) -> bool {
         let mut slots = self.lock();
         let Some(slot) = slots.get_mut(index) else {
@@ -192,18 +192,19 @@ impl<T> Table<T> {
         if slot::next(slot.state, Event::Eject).is_err() {
             return false;
         }
+        let asked = slot.state != State::Present;
         if slot
             .content
             .as_ref()
             .is_some_and(|content| !give_back(content))
         {
-            return true;
+            return asked;
         }
         slot.state = State::Empty;
         slot.content = None;
         drop(slots);
         self.changes.tell();
-        true
+        asked
     }
 
     /// The first half of a report.

@@ -243,7 +243,7 @@ fn the_boot_vcpu_stays_whatever_is_written() {
 }
 
 #[test]
-fn ejects_that_nobody_asked_for_have_no_effect() {
+fn ejects_that_nobody_asked_for_are_counted_and_take_what_the_guest_knew_of() {
     let bench = bench();
     bench.plug_vcpu().expect("room");
     bench.plugs.plug_memory(UNIT).expect("room");
@@ -255,12 +255,44 @@ fn ejects_that_nobody_asked_for_have_no_effect() {
     assert_eq!(bench.guest.unasked(), 8);
     assert_eq!(bench.cpu(1), State::Announced);
     assert_eq!(bench.regions.bases(), [BASE]);
-    // The same after the guest knows of them.
+    // Of what its kernel knows it has let go by then.
     while bench.read(FETCH) != 0 {}
     bench.eject(CPUS, 1);
     bench.eject(MEMORY, 0);
-    assert_eq!(bench.cpu(1), State::Present);
+    assert_eq!(bench.guest.unasked(), 10);
+    assert_eq!(bench.cpu(1), State::Empty);
+    assert!(bench.regions.bases().is_empty());
+    // Both are plugged again.
+    assert_eq!(bench.plug_vcpu().expect("room"), 1);
+    bench.plugs.plug_memory(UNIT).expect("room");
     assert_eq!(bench.regions.bases(), [BASE]);
+}
+
+#[test]
+fn a_request_that_is_repeated_is_not_lost_by_the_answer_to_the_first() {
+    let bench = bench();
+    bench.plug_vcpu().expect("room");
+    while bench.read(FETCH) != 0 {}
+    bench.plugs.ask_vcpu(1).expect("there");
+    assert_eq!(bench.read(FETCH), CPU_EJECT | 1 << 8);
+    // The host has waited for long enough, and asks again; the guest is told twice, refuses once, and then does it.
+    bench.plugs.ask_vcpu(1).expect("still there");
+    assert_eq!(bench.read(FETCH), CPU_EJECT | 1 << 8);
+    bench.report(CPUS, 1, 3, 0x82);
+    assert_eq!(bench.cpu(1), State::Present);
+    bench.eject(CPUS, 1);
+    assert_eq!(bench.cpu(1), State::Empty);
+    // So it is where the second request comes to the guest after its answer to the first.
+    bench.plug_vcpu().expect("room");
+    while bench.read(FETCH) != 0 {}
+    bench.plugs.ask_vcpu(1).expect("there");
+    assert_eq!(bench.read(FETCH), CPU_EJECT | 1 << 8);
+    bench.plugs.ask_vcpu(1).expect("still there");
+    bench.report(CPUS, 1, 3, 0x82);
+    assert_eq!(bench.cpu(1), State::Asked);
+    assert_eq!(bench.read(FETCH), CPU_EJECT | 1 << 8);
+    bench.eject(CPUS, 1);
+    assert_eq!(bench.cpu(1), State::Empty);
 }
 
 #[test]

@@ -153,6 +153,18 @@ impl Guest {
         self.write(of, STATUS, 1);
     }
 
+    /// Something in the guest fetches what its kernel is told of, before the kernel does.
+    pub fn steal(&self) -> u32 {
+        let mut word = [0; 4];
+        self.fake.plugs.registers().read(FETCH, &mut word);
+        u32::from_le_bytes(word)
+    }
+
+    /// The guest takes it offline by itself.
+    pub fn loses(&self, of: Plugged) {
+        self.online.lock().unwrap().remove(&of);
+    }
+
     /// What an interrupt has the kernel do.
     fn look(&self) {
         loop {
@@ -333,8 +345,13 @@ impl AgentService for Guest {
         self.reply("resources".to_owned(), reply).await?;
         let mut answer = ResourcesResponse::new();
         answer.memory_total_bytes = (256 << 20) + self.fake.mem.borrow().plugged;
-        answer.memory_available_bytes = 200 << 20;
+        answer.memory_available_bytes = 2 << 30;
         answer.memory_block_bytes = 128 << 20;
+        let online = self.online().into_iter().filter_map(|of| match of {
+            Plugged::Vcpu(index) => Some(u32::from(index)),
+            Plugged::Unit(_) => None,
+        });
+        answer.online_uids = std::iter::once(0).chain(online).collect();
         has(&mut answer);
         Ok(answer)
     }

@@ -267,3 +267,41 @@ async fn a_request_that_was_given_up_is_waited_for_by_the_next() {
     assert_eq!((fewer.unwrap().now, less.unwrap().now), (1, 256));
     vm.agrees();
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_the_kernel_was_not_told_of_is_told_anew_by_the_next_change() {
+    let vm = Vm::new(Script {
+        notices: false,
+        ..Script::good()
+    })
+    .await;
+    let wanted = Wanted {
+        vcpus: Some(2),
+        memory_mib: None,
+    };
+    let more = Wanted {
+        vcpus: None,
+        memory_mib: Some(384),
+    };
+    for (wanted, what) in [(wanted, "vCPU 1"), (more, "128 MiB at 0x100000000")] {
+        let (sandbox, guest) = (vm.sandbox.clone(), vm.guest.clone());
+        let stolen = tokio::spawn(async move {
+            while guest.steal() == 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        let why = sandbox.resize(wanted).await.unwrap_err();
+        stolen.await.unwrap();
+        has_all(&why, &[what, "was plugged, but", "showed no such thing"]);
+    }
+    // Both are still there for the host, and for nobody else.
+    assert_eq!(vm.size(), (2, 384));
+    vm.guest.behave(Script::good());
+    let wanted = Wanted {
+        vcpus: Some(3),
+        memory_mib: Some(512),
+    };
+    vm.sandbox.resize(wanted).await.unwrap();
+    assert_eq!(vm.size(), (3, 512));
+    vm.agrees();
+}

@@ -345,3 +345,83 @@ async fn a_guest_that_takes_its_time_to_refuse_is_not_asked_for_every_unit() {
     assert_eq!(vm.size(), (1, most));
     vm.agrees();
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_without_room_is_not_tried_unit_by_unit() {
+    let vm = Vm::new(Script::good()).await;
+    vm.sandbox.resize_memory(768).await.unwrap();
+    let full = || Script {
+        offline: |_| Reply::Refuses(Code::FAILED_PRECONDITION, "it is in use"),
+        has: |has| has.memory_available_bytes = 100 << 20,
+        ..Script::good()
+    };
+    vm.guest.behave(full());
+    vm.guest.calls();
+    let text = words(vm.sandbox.resize_memory(256).await);
+    has_all(
+        &text,
+        &[
+            "0 of 512 MiB can be unplugged",
+            "128 MiB at 0x118000000: not tried, since the guest has only 100 MiB available",
+            "128 MiB at 0x100000000: not tried",
+        ],
+    );
+    assert_eq!(vm.guest.calls(), ["resources"]);
+    // What the kernel says is an estimate, for one at least.
+    let text = words(vm.sandbox.resize_memory(640).await);
+    has_all(
+        &text,
+        &[
+            "0 of 128 MiB can be unplugged",
+            "128 MiB at 0x118000000: The guest failed",
+            "it is in use",
+            "128 MiB at 0x100000000: not tried, since the guest has only 100 MiB available",
+        ],
+    );
+    let calls = ["resources", "offline Unit(3)", "resources"];
+    assert_eq!(vm.guest.calls(), calls);
+    // With room each is tried.
+    vm.guest.behave(Script {
+        has: |_| {},
+        ..full()
+    });
+    let text = words(vm.sandbox.resize_memory(256).await);
+    assert_eq!(text.matches("it is in use").count(), 4, "{text}");
+    vm.guest.behave(Script::good());
+    assert_eq!(vm.sandbox.resize_memory(256).await.unwrap().now, 256);
+    vm.agrees();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_unit_that_the_guest_ejects_while_others_come_is_missed() {
+    let vm = Vm::new(Script {
+        online: |_| Reply::After(seconds(1)),
+        ..Script::good()
+    })
+    .await;
+    let guest = vm.guest.clone();
+    let ejects = tokio::spawn(async move {
+        while guest.online().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        guest.eject(Plugged::Unit(0));
+    });
+    let text = words(vm.sandbox.resize_memory(512).await);
+    ejects.await.unwrap();
+    has_all(
+        &text,
+        &[
+            "128 MiB at 0x100000000 was online, but the guest has ejected it, unasked",
+            "it was unplugged again",
+        ],
+    );
+    assert_eq!(vm.size(), (1, 256));
+    assert_eq!(vm.sandbox.inspect().unasked_ejects, 1);
+    // What it ejected by itself comes with the next change.
+    vm.guest.behave(Script::good());
+    assert_eq!(vm.sandbox.resize_memory(512).await.unwrap().now, 512);
+    vm.guest.eject(Plugged::Unit(1));
+    assert_eq!(vm.size(), (1, 384));
+    assert_eq!(vm.sandbox.resize_memory(512).await.unwrap().now, 512);
+    vm.agrees();
+}

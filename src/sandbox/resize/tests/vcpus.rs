@@ -21,6 +21,7 @@ async fn vcpus_come_and_go_one_after_another_and_the_highest_go_first() {
         vm.guest.calls(),
         ["online Vcpu(1)", "online Vcpu(2)", "online Vcpu(3)"]
             .into_iter()
+            .chain(["resources"])
             .chain(["offline Vcpu(3)", "offline Vcpu(2)", "offline Vcpu(1)"])
             .collect::<Vec<_>>()
     );
@@ -348,6 +349,58 @@ async fn a_failed_plug_is_not_taken_for_done_by_the_next() {
         whats(&vm.sandbox.resize_vcpus(2).await.unwrap()),
         ["vCPU 1"]
     );
+    vm.agrees();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vcpu_that_the_guest_took_offline_by_itself_is_online_after_the_next_change() {
+    let vm = Vm::new(Script::good()).await;
+    for (from, to, steps) in [
+        (2, 2, &["vCPU 1"][..]),
+        (2, 3, &["vCPU 1", "vCPU 2"]),
+        (3, 1, &["vCPU 2", "vCPU 1"]),
+    ] {
+        vm.sandbox.resize_vcpus(from).await.unwrap();
+        vm.guest.loses(FIRST);
+        let resized = vm.sandbox.resize_vcpus(to).await.unwrap();
+        assert_eq!(whats(&resized), steps, "from {from} to {to}");
+        vm.agrees();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vcpu_that_the_guest_ejected_by_itself_comes_again() {
+    let vm = Vm::new(Script::good()).await;
+    vm.sandbox.resize_vcpus(3).await.unwrap();
+    vm.guest.eject(FIRST);
+    assert_eq!(vm.sandbox.vcpus(), 2);
+    assert_eq!(vm.sandbox.inspect().unasked_ejects, 1);
+    let resized = vm.sandbox.resize_vcpus(3).await.unwrap();
+    assert_eq!((resized.before, whats(&resized)), (2, vec!["vCPU 1"]));
+    vm.agrees();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_ejects_whatever_it_is_given_gets_no_end_of_it() {
+    let vm = Vm::new(Script::good()).await;
+    let guest = vm.guest.clone();
+    let ejects = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            for of in guest.online() {
+                guest.eject(of);
+            }
+        }
+    });
+    vm.guest.behave(Script {
+        online: |_| Reply::After(seconds(1)),
+        ..Script::good()
+    });
+    let text = words(vm.sandbox.resize_vcpus(3).await);
+    has_all(&text, &["the guest ejects what it is given"]);
+    ejects.abort();
+    vm.guest.behave(Script::good());
+    assert_eq!(vm.sandbox.resize_vcpus(3).await.unwrap().now, 3);
     vm.agrees();
 }
 

@@ -212,7 +212,7 @@ fn memory(context: &Context, kernel: Kernel, way: &str) -> Result<()> {
     ];
     let mut shell = Shell::start(context, "memory", kernel, &options)?;
     let first = again_and_again(context, &mut shell, rounds, |shell| memory_once(shell, way))?;
-    in_use(&mut shell, way)?;
+    in_use(&mut shell, way, context.seconds(40))?;
     first.again(shell.pid(), context.seconds(15))?;
     shell.end()
 }
@@ -290,7 +290,7 @@ fn memory_once(shell: &mut Shell<'_>, way: &str) -> Result<()> {
 }
 
 /// Shrinking by what is in use fails with the cause and changes nothing; when it is free again it works.
-fn in_use(shell: &mut Shell<'_>, way: &str) -> Result<()> {
+fn in_use(shell: &mut Shell<'_>, way: &str, limit: Duration) -> Result<()> {
     const SUM: &str = "sha256sum < /dev/shm/kept";
     grow(shell, way)?;
     let kept = shell.tell(&format!(
@@ -304,14 +304,23 @@ fn in_use(shell: &mut Shell<'_>, way: &str) -> Result<()> {
             "the guest's virtio-mem driver stopped at",
             "it did not get on for",
             "it is back at 512 MiB",
+            "; the guest has ",
+            " MiB available",
         ],
         _ => &[
             "bring the VM to 512 MiB of memory from 1024",
             "of 512 MiB can be unplugged",
-            "128 MiB at 0x100000000: ",
+            "128 MiB at 0x100000000: not tried, since the guest has only ",
+            " MiB available",
         ],
     };
-    shell.refused(&["--memory", &format!("{BOOT_MIB}M")], words)?;
+    let refused = shell.refused(&["--memory", &format!("{BOOT_MIB}M")], words)?;
+    // It is tried for as long as a step may take, and not once for each.
+    ensure!(
+        refused.took < limit,
+        "it took {:?}, the limit is {limit:?}",
+        refused.took
+    );
     shell.expect_size(1, GROWN_MIB)?;
     let after = memory_total(shell)?;
     ensure!(

@@ -11,6 +11,8 @@ mod group;
 mod hooks;
 mod host_cgroup;
 mod hotplug;
+mod hotplug_devices;
+mod hotplug_hostile;
 mod hotplug_limits;
 mod inspect;
 mod lifecycle;
@@ -34,6 +36,8 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         vmctl::CASES,
         hotplug::CASES,
         hotplug_limits::CASES,
+        hotplug_devices::CASES,
+        hotplug_hostile::CASES,
         bootstrap::CASES,
         calls::CASES,
         races::CASES,
