@@ -650,13 +650,13 @@ mod tests {
             (
                 refused(|c| {
                     c.devices = ready(3);
-                    c.disks = vec![disk("a"); 6];
+                    c.disks = vec![disk("a"); 7];
                 }),
-                &["6 disks", "5 other devices", "room for 5"],
+                &["7 disks", "5 other devices", "room for 6"],
             ),
             (
-                refused(|c| c.disks = vec![disk("a"); 9]),
-                &["9 disks", "room for 8"],
+                refused(|c| c.disks = vec![disk("a"); 10]),
+                &["10 disks", "room for 9"],
             ),
             (
                 refused(|c| c.disks = vec![disk("123456789012345678901")]),

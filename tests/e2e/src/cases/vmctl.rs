@@ -218,7 +218,7 @@ fn configuration(context: &Context) -> Result<()> {
     let name = path.to_string_lossy();
     let reference = call(context, &["config"])?;
     reference.expect_code(0)?;
-    expect_words(&reference.out(), &["#default_vcpus = 1", "[rootfs]"])?;
+    expect_words(&reference.out(), &["#default_vcpus = 1", "[share]"])?;
     std::fs::write(&path, &reference.stdout)?;
     call(context, &["config", "--check", &name])?.expect_code(0)?;
     let wrong = reference
