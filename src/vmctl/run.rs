@@ -15,11 +15,13 @@ use super::resize::Most;
 use super::session::{NAMESPACE, Session, Signals, check_name, default_name};
 use super::terminal::{self, RawMode};
 use crate::config::{ByteSize, Config};
+use crate::record::Resource;
 use crate::sandbox::shares::Share;
 use crate::sandbox::spec::{Bind, GuestSpec, for_guest};
+use crate::sandbox::storage::make_file_system;
 use crate::sandbox::{
-    Access, AgentEvent, Caching, Error, GuestDirectory, GuestLine, GuestMount, GuestStream,
-    Sandbox, SandboxConfig, Source, Stdio, StdioListener,
+    Access, AgentEvent, Caching, DiskConfig, Error, GuestDirectory, GuestLine, GuestMount,
+    GuestStream, Sandbox, SandboxConfig, Source, Stdio, StdioListener,
 };
 
 mod command_spec;
@@ -44,9 +46,13 @@ killed, and the exit code is 141.";
 #[command(after_help = HELP)]
 pub(super) struct Args {
     /// Directory with the container's root file system; it is never written: what the container writes is in the VM's
-    /// memory, and gone with it
+    /// memory or on a scratch disk, and gone with it
     #[arg(long, value_name = "DIR")]
     rootfs: PathBuf,
+    /// Keep what the container writes to its root on a disk of this size, such as 4G, in place of the VM's memory: a sparse
+    /// file in the state directory, which goes with the VM
+    #[arg(long, value_name = "SIZE")]
+    scratch: Option<ByteSize>,
     /// A directory or file of the host in the container, written through unless :ro is added. May be given several times
     #[arg(long = "volume", short = 'v', value_name = "SRC:DST[:ro]", value_parser = Volume::parse)]
     volumes: Vec<Volume>,
@@ -160,7 +166,9 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
     };
     let ran = async {
         session.serve(&sandbox).await?;
-        container.run(config, args, spec, &mut signals).await
+        container
+            .run(config, args, &session, spec, &mut signals)
+            .await
     }
     .await;
     // In order, whatever became of the container; the session then frees the state.
@@ -192,6 +200,7 @@ impl Container {
         &self,
         config: &Config,
         args: &Args,
+        session: &Session,
         spec: GuestSpec,
         signals: &mut Signals,
     ) -> anyhow::Result<u8> {
@@ -200,7 +209,7 @@ impl Container {
             .events()
             .context("The sandbox's events are taken")?;
         let (created, _shares) = {
-            let create = self.create(config, args, spec);
+            let create = self.create(config, args, session, spec);
             tokio::pin!(create);
             loop {
                 tokio::select! {
@@ -223,6 +232,7 @@ impl Container {
         &self,
         config: &Config,
         args: &Args,
+        session: &Session,
         spec: GuestSpec,
     ) -> anyhow::Result<(Streams, Vec<Share>)> {
         let sharing = {
@@ -231,6 +241,10 @@ impl Container {
             tokio::task::spawn_blocking(move || share(&sandbox, &rootfs, &binds, cache))
         };
         let shares = sharing.await.context("Sharing the root failed")??;
+        let scratch = match args.scratch {
+            Some(size) => Some(self.scratch(session, size).await?),
+            None => None,
+        };
         let stdin = self.sandbox.stdio_listener()?;
         let stdout = self.sandbox.stdio_listener()?;
         let stderr = if self.tty {
@@ -249,7 +263,7 @@ impl Container {
         }
         let binds = !spec.binds.is_empty();
         self.sandbox
-            .create_container(&self.id, spec.json, root(&shares), binds, stdio)
+            .create_container(&self.id, spec.json, root(&shares, scratch), binds, stdio)
             .await?;
         let streams = async {
             Ok::<_, Error>(Streams {
@@ -262,6 +276,19 @@ impl Container {
             })
         };
         Ok((streams.await?, shares))
+    }
+
+    /// A disk for what is written; its device in the guest.
+    async fn scratch(&self, session: &Session, size: ByteSize) -> anyhow::Result<String> {
+        let path = session.directory().join("scratch.img");
+        session.record.add(Resource::File(path.clone()))?;
+        let made = {
+            let path = path.clone();
+            tokio::task::spawn_blocking(move || make_file_system(&path, "ext4", size.0, None))
+        };
+        made.await.context("Making the scratch disk failed")??;
+        let disk = DiskConfig::file(path, false, "scratch");
+        Ok(self.sandbox.attach_disk(disk, 0).await?.device)
     }
 
     /// Starts the process and serves it until it has ended and its output has arrived.
@@ -353,18 +380,26 @@ fn share(
     Ok(shares)
 }
 
-/// The shared root with a file system in memory over it.
-fn root(shares: &[Share]) -> Vec<GuestMount> {
+/// The shared root with a file system over it: on the device of a disk, or in memory.
+fn root(shares: &[Share], scratch: Option<String>) -> Vec<GuestMount> {
     let mut mounts: Vec<GuestMount> = shares
         .first()
         .map(|root| root.mount("lower"))
         .into_iter()
         .collect();
-    let mut memory = GuestMount::new();
-    memory.fstype = "tmpfs".to_owned();
-    memory.source = "tmpfs".to_owned();
-    memory.target = "over".to_owned();
-    memory.options = vec!["mode=0700".to_owned()];
+    let mut over = GuestMount::new();
+    over.target = "over".to_owned();
+    match scratch {
+        Some(device) => {
+            over.fstype = "ext4".to_owned();
+            over.source = device;
+        }
+        None => {
+            over.fstype = "tmpfs".to_owned();
+            over.source = "tmpfs".to_owned();
+            over.options = vec!["mode=0700".to_owned()];
+        }
+    }
     let mut root = GuestMount::new();
     root.fstype = "overlay".to_owned();
     root.source = "overlay".to_owned();
@@ -378,7 +413,7 @@ fn root(shares: &[Share]) -> Vec<GuestMount> {
         directory.mode = 0o755;
         root.directories.push(directory);
     }
-    mounts.extend([memory, root]);
+    mounts.extend([over, root]);
     mounts
 }
 

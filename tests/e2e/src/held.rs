@@ -101,7 +101,15 @@ fn look(pid: u32) -> Result<(Held, Resident)> {
         }
     }
     for target in names(&format!("/proc/{pid}/fd"), |path| {
-        Some(fs::read_link(path).ok()?.to_string_lossy().into_owned())
+        let target = fs::read_link(path).ok()?;
+        // Descriptors that are no more than places are of what the guest's kernel knows of shared files, which it forgets
+        // as it likes.
+        let info = path.to_string_lossy().replace("/fd/", "/fdinfo/");
+        let info = fs::read_to_string(info).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        let flags = u32::from_str_radix(flags.trim(), 8).ok()?;
+        let place = flags & libc::O_PATH.unsigned_abs() != 0;
+        (!place).then(|| target.to_string_lossy().into_owned())
     })? {
         // The numbers of sockets and pipes differ from one to the next.
         let kind = target.split(":[").next().unwrap_or_default();

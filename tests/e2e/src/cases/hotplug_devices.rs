@@ -37,7 +37,8 @@ const STALL: u64 = 30;
 fn under_load(context: &Context, way: &str) -> Result<()> {
     let (boot, most) = (format!("{BOOT_MIB}M"), format!("{GROWN_MIB}M"));
     let options = ["--memory", &boot, "--max-vcpus", "2", "--max-memory", &most];
-    let options = [&options[..], &["--memory-way", way]].concat();
+    // What is written is on a disk, by virtio-blk; the root below it by virtio-fs.
+    let options = [&options[..], &["--memory-way", way, "--scratch", "64M"]].concat();
     let mut shell = Shell::start(context, "load", Kernel::Usual, &options)?;
     // What runs beside the shell speaks on standard error.
     shell.write(b"exec 9>&2\n")?;
