@@ -146,8 +146,8 @@ pub struct Share {
     /// Threads that serve a VM's requests for files, 1 to 64. They wait for the host's disks, not for its CPUs.
     #[serde(deserialize_with = "value::workers")]
     pub workers: u8,
-    /// How long the guest may rely on what it knows of names and attributes in a bind mount, which the host may
-    /// change; 0: it always asks. Opening a file always looks. A container's root is the guest's alone.
+    /// How long the guest may rely on what it knows of names, sizes and other attributes in a bind mount, which the
+    /// host may change; 0: it always asks, at each read too. A container's root is the guest's alone.
     #[serde(with = "value::pause")]
     pub cache: Duration,
 }

@@ -133,9 +133,8 @@ fn held(context: &Context) -> Result<()> {
     let (pid, _) = ctr.task(&id)?.context("there is no task")?;
     expect_threads_in(pid, &below)?;
 
-    // The least VM, what the shim needs, and the root image, which is in memory with the state directory.
-    let image = fs::metadata(state(&id).join(format!("root-{id}.img")))?.len();
-    let stated = (256 << 20) + (128 << 20) + image;
+    // The least VM, and what the shim needs.
+    let stated = (256 << 20) + (128 << 20);
     let maximum = number(&cgroup.join("memory.max"))?;
     ensure!(maximum == stated, "memory.max is {maximum}, not {stated}");
     let written = read(&cgroup.join("cpu.max"))?;
