@@ -147,7 +147,8 @@ pub struct Share {
     #[serde(deserialize_with = "value::workers")]
     pub workers: u8,
     /// How long the guest may rely on what it knows of names, sizes and other attributes in a bind mount, which the
-    /// host may change; 0: it always asks, at each read too. A container's root is the guest's alone.
+    /// host may change; 0: it always asks, at each read too. A root with a
+    /// writable layer of its own is the guest's alone.
     #[serde(with = "value::pause")]
     pub cache: Duration,
 }

@@ -53,6 +53,17 @@ impl Sandbox {
                 Ok(AttachedDisk { window, device })
             }
             Err(error) => {
+                // A driver that holds the window would keep it from the next disk.
+                if error.code().is_some() {
+                    let mut request = UnbindDiskRequest::new();
+                    request.window = u32::from(window);
+                    let name = format!("releasing {name} in window {window}");
+                    let _ = agent
+                        .call(name, self.0.timeouts.agent, |client, context| async move {
+                            client.unbind_disk(context, &request).await
+                        })
+                        .await;
+                }
                 if let Err(error) = self.0.machine.unplug(window) {
                     tracing::warn!(%error, window, "cannot unplug a disk that the guest did not bind");
                 }

@@ -122,6 +122,9 @@ const GUEST_FILE_SYSTEMS: [&str; 13] = [
     "bpf",
 ];
 
+/// How mounts propagate, as the guest's runtime names it.
+const PROPAGATION: [&str; 4] = ["shared", "private", "slave", "unbindable"];
+
 /// Character devices (major, minor) that mean the same in every kernel.
 const COMMON_DEVICES: [(i64, i64); 9] = [
     (1, 3),    // null
@@ -252,7 +255,7 @@ fn adapt_mount(mount: &mut Mount, name: String) -> Result<Option<Bind>, Error> {
         });
     }
     let mut states = options.iter().rev().map(String::as_str);
-    let state = states.find(|option| matches!(*option, "ro" | "rw" | "rro"));
+    let state = states.find(|option| matches!(*option, "ro" | "rw"));
     // The guest sees one file system, whatever is mounted below on the host.
     mount.set_source(Some(Path::new(SHARES).join(&name)));
     mount.set_typ(Some("bind".to_owned()));
@@ -260,13 +263,22 @@ fn adapt_mount(mount: &mut Mount, name: String) -> Result<Option<Bind>, Error> {
         name,
         source,
         destination,
-        read_only: matches!(state, Some("ro" | "rro")),
+        read_only: state == Some("ro") || has(&["rro"]),
         recursive: has(&["rbind"]),
     }))
 }
 
 fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Result<(), Error> {
     linux.set_cgroups_path(Some(format!("/nacre/{id}").into()));
+    // The guest's runtime knows these by the names of their recursive kin, and makes them recursive.
+    let propagation = linux.rootfs_propagation().as_deref();
+    let plain = propagation.map(|name| {
+        name.strip_prefix('r')
+            .filter(|rest| PROPAGATION.contains(rest))
+            .unwrap_or(name)
+            .to_owned()
+    });
+    linux.set_rootfs_propagation(plain);
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
         let Some(path) = namespace.path().clone() else {
             continue;
@@ -468,6 +480,19 @@ mod tests {
             for word in words {
                 assert!(error.contains(word), "{word}: {error}");
             }
+        }
+    }
+
+    #[test]
+    fn propagation_of_the_root_is_named_as_the_guests_runtime_does() {
+        for (given, expected) in [
+            ("rslave", "slave"),
+            ("rshared", "shared"),
+            ("rprivate", "private"),
+            ("slave", "slave"),
+        ] {
+            let (value, _) = adapted(|spec| spec["linux"]["rootfsPropagation"] = json!(given));
+            assert_eq!(value["linux"]["rootfsPropagation"], expected);
         }
     }
 

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
@@ -105,14 +106,16 @@ pub fn make_file_system(
         let path = path.to_owned();
         return Err(Error::NoTool { tool, path });
     };
+    // Another Create of the same file has one of its own.
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let mut unfinished = path.as_os_str().to_owned();
-    unfinished.push(".nacre-new");
+    unfinished.push(format!(".nacre-new-{}-{number}", std::process::id()));
     let unfinished = PathBuf::from(unfinished);
     let made = (|| {
         let file = std::fs::OpenOptions::new()
             .write(true)
-            .create(true)
-            .truncate(true)
+            .create_new(true)
             .mode(0o600)
             .open(&unfinished)
             .map_err(io_error("make the disk", &unfinished))?;
@@ -145,11 +148,13 @@ pub fn make_file_system(
                 });
             }
         }
-        std::fs::rename(&unfinished, path).map_err(io_error("name the disk", path))
+        match std::fs::hard_link(&unfinished, path) {
+            // The first to be done is the one that counts.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            named => named.map_err(io_error("name the disk", path)),
+        }
     })();
-    if made.is_err() {
-        let _ = std::fs::remove_file(&unfinished);
-    }
+    let _ = std::fs::remove_file(&unfinished);
     made
 }
 

@@ -113,7 +113,18 @@ impl Bundle {
                 target.display()
             )
         })?;
-        self.mounts.lock().expect("bundle's mounts").push(target);
+        let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
+        let more = flags - bind;
+        self.mounts
+            .lock()
+            .expect("bundle's mounts")
+            .push(target.clone());
+        if flags.contains(MsFlags::MS_BIND) && !more.is_empty() {
+            // A bind mount takes its other flags only when it is there.
+            let flags = more | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+            mount(None::<&str>, &target, None::<&str>, flags, None::<&str>)
+                .doing(|| format!("setting {:?} of {}", wanted.options, target.display()))?;
+        }
         Ok(())
     }
 

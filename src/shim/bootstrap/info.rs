@@ -8,7 +8,7 @@ pub const RUNTIME: &str = "io.containerd.nacre.v1";
 /// Annotation that names the mount types which the shim mounts by itself.
 const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 /// Those mount types. What is not here containerd activates before Create, and hands over as what is.
-const MOUNT_TYPES: &str = "bind,overlay,erofs,ext4,loop,format/*,mkdir/*,mkfs/*";
+const MOUNT_TYPES: &str = "bind,overlay,erofs,ext4,format/*,mkdir/*,mkfs/*";
 
 /// The text of `-v`.
 pub fn version_text() -> String {

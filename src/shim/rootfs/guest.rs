@@ -160,7 +160,10 @@ impl Plan {
                     }
                     _ => return Err(odd()),
                 }
-            } else if template::is_template(option) {
+            } else if template::is_template(option)
+                || option.starts_with("uidmap=")
+                || option.starts_with("gidmap=")
+            {
                 return Err(odd());
             } else if let Some(device) = option.strip_prefix("device=") {
                 devices.push(PathBuf::from(device));

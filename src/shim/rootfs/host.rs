@@ -160,6 +160,8 @@ impl Plan {
                 | "unbindable" | "runbindable" => {}
                 option
                     if option == "loop"
+                        || option.starts_with("uidmap=")
+                        || option.starts_with("gidmap=")
                         || option.starts_with("X-containerd.")
                         || option.contains("{{") =>
                 {

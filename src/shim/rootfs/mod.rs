@@ -46,7 +46,7 @@ pub enum Error {
     },
     /// A directory of the host in a root that is mounted in the guest.
     #[error(
-        "Rootfs mount {kind} names {path}, a path of the host, in a root of disks, which the guest mounts; use {{{{ mount N }}}}"
+        "Rootfs mount {kind} names {path}, a path of the host, in a root of disks, which the guest mounts: name what was mounted before by {{{{ mount N }}}}; for containerd's erofs snapshotter set its default_size, so that its scratch is a disk"
     )]
     HostAmongDisks {
         /// The mount's type.

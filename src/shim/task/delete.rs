@@ -49,7 +49,7 @@ impl Shim {
             drop(share);
             self.run_poststop_hooks(id).await;
         }
-        let timings = {
+        let (timings, storage) = {
             let mut state = self.lock();
             let mut container = state
                 .containers
@@ -67,8 +67,12 @@ impl Shim {
             event.exit_status = exit.status;
             event.exited_at = timestamp(exit.at);
             self.publisher.publish(&TaskEvent::Delete(event));
-            container.timings
+            (container.timings, container.storage)
         };
+        // Of a shim that ends; taking it from the guest may wait for the host's file systems.
+        if let Some(storage) = storage {
+            let _ = tokio::task::spawn_blocking(move || drop(storage)).await;
+        }
         self.note_delete(timings, begun_ns);
         self.fit_later();
         Ok(self.answer(exit))

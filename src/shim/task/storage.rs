@@ -74,7 +74,7 @@ impl Shim {
                         &format!("{}.root", wanted.prefix),
                         mounted.path(),
                         Access::ReadWrite,
-                        Caching::Always,
+                        self.caching(&wanted.mounts),
                         true,
                     )
                     .map_err(|error| failed(&error))?;
@@ -114,7 +114,7 @@ impl Shim {
     }
 }
 
-/// Says what of a source would be useless in a guest, or refuses it.
+/// Refuses a source that would be useless in a guest.
 fn judge(source: &Path, destination: &Path) -> Result<(), Error> {
     let kind = std::fs::metadata(source).map_err(|error| {
         Error::Failed(format!(
@@ -132,13 +132,28 @@ fn judge(source: &Path, destination: &Path) -> Result<(), Error> {
         )));
     }
     if kind.is_socket() || kind.is_fifo() {
-        tracing::warn!(
-            source = %source.display(),
-            destination = %destination.display(),
-            "a socket or pipe of the host is seen in the guest, but nobody there can reach the host's end of it"
-        );
+        return Err(Error::Invalid(format!(
+            "The bind mount of {} at {} is of a socket or a pipe, whose host's end nobody in a guest could reach",
+            source.display(),
+            destination.display()
+        )));
     }
     Ok(())
+}
+
+impl Shim {
+    /// How long the guest may rely on what it knows of a root: for ever if it is one that only its container writes.
+    fn caching(&self, mounts: &[Mount]) -> Caching {
+        let own = mounts.iter().any(|mount| {
+            let mut options = mount.options.iter();
+            mount.type_.ends_with("overlay")
+                && options.any(|option| option.starts_with("upperdir="))
+        });
+        match own {
+            true => Caching::Always,
+            false => Caching::For(self.config.share.cache),
+        }
+    }
 }
 
 impl Prepared {
@@ -199,5 +214,8 @@ impl Storage {
                 tracing::warn!(container = id, %error, "the guest did not let go of a disk");
             }
         }
+        // A request that waits for a slow file system of the host holds each up for a second.
+        let shares = self.shares;
+        let _ = tokio::task::spawn_blocking(move || drop(shares)).await;
     }
 }

@@ -13,10 +13,12 @@ use crate::handles::Handle;
 use crate::message::Out;
 use crate::sys;
 
-/// Bytes of one answer, at most: each entry may take a lookup, and a third of them may stay with the handle.
+/// Bytes of one answer, at most: each entry may take a lookup.
 const MOST: u64 = 32 << 10;
 /// Bytes read from the host at once, at least: the longest entry fits.
 const LEAST: usize = 512;
+/// The same, at most: what finds no room stays with the handle.
+const REFILL: usize = 4096;
 /// `struct linux_dirent64` up to the name.
 const HOST_HEADER: usize = 19;
 
@@ -109,8 +111,10 @@ pub(crate) fn read(
         stream.waiting = Vec::new();
         stream
     });
-    if stream.position != offset {
+    // The beginning is always looked at anew.
+    if stream.position != offset || offset == 0 {
         stream.waiting = Vec::new();
+        stream.position = u64::MAX;
         rustix::fs::seek(&handle.file, SeekFrom::Start(offset))?;
         stream.position = offset;
     }
@@ -130,7 +134,10 @@ pub(crate) fn read(
             stream.position = entry.next;
             rest = behind;
         }
-        buffer.resize(usize::try_from(part).unwrap_or(LEAST).max(LEAST), 0);
+        buffer.resize(
+            usize::try_from(part).unwrap_or(REFILL).clamp(LEAST, REFILL),
+            0,
+        );
         count = sys::read_directory(&handle.file, &mut buffer)?;
         if count == 0 {
             return Ok(());

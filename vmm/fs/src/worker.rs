@@ -178,7 +178,8 @@ impl Worker {
             || request.minor < abi::MINOR_OLDEST
             || offered & NEEDED != NEEDED
         {
-            tracing::warn!(
+            // The guest's mount says so, too; a guest may repeat it as often as it likes.
+            tracing::debug!(
                 major = request.major,
                 minor = request.minor,
                 flags = format_args!("{offered:#x}"),
