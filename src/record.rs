@@ -82,7 +82,7 @@ fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", content = "path", rename_all = "kebab-case")]
 pub enum Resource {
-    /// A file, such as a rootfs image.
+    /// A file, such as a scratch disk.
     File(PathBuf),
     /// A Unix socket.
     Socket(PathBuf),

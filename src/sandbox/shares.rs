@@ -11,6 +11,7 @@ use nacre_protocol::agent::GuestMount;
 
 use super::Sandbox;
 use super::error::Error;
+use super::spec::Bind;
 use crate::control::Device;
 
 /// Something that is shared; dropping it takes it away from the guest.
@@ -93,6 +94,20 @@ impl Sandbox {
             devices,
             device,
         })
+    }
+
+    /// Shares what a container's specification binds; a relative source is below `base`. Blocks as
+    /// [`share`](Self::share) does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn share_bind(&self, bind: &Bind, base: &Path, caching: Caching) -> Result<Share, Error> {
+        let access = match bind.read_only {
+            true => Access::ReadOnly,
+            false => Access::ReadWrite,
+        };
+        let source = base.join(&bind.source);
+        self.share(&bind.name, &source, access, caching, bind.recursive)
     }
 
     /// A beginning for names of shares that no other container of this VM has.

@@ -371,11 +371,8 @@ fn share(
     let caching = Caching::For(cache);
     let mut shares = vec![sandbox.share("1.root", rootfs, Access::ReadOnly, caching, true)?];
     for bind in binds {
-        let access = match bind.read_only {
-            true => Access::ReadOnly,
-            false => Access::ReadWrite,
-        };
-        shares.push(sandbox.share(&bind.name, &bind.source, access, caching, bind.recursive)?);
+        // Volumes are absolute; see `Volume::parse`.
+        shares.push(sandbox.share_bind(bind, Path::new("/"), caching)?);
     }
     Ok(shares)
 }

@@ -98,13 +98,9 @@ impl Shim {
         for bind in &wanted.binds {
             let source = wanted.bundle.join(&bind.source);
             judge(&source, &bind.destination)?;
-            let access = match bind.read_only {
-                true => Access::ReadOnly,
-                false => Access::ReadWrite,
-            };
             let caching = Caching::For(self.config.share.cache);
             let share = sandbox
-                .share(&bind.name, &source, access, caching, bind.recursive)
+                .share_bind(bind, &wanted.bundle, caching)
                 .map_err(|error| failed(&error))?;
             shares.push(share);
         }
