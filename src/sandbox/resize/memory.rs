@@ -284,10 +284,13 @@ impl Sandbox {
             ));
         }
         let mut steps = Vec::new();
+        let mut total = None;
         if status.driver && (status.plugged, status.requested) != (to, to) {
+            total = self.resources().await.ok().map(|r| r.memory_total_bytes);
             match self.request(to).await {
                 Ok(step) => steps = step,
-                Err(why) => {
+                Err(mut why) => {
+                    why.push_str(&self.has_again(status.plugged, total).await);
                     let available = self.available().await;
                     let available = available.map_or_else(String::new, |bytes| {
                         format!("; the guest has {} MiB available", bytes / MIB)
@@ -303,14 +306,28 @@ impl Sandbox {
             Ok(more) => steps.extend(more),
             Err(why) if steps.is_empty() => return Err(why),
             Err(why) => {
-                let undone = match self.request(status.plugged).await {
+                let mut undone = match self.request(status.plugged).await {
                     Ok(_) => "what the virtio-mem device gave back is plugged again".to_owned(),
                     Err(error) => error,
                 };
+                undone.push_str(&self.has_again(status.plugged, total).await);
                 return Err(format!("{why}; {undone}"));
             }
         }
         Ok(steps)
+    }
+
+    /// Where the driver is back at `plugged` bytes, waits until the guest's kernel manages the `total` that it had before: what
+    /// there is to say if it does not come to that.
+    async fn has_again(&self, plugged: u64, total: Option<u64>) -> String {
+        let status = self.mem_status().unwrap_or_default();
+        match total {
+            Some(total) if status.plugged == plugged => match self.shows(total).await {
+                Ok(()) => String::new(),
+                Err(why) => format!("; {why}"),
+            },
+            _ => String::new(),
+        }
     }
 }
 

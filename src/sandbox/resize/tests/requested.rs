@@ -1,5 +1,8 @@
 //! Memory by the virtio-mem device, whose driver is a task that changes the device's status.
 
+use std::cmp::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use nacre_protocol::agent::ResourcesResponse;
 use nacre_vmm::virtio::mem::MemStatus;
 
@@ -270,7 +273,10 @@ async fn a_device_that_stopped_elsewhere_is_to_stay_there() {
     driven.to(768).await.0.unwrap();
     // It gives half of it back, and does not take it again.
     driven.replace(
-        |status| (status.plugged > 384 * MIB).then_some(384 * MIB),
+        |status| {
+            let less = status.requested < status.plugged && status.plugged > 384 * MIB;
+            less.then_some(384 * MIB)
+        },
         Duration::ZERO,
     );
     words(driven.to(256).await.0);
@@ -278,6 +284,43 @@ async fn a_device_that_stopped_elsewhere_is_to_stay_there() {
     let same = driven.to(640).await.0.unwrap();
     assert_eq!((same.before, same.now), (640, 640));
     assert_eq!(driven.device(), (384, 384));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shrink_that_failed_is_told_when_the_guest_has_all_again() {
+    static ASKED: AtomicU64 = AtomicU64::new(0);
+    static UNTIL: AtomicU64 = AtomicU64::new(0);
+    let mut driven = Driven::new(at_once, Duration::ZERO).await;
+    driven.to(768).await.0.unwrap();
+    // It takes back what it gave, and its kernel has that online some time later.
+    driven.replace(
+        |status| match status.plugged.cmp(&status.requested) {
+            Ordering::Greater => (status.plugged > 384 * MIB).then_some(384 * MIB),
+            Ordering::Less => Some(status.requested),
+            Ordering::Equal => None,
+        },
+        Duration::ZERO,
+    );
+    driven.vm.guest.behave(Script {
+        has: |has| {
+            has.virtio_mem = true;
+            let asked = ASKED.fetch_add(1, Relaxed);
+            if (1..UNTIL.load(Relaxed)).contains(&asked) {
+                has.memory_total_bytes -= 128 * MIB;
+            }
+        },
+        ..Script::good()
+    });
+    for (until, late) in [(7, false), (u64::MAX, true)] {
+        ASKED.store(0, Relaxed);
+        UNTIL.store(until, Relaxed);
+        let why = words(driven.to(256).await.0);
+        has_all(&why, &["it did not get on for 20s; it is back at 512 MiB"]);
+        let said = "its kernel has 640 MiB online of 768";
+        assert_eq!(why.contains(said), late, "{why}");
+        assert!(ASKED.load(Relaxed) > 7, "{why}");
+        assert_eq!(driven.device(), (512, 512));
+    }
 }
 
 #[tokio::test(start_paused = true)]

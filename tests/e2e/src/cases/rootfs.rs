@@ -338,8 +338,8 @@ fn ext4(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Writes and syncs a counter for ever.
-const BUSY: &str = "i=0; while :; do i=$((i + 1)); echo $i > /count; dd if=/dev/zero of=/fill bs=64k count=4 2>/dev/null; \
+/// Writes and syncs a counter for ever; the file has one at any time.
+const BUSY: &str = "i=0; while :; do i=$((i + 1)); echo $i > /next; mv /next /count; dd if=/dev/zero of=/fill bs=64k count=4 2>/dev/null; \
      sync; echo $i; done";
 
 fn ends(context: &Context) -> Result<()> {
