@@ -4,7 +4,8 @@
 //! that it has its owner from its first moment and the host's kernel applies set-group-ID directories
 //! and default ACLs. The guest's kernel has checked permissions before, with groups that are not known
 //! here; so the right to pass over them (CAP_DAC_OVERRIDE) is kept. CAP_FSETID is put down where the
-//! guest asks that set-user-ID and set-group-ID be taken away.
+//! guest asks that set-user-ID and set-group-ID be taken away, and CAP_SYS_RESOURCE, by which quotas would
+//! not hold, for good.
 
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -36,9 +37,14 @@ impl Credentials {
         umask(Mode::empty());
         // Groups of this process are not the guest's: by them a file would keep its set-group-ID. Not root, it stays in them.
         let _ = set_thread_groups(&[]);
+        let mut full = capabilities(None)?;
+        // Quotas and what a file system has in reserve are to hold the guest.
+        full.effective.remove(CapabilitySet::SYS_RESOURCE);
+        full.permitted.remove(CapabilitySet::SYS_RESOURCE);
+        set_capabilities(None, full)?;
         Ok(Self {
             own: (geteuid().as_raw(), getegid().as_raw()),
-            full: capabilities(None)?,
+            full,
             lowered: false,
             _thread: std::marker::PhantomData,
         })

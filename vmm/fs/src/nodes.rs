@@ -122,11 +122,11 @@ impl Node {
         self.kind == FileType::Directory
     }
 
-    /// Whether `found` is this file, of which `fd` is a descriptor, though its descriptor was closed meanwhile.
-    fn is(&self, place: &Place, found: &Stat, fd: BorrowedFd<'_>) -> bool {
+    /// Whether `found`, whose file handle is `now`, is this file, though its descriptor was closed meanwhile.
+    fn is(&self, place: &Place, found: &Stat, now: &mut HandleOf) -> bool {
         match &place.at {
             At::Open(_) => true,
-            At::Handle(handle) => FileHandle::of(fd).is_ok_and(|now| now == *handle),
+            At::Handle(handle) => now.is(handle),
             At::Name(birth) => self.has(found) && *birth == found.birth,
         }
     }
@@ -134,6 +134,25 @@ impl Node {
     /// Whether `found` has this node's number and type.
     fn has(&self, found: &Stat) -> bool {
         Key::of(&self.export, found) == self.key && found.file_type() == self.kind
+    }
+}
+
+/// The file handle of a file that was looked up, which a system call gives, and few lookups need.
+enum HandleOf {
+    Unasked,
+    Needed,
+    Is(Result<FileHandle, Errno>),
+}
+
+impl HandleOf {
+    fn is(&mut self, handle: &FileHandle) -> bool {
+        match self {
+            Self::Is(now) => now.as_ref().is_ok_and(|now| now == handle),
+            Self::Unasked | Self::Needed => {
+                *self = Self::Needed;
+                false
+            }
+        }
     }
 }
 
@@ -164,7 +183,7 @@ struct Table {
     last: u64,
 }
 
-/// All nodes. The table's lock is not held over system calls, but for those that compare two files of one number.
+/// All nodes. No lock, of the table or of a node, is held over a system call: on a file system that hangs it holds its caller only.
 pub(crate) struct Nodes {
     table: Mutex<Table>,
     descriptors: Arc<AtomicUsize>,
@@ -205,16 +224,32 @@ impl Nodes {
         name: &CStr,
     ) -> Result<Found, Errno> {
         let key = Key::of(export, found);
-        let mut guard = self.table();
+        let mut now = HandleOf::Unasked;
+        if self.descriptors() >= self.pinned {
+            self.close_some();
+        }
+        let mut guard = loop {
+            let table = self.table();
+            let known = table.by_key.get(&key).and_then(|id| table.known.get(id));
+            if let Some(known) = known {
+                known.node.is(&known.node.place(), found, &mut now);
+            }
+            if !matches!(now, HandleOf::Needed) {
+                break table;
+            }
+            drop(table);
+            now = HandleOf::Is(FileHandle::of(fd.as_fd()));
+        };
         let table = &mut *guard;
         if export.is_withdrawn() {
             return Err(Errno::STALE);
         }
+        let full = self.descriptors() >= self.pinned;
         let result = if let Some(known) = table
             .by_key
             .get(&key)
             .and_then(|id| table.known.get_mut(id))
-            .filter(|known| known.node.is(&known.node.place(), found, fd.as_fd()))
+            .filter(|known| known.node.is(&known.node.place(), found, &mut now))
         {
             known.lookups = known.lookups.saturating_add(1);
             let node = Arc::clone(&known.node);
@@ -227,15 +262,17 @@ impl Nodes {
                 Arc::clone(fd)
             } else {
                 let fd = Counted::new(fd, &self.descriptors);
-                place.at = At::Open(Arc::clone(&fd));
-                table.open.push_back(node.id);
+                if !full {
+                    place.at = At::Open(Arc::clone(&fd));
+                    table.open.push_back(node.id);
+                }
                 fd
             };
             drop(place);
             node.used.store(true, Ordering::Relaxed);
             Found { node, fd }
         } else {
-            if table.known.len() >= self.limit || self.descriptors() >= self.pinned {
+            if table.known.len() >= self.limit || full {
                 return Err(Errno::NFILE);
             }
             table.last += 1;
@@ -283,8 +320,9 @@ impl Nodes {
                     return Ok(Found { node, fd });
                 }
                 At::Handle(handle) => {
-                    let fd = node.export.open_handle(handle, node.key.mount)?;
+                    let handle = handle.clone();
                     drop(place);
+                    let fd = node.export.open_handle(&handle, node.key.mount)?;
                     if !node.has(&stat(&fd)?) {
                         return Err(Errno::STALE);
                     }
@@ -307,9 +345,14 @@ impl Nodes {
         Ok(self.opened(node, fd))
     }
 
-    /// Keeps a descriptor that was opened again.
+    /// Keeps a descriptor that was opened again, for as long as the request lasts where there are too many.
     fn opened(&self, node: Arc<Node>, fd: OwnedFd) -> Found {
+        let full = self.descriptors() >= self.pinned;
         let fd = Counted::new(fd, &self.descriptors);
+        if full {
+            self.close_some();
+            return Found { node, fd };
+        }
         let again = {
             let mut place = node.place();
             let again = !matches!(place.at, At::Open(_));
@@ -396,7 +439,8 @@ impl Nodes {
         drop(gone);
     }
 
-    /// Closes descriptors while there are more than are to be kept and one can be spared.
+    /// Closes descriptors while there are more than are to be kept and one can be spared: one that was used lately only where
+    /// there are as many as there may be.
     fn close_some(&self) {
         for _ in 0..PROBES {
             if self.descriptors() <= self.kept {
@@ -411,7 +455,8 @@ impl Nodes {
                     continue;
                 };
                 let node = Arc::clone(&known.node);
-                if node.used.swap(false, Ordering::Relaxed)
+                let used = node.used.swap(false, Ordering::Relaxed);
+                if (used && self.descriptors() < self.pinned)
                     || node.handles.load(Ordering::Relaxed) > 0
                 {
                     table.open.push_back(id);
@@ -432,23 +477,32 @@ impl Nodes {
 
 /// Closes the node's descriptor if its file can be found again; whether it has none now.
 fn close(node: &Node) -> bool {
-    let mut place = node.place();
-    let At::Open(fd) = &place.at else {
-        return true;
+    let (fd, parent) = {
+        let place = node.place();
+        let At::Open(fd) = &place.at else {
+            return true;
+        };
+        (Arc::clone(fd), place.parent)
     };
-    let at = match node
+    let handle = node
         .export
-        .handle(fd.as_fd(), node.key.mount, node.is_directory())
-    {
+        .handle(fd.as_fd(), node.key.mount, node.is_directory());
+    let at = match handle {
         Ok(handle) => At::Handle(handle),
         // The root of an export has no name below it.
-        Err(_) if !node.is_directory() && place.parent != ROOT_ID => match stat(fd.as_ref()) {
+        Err(_) if !node.is_directory() && parent != ROOT_ID => match stat(fd.as_ref()) {
             Ok(now) if node.has(&now) && now.attr.nlink > 0 => At::Name(now.birth),
             // Without a name, or another number since it was copied up: only by its descriptor.
             _ => return false,
         },
         Err(_) => return false,
     };
+    // The one that is opened again meanwhile is to be kept, and so is the one of a file that was opened.
+    let mut place = node.place();
+    let same = matches!(&place.at, At::Open(now) if Arc::ptr_eq(now, &fd));
+    if !same || node.handles.load(Ordering::Relaxed) > 0 {
+        return false;
+    }
     place.at = at;
     true
 }

@@ -227,6 +227,37 @@ fn closed_descriptors_are_found_again_by_name_where_there_are_no_handles() {
 }
 
 #[test]
+fn a_guest_that_uses_all_its_nodes_all_the_time_has_no_more_descriptors_than_there_may_be() {
+    let folder = tempfile::tempdir().unwrap();
+    for i in 0..90 {
+        fs::write(folder.path().join(format!("f{i}")), "").unwrap();
+    }
+    // More are kept than are looked at in one turn.
+    let server = FileServer::new(Limits { kept: 40, ..SMALL }).unwrap();
+    server
+        .export("x", opath(folder.path()), Access::ReadWrite)
+        .unwrap();
+    let mut guest = Guest::new(&server);
+    let root = guest.walk("x").unwrap();
+    let (mut nodes, mut most) = (Vec::new(), 0);
+    for i in 0..90 {
+        nodes.push(guest.lookup(root, &format!("f{i}")).expect("room").nodeid);
+        for node in &nodes {
+            guest.mode(*node).expect("found");
+        }
+        let now = descriptors(folder.path());
+        assert!(now <= SMALL.pinned + 1, "{now} at {i}");
+        most = most.max(now);
+    }
+    assert!(most >= SMALL.pinned - 8, "{most}: the bound was not tried");
+    for (i, node) in nodes.iter().enumerate() {
+        let again = guest.lookup(root, &format!("f{i}")).expect("known");
+        assert_eq!(again.nodeid, *node);
+    }
+    assert!(descriptors(folder.path()) <= SMALL.pinned + 1);
+}
+
+#[test]
 fn directories_without_handles_add_up_to_a_bound() {
     let folder = tempfile::tempdir().unwrap();
     let mut guest = small(folder.path());
