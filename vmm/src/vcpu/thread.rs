@@ -180,18 +180,22 @@ fn live(
         if let Some(reason) = run(index, vcpu, around, gate, counts) {
             return Some(reason);
         }
-        if around.ending.is_ending() || !gate.stand(&around.ending) {
+        if around.ending.is_ending() {
             return None;
         }
-        if let Err(error) = birth.restore(vcpu, index) {
-            let mut message = error.to_string();
-            if let Some(cause) = std::error::Error::source(&error) {
-                message = format!("{message}: {cause}");
+        match gate.stand(&around.ending, || birth.restore(vcpu, index)) {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(error) => {
+                let mut message = error.to_string();
+                if let Some(cause) = std::error::Error::source(&error) {
+                    message = format!("{message}: {cause}");
+                }
+                return Some(ExitReason::KvmError {
+                    vcpu: index,
+                    message,
+                });
             }
-            return Some(ExitReason::KvmError {
-                vcpu: index,
-                message,
-            });
         }
     }
 }
