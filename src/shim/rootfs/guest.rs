@@ -107,37 +107,25 @@ impl Plan {
     /// # Errors
     /// What is not served, by name.
     pub fn of(mounts: &[Mount]) -> Result<Self, Error> {
-        // Those before the last that builds on others are only built on.
-        let templates = |mount: &Mount| {
-            let mut texts = mount.options.iter().chain([&mount.source, &mount.target]);
-            texts.any(|text| template::is_template(text))
-        };
-        let first_of_root = mounts.iter().rposition(templates).unwrap_or(0);
+        let first_of_root = super::built_on(mounts);
         let mut plan = Self::default();
         for (index, mount) in mounts.iter().enumerate() {
+            let kind = Type::of(&mount.type_)?;
+            let mount = super::filled(mount, &kind, &Before(&plan.mounts))?;
             let target = match index < first_of_root {
                 true => format!("m/{index}"),
                 false => root_target(&mount.target)?,
             };
-            let planned = plan.one(mount, target)?;
+            let planned = plan.one(&mount, &kind, target)?;
             plan.mounts.push(planned);
         }
         Ok(plan)
     }
 
-    fn one(&mut self, mount: &Mount, target: String) -> Result<Planned, Error> {
-        let kind = Type::of(&mount.type_)?;
-        let mut text = mount.clone();
-        if kind.format {
-            let before = Before(&self.mounts);
-            text.source = template::fill(&mount.source, &before)?;
-            for option in &mut text.options {
-                *option = template::fill(option, &before)?;
-            }
-        }
+    fn one(&mut self, mount: &Mount, kind: &Type<'_>, target: String) -> Result<Planned, Error> {
         let mut planned = Planned {
             kind: kind.base.to_owned(),
-            source: Source::Text(text.source.clone()),
+            source: Source::Text(mount.source.clone()),
             target,
             options: Vec::new(),
             devices: Vec::new(),
@@ -145,7 +133,7 @@ impl Plan {
         };
         let mut mkfs = Making::default();
         let mut devices = Vec::new();
-        for option in &text.options {
+        for option in &mount.options {
             let odd = || Error::Option {
                 option: option.clone(),
                 kind: mount.type_.clone(),
@@ -171,8 +159,8 @@ impl Plan {
                 planned.options.push(option.clone());
             }
         }
-        if is_on_disk(&kind) {
-            self.on_disk(&kind, &mut planned, mkfs, devices)?;
+        if is_on_disk(kind) {
+            self.on_disk(kind, &mut planned, mkfs, devices)?;
         } else {
             judge(mount, &planned)?;
         }

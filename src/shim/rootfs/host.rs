@@ -1,16 +1,19 @@
-//! A root of directories of the host: mounts to make on the bundle's `rootfs`,
-//! in this process's own mount namespace, until it is shared.
+//! A root of directories of the host, or of disks and directories: mounts to make
+//! on the bundle's `rootfs`, in this process's own mount namespace, until it is shared.
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::{DATA_LIMIT, Error, Type};
+use super::loops::Device;
+use super::template::{Earlier, is_template};
+use super::{DATA_LIMIT, Error, Type, guest};
 
 /// A root that is there; dropping it unmounts what was mounted for it.
 #[derive(Debug)]
@@ -20,30 +23,53 @@ pub struct Root {
 }
 
 impl Root {
-    /// Mounts `mounts` on `path` in their order. Without mounts `path` is the root as it is.
+    /// Mounts `mounts` on `path` in their order. Without mounts `path` is the root as it is. Those that others build on are not
+    /// in the root.
     ///
     /// # Errors
     /// A mount that is not served, by name, or that the system refused.
     pub fn mount(path: &Path, mounts: &[Mount]) -> Result<Self, Error> {
-        let plans = mounts.iter().map(Plan::of).collect::<Result<Vec<_>, _>>()?;
-        let mut root = Self {
-            path: path.to_owned(),
+        let built_on = super::built_on(mounts);
+        // Where something is built on, a small tmpfs has places for all of it.
+        let root = match built_on {
+            0 => path.to_owned(),
+            _ => path.join("root"),
+        };
+        let places: Vec<PathBuf> = (0..mounts.len())
+            .map(|index| match index < built_on {
+                true => path.join(index.to_string()),
+                false => root.clone(),
+            })
+            .collect();
+        let mut plans = Vec::new();
+        for (index, mount) in mounts.iter().enumerate() {
+            plans.push(Plan::of(mount, &Before(&places[..index]))?);
+        }
+        let mut made = Self {
+            path: root,
             mounted: Vec::new(),
         };
         if !plans.is_empty() {
-            let error = |source| Error::System {
-                doing: "make the directory".to_owned(),
-                path: path.to_owned(),
-                source,
+            make_directory(path)?;
+        }
+        if built_on > 0 {
+            let options = Some("mode=0700,size=4m");
+            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+            mount_tmpfs(path, flags, options)?;
+            made.mounted.push(path.to_owned());
+            for place in &places[..=built_on] {
+                make_directory(place)?;
+            }
+        }
+        for (index, (plan, place)) in plans.into_iter().zip(&places).enumerate() {
+            let target = match index < built_on {
+                true => place.clone(),
+                false => below(place, &plan.target)?,
             };
-            std::fs::create_dir_all(path).map_err(error)?;
-        }
-        for plan in plans {
-            let target = path.join(&plan.target);
             plan.mount(&target)?;
-            root.mounted.push(target);
+            made.mounted.push(target);
         }
-        Ok(root)
+        Ok(made)
     }
 
     /// Where it is.
@@ -62,11 +88,83 @@ impl Drop for Root {
     }
 }
 
+fn make_directory(path: &Path) -> Result<(), Error> {
+    std::fs::create_dir_all(path).map_err(|source| Error::System {
+        doing: "make the directory".to_owned(),
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn mount_tmpfs(path: &Path, flags: MsFlags, options: Option<&str>) -> Result<(), Error> {
+    mount(Some("nacre"), path, Some("tmpfs"), flags, options).map_err(|errno| Error::System {
+        doing: "mount a tmpfs on".to_owned(),
+        path: path.to_owned(),
+        source: errno.into(),
+    })
+}
+
+/// Where `target` is in what is mounted on `root` by now. Links that an image has lead nowhere outside.
+fn below(root: &Path, target: &Path) -> Result<PathBuf, Error> {
+    if target.as_os_str().is_empty() {
+        return Ok(root.to_owned());
+    }
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |errno: nix::Error| Error::System {
+            doing: "find the place of a mount at".to_owned(),
+            path,
+            source: errno.into(),
+        }
+    };
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let open = |at: &Path, how: ResolveFlag, from: Option<&OwnedFd>| {
+        let how = OpenHow::new().flags(flags).resolve(how);
+        match from {
+            Some(from) => openat2(from, at, how),
+            None => openat2(nix::fcntl::AT_FDCWD, at, how),
+        }
+    };
+    let directory = open(root, ResolveFlag::empty(), None).map_err(failed(root))?;
+    let how = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+    let place = root.join(target);
+    let found = open(target, how, Some(&directory)).map_err(failed(&place))?;
+    let link = format!("/proc/self/fd/{}", found.as_raw_fd());
+    std::fs::read_link(link).map_err(|source| Error::System {
+        doing: "find the place of a mount at".to_owned(),
+        path: place,
+        source,
+    })
+}
+
+/// The places of the mounts before one, for its templates.
+struct Before<'a>(&'a [PathBuf]);
+
+impl Earlier for Before<'_> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn mount_point(&self, index: usize) -> String {
+        self.0[index].to_string_lossy().into_owned()
+    }
+
+    fn source(&self, index: usize) -> Result<String, String> {
+        Err(format!(
+            "what mount {index} is mounted from is known when it is mounted"
+        ))
+    }
+}
+
 /// A mount as mount(2) takes it.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
     kind: String,
+    /// Whether the source is a disk: a file, or a block device.
+    on_disk: bool,
     source: PathBuf,
+    /// Further disks of the file system.
+    devices: Vec<PathBuf>,
     target: PathBuf,
     flags: MsFlags,
     data: Vec<String>,
@@ -111,12 +209,14 @@ impl Directory {
 }
 
 impl Plan {
-    fn of(mount: &Mount) -> Result<Self, Error> {
+    fn of(mount: &Mount, earlier: &Before<'_>) -> Result<Self, Error> {
         let of = Type::of(&mount.type_)?;
         let kind = of.base;
         if of.mkfs {
             return Err(Error::Type(mount.type_.clone()));
         }
+        let mount = &super::filled(mount, &of, earlier)?;
+        let on_disk = guest::is_on_disk(&of);
         let target = Path::new(mount.target.trim_start_matches('/'));
         if target
             .components()
@@ -126,9 +226,11 @@ impl Plan {
         }
         let mut flags = MsFlags::empty();
         let mut data = Vec::new();
-        let mut directories = Vec::new();
-        if kind == "bind" {
-            flags |= MsFlags::MS_BIND;
+        let (mut directories, mut devices) = (Vec::new(), Vec::new());
+        match kind {
+            "bind" => flags |= MsFlags::MS_BIND,
+            "erofs" => flags |= MsFlags::MS_RDONLY,
+            _ => {}
         }
         for option in &mount.options {
             let directory = option.strip_prefix("X-containerd.mkdir.path=");
@@ -140,7 +242,13 @@ impl Plan {
                 directories.push(directory);
                 continue;
             }
+            if on_disk && let Some(device) = option.strip_prefix("device=") {
+                devices.push(device.into());
+                continue;
+            }
             match option.as_str() {
+                "loop" if on_disk => {}
+                "rw" if kind == "erofs" => {}
                 "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
                 "bind" => flags |= MsFlags::MS_BIND,
                 "ro" => flags |= MsFlags::MS_RDONLY,
@@ -163,7 +271,7 @@ impl Plan {
                         || option.starts_with("uidmap=")
                         || option.starts_with("gidmap=")
                         || option.starts_with("X-containerd.")
-                        || option.contains("{{") =>
+                        || is_template(option) =>
                 {
                     return Err(Error::Option {
                         option: option.to_owned(),
@@ -179,7 +287,9 @@ impl Plan {
         }
         Ok(Self {
             kind: kind.to_owned(),
+            on_disk,
             source: PathBuf::from(&mount.source),
+            devices,
             target: target.to_owned(),
             flags,
             data,
@@ -215,9 +325,21 @@ impl Plan {
                 },
             );
         }
-        let (data, _kept) = self.data()?;
+        let (mut data, _kept) = self.data()?;
+        // A loop device stays until the mount is gone, from when it is mounted.
+        let mut disks = Vec::new();
+        if self.on_disk {
+            let read_only = self.flags.contains(MsFlags::MS_RDONLY);
+            for path in std::iter::once(&self.source).chain(&self.devices) {
+                disks.push(Device::of(path, read_only)?);
+            }
+            for disk in disks.iter().skip(1) {
+                let comma = if data.is_empty() { "" } else { "," };
+                data.push_str(&format!("{comma}device={}", disk.path().display()));
+            }
+        }
         mount(
-            Some(&self.source),
+            Some(disks.first().map_or(self.source.as_path(), Device::path)),
             target,
             Some(OsStr::new(&self.kind)),
             self.flags,
@@ -272,12 +394,53 @@ mod tests {
     use super::*;
 
     fn of(kind: &str, target: &str, options: &[&str]) -> Result<Plan, Error> {
+        of_places(kind, target, options, &[])
+    }
+
+    fn of_places(
+        kind: &str,
+        target: &str,
+        options: &[&str],
+        places: &[PathBuf],
+    ) -> Result<Plan, Error> {
         let mut mount = Mount::new();
         mount.type_ = kind.into();
         mount.source = "/source".into();
         mount.target = target.into();
         mount.options = options.iter().map(ToString::to_string).collect();
-        Plan::of(&mount)
+        Plan::of(&mount, &Before(places))
+    }
+
+    #[test]
+    fn what_builds_on_disks_names_where_they_are_mounted() {
+        let places = [PathBuf::from("/b/0"), PathBuf::from("/b/1")];
+        let options = [
+            "lowerdir={{ overlay 1 0 }}",
+            "upperdir=/s/fs",
+            "workdir=/s/work",
+        ];
+        let plan = of_places("format/overlay", "", &options, &places).unwrap();
+        assert_eq!(plan.data[0], "lowerdir=/b/1:/b/0");
+        assert!(!plan.on_disk);
+        let plan = of("erofs", "", &["loop", "ro", "device=/other", "rw"]).unwrap();
+        assert!(plan.on_disk && plan.flags == MsFlags::MS_RDONLY && plan.data.is_empty());
+        assert_eq!(plan.devices, [PathBuf::from("/other")]);
+    }
+
+    #[test]
+    fn links_of_an_image_lead_nowhere_outside() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        std::fs::create_dir_all(root.join("inside/etc")).unwrap();
+        std::os::unix::fs::symlink("/inside/../inside", root.join("link")).unwrap();
+        std::os::unix::fs::symlink("../../..", root.join("up")).unwrap();
+        let root = root.canonicalize().unwrap();
+        let at = |target: &str| below(&root, Path::new(target));
+        assert_eq!(at("").unwrap(), root);
+        assert_eq!(at("link/etc").unwrap(), root.join("inside/etc"));
+        assert_eq!(at("up").unwrap(), root);
+        let error = at("missing").unwrap_err().to_string();
+        assert!(error.contains("missing"), "{error}");
     }
 
     #[test]

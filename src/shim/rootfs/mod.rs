@@ -1,7 +1,8 @@
 //! The root file system that containerd hands to Create, as a list of mounts.
 //! Directories of the host are mounted here, in this process's own mount
 //! namespace, and shared with the guest; files that hold a file system become
-//! disks of the VM, which the guest mounts.
+//! disks of the VM, which the guest mounts. Where the one builds on the other,
+//! all is mounted here.
 
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use containerd_shim_protos::api::Mount;
 
 pub mod guest;
 pub mod host;
+mod loops;
 mod template;
 
 /// What mount(2) takes of options: a page, with the NUL.
@@ -46,7 +48,7 @@ pub enum Error {
     },
     /// A directory of the host in a root that is mounted in the guest.
     #[error(
-        "Rootfs mount {kind} names {path}, a path of the host, in a root of disks, which the guest mounts: name what was mounted before by {{{{ mount N }}}}; for containerd's erofs snapshotter set its default_size, so that its scratch is a disk"
+        "Rootfs mount {kind} names {path}, a path of the host, in a root of disks that are made (mkfs/…), which the guest mounts: name what was mounted before by {{{{ mount N }}}}"
     )]
     HostAmongDisks {
         /// The mount's type.
@@ -127,11 +129,44 @@ impl Form {
     /// # Errors
     /// What is not served, by name.
     pub fn of(mounts: &[Mount]) -> Result<Self, Error> {
+        let (mut on_disk, mut mkfs) = (false, false);
         for mount in mounts {
-            if guest::is_on_disk(&Type::of(&mount.type_)?) {
-                return guest::Plan::of(mounts).map(Self::Guest);
-            }
+            let kind = Type::of(&mount.type_)?;
+            on_disk |= guest::is_on_disk(&kind);
+            mkfs |= kind.mkfs;
         }
-        Ok(Self::Host)
+        if !on_disk {
+            return Ok(Self::Host);
+        }
+        match guest::Plan::of(mounts) {
+            Err(Error::HostAmongDisks { .. }) if !mkfs => Ok(Self::Host),
+            plan => plan.map(Self::Guest),
+        }
     }
+}
+
+/// How many of the mounts come before the last that builds on others: they are only built on, and not in the root.
+fn built_on(mounts: &[Mount]) -> usize {
+    let templates = |mount: &Mount| {
+        let mut texts = mount.options.iter().chain([&mount.source, &mount.target]);
+        texts.any(|text| template::is_template(text))
+    };
+    mounts.iter().rposition(templates).unwrap_or(0)
+}
+
+/// Fills in the templates of a mount that has some by its type.
+fn filled(
+    mount: &Mount,
+    kind: &Type<'_>,
+    earlier: &impl template::Earlier,
+) -> Result<Mount, Error> {
+    let mut filled = mount.clone();
+    if kind.format {
+        filled.source = template::fill(&mount.source, earlier)?;
+        filled.target = template::fill(&mount.target, earlier)?;
+        for option in &mut filled.options {
+            *option = template::fill(option, earlier)?;
+        }
+    }
+    Ok(filled)
 }

@@ -39,6 +39,9 @@ pub(crate) struct Shell<'a> {
     errors: PathBuf,
 }
 
+/// Has the guest's kernel say which of its tasks hangs, and where: it is part of what a case that failed says.
+const TELLS: &str = "sysctl.kernel.hung_task_timeout_secs=10 rcupdate.rcu_cpu_stall_timeout=10";
+
 impl<'a> Shell<'a> {
     /// Starts one with these options of `vmctl run`, and waits for the shell's first answer.
     pub fn start(
@@ -61,7 +64,7 @@ impl<'a> Shell<'a> {
     ) -> Result<Self> {
         // Where the guest does not give back what it uses, the host waits for this long.
         let patience = context.seconds(15).as_secs();
-        let settings = format!("resize_timeout = \"{patience}s\"\n");
+        let settings = format!("cmdline = \"{TELLS}\"\nresize_timeout = \"{patience}s\"\n");
         Self::launch(context, name, kernel, options, &settings)
     }
 
@@ -84,7 +87,8 @@ impl<'a> Shell<'a> {
         let name = context.id(name);
         let mut command = vmctl(context);
         command.env("NACRE_CONFIG", config);
-        command.args(["run", "--name", &name, "--rootfs"]).arg(root);
+        command.args(["run", "--verbose", "--name", &name, "--rootfs"]);
+        command.arg(root);
         if kernel == Kernel::Newer {
             for (option, file) in [("--kernel", "vmlinux"), ("--initrd", "initrd")] {
                 let file = context.programs.newer.join(file);

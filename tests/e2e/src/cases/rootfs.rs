@@ -44,6 +44,11 @@ pub(crate) const CASES: &[Case] = &[
         layers,
     ),
     alone(
+        "layers of erofs below directories of the host are a root",
+        (120, 120),
+        host_above,
+    ),
+    alone(
         "many layers with whiteouts are one disk",
         (240, 600),
         whiteouts,
@@ -225,12 +230,73 @@ fn sound(scratch: &Path) -> Result<()> {
     Ok(())
 }
 
-fn layers(context: &Context) -> Result<()> {
+/// A layer with a file of its own.
+fn second(context: &Context) -> Result<PathBuf> {
     let changes = context.path("changes");
     fs::create_dir_all(changes.join("etc"))?;
     fs::write(changes.join("etc/second"), "of the second layer\n")?;
     let second = context.path("second.erofs");
     erofs(&changes, &second)?;
+    Ok(second)
+}
+
+/// Files that loop devices of the host are of.
+fn looped() -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for device in fs::read_dir("/sys/block")? {
+        if let Ok(file) = fs::read_to_string(device?.path().join("loop/backing_file")) {
+            files.push(file.trim_end().to_owned());
+        }
+    }
+    Ok(files)
+}
+
+/// As containerd's erofs snapshotter hands it over when it has no size for a scratch disk.
+fn host_above(context: &Context) -> Result<()> {
+    let layers = [base(context)?, second(context)?];
+    let (upper, work) = (context.path("upper"), context.path("work"));
+    fs::create_dir_all(&upper)?;
+    fs::create_dir_all(&work)?;
+    let mut root: Vec<Mount> = layers
+        .iter()
+        .map(|layer| mount("erofs", layer, &["ro", "loop"]))
+        .collect();
+    root.push(mount(
+        "format/overlay",
+        "overlay",
+        &[
+            &format!("workdir={}", work.display()),
+            &format!("upperdir={}", upper.display()),
+            "lowerdir={{ overlay 1 0 }}",
+        ],
+    ));
+    let said = run(
+        context,
+        "host-above",
+        "cat /etc/second; echo kept > /kept; echo more >> /etc/second; rm /bin/vi; busybox | head -n 1 | cut -c1-7",
+        &root,
+    )?;
+    ensure!(said == "of the second layer\nBusyBox\n", "{said:?}");
+    let kept = fs::read_to_string(upper.join("kept"))?;
+    ensure!(kept == "kept\n", "{kept:?} is in the host's directory");
+    let again = run(
+        context,
+        "host-above-again",
+        "cat /kept /etc/second; test ! -e /bin/vi",
+        &root,
+    )?;
+    ensure!(again == "kept\nof the second layer\nmore\n", "{again:?}");
+    let left = looped()?;
+    let ours = context.path("");
+    ensure!(
+        !left.iter().any(|file| Path::new(file).starts_with(&ours)),
+        "loop devices are left: {left:?}"
+    );
+    Ok(())
+}
+
+fn layers(context: &Context) -> Result<()> {
+    let second = second(context)?;
     let scratch = context.path("scratch.img");
     let layers = [base(context)?, second];
     let root = overlay(&layers, &scratch);
