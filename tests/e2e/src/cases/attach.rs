@@ -149,7 +149,7 @@ fn replay(context: &Context) -> Result<()> {
     // Nothing holds the program up meanwhile: it is through before somebody listens again.
     poll::until("the last number", context.seconds(40), || {
         let told = ctr.exec(&id, "looks", &[], &["test", "-e", "/tmp/told"])?;
-        Ok((told.code == Some(0)).then_some(()))
+        Ok((told.code == 0).then_some(()))
     })?;
     let mut second = Client::start(&mut ctr.command(&["tasks", "attach", &id]))?;
     second.wait_for("all told\n", context.seconds(20))?;
