@@ -51,6 +51,40 @@ impl Drop for Share {
     }
 }
 
+/// Several of them. Taking one away waits, up to a second, for requests that a slow file system of the host holds up: where they
+/// are dropped on a thread that serves other things, another one does it.
+#[derive(Debug, Default)]
+pub struct Shares(Vec<Share>);
+
+impl Shares {
+    /// One more.
+    pub fn push(&mut self, share: Share) {
+        self.0.push(share);
+    }
+
+    /// The one that was first.
+    pub fn first(&self) -> Option<&Share> {
+        self.0.first()
+    }
+
+    /// Takes them away from the guest. Blocks.
+    pub fn withdraw(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Shares {
+    fn drop(&mut self) {
+        if self.0.is_empty() {
+            return;
+        }
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let shares = std::mem::take(&mut self.0);
+            runtime.spawn_blocking(move || drop(shares));
+        }
+    }
+}
+
 impl Sandbox {
     /// Shares what `path` names, as it is now: later mounts over it are not seen. With `recursive`, what is mounted
     /// below comes along. Blocks as long as the host's file systems do.

@@ -69,10 +69,8 @@ impl Shim {
             self.publisher.publish(&TaskEvent::Delete(event));
             (container.timings, container.storage)
         };
-        // Of a shim that ends; taking it from the guest may wait for the host's file systems.
-        if let Some(storage) = storage {
-            let _ = tokio::task::spawn_blocking(move || drop(storage)).await;
-        }
+        // Of a shim that ends.
+        drop(storage);
         self.note_delete(timings, begun_ns);
         self.fit_later();
         Ok(self.answer(exit))

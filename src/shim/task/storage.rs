@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use containerd_shim_protos::api::Mount;
 
 use super::{Error, Shim};
-use crate::sandbox::shares::Share;
+use crate::sandbox::shares::Shares;
 use crate::sandbox::spec::Bind;
 use crate::sandbox::{
     Access, Caching, DiskConfig, GuestMount, Sandbox, chain, monotonic_ns, storage,
@@ -21,7 +21,7 @@ const ROOT: &str = "rootfs";
 #[derive(Debug, Default)]
 pub(super) struct Storage {
     /// Dropping it takes them away from the guest.
-    shares: Vec<Share>,
+    shares: Shares,
     /// virtio-mmio windows of its disks.
     windows: Vec<u8>,
 }
@@ -29,7 +29,7 @@ pub(super) struct Storage {
 /// What is to be shared and plugged, found out without the guest.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    shares: Vec<Share>,
+    shares: Shares,
     root: Root,
 }
 
@@ -61,7 +61,7 @@ impl Shim {
         let begun = monotonic_ns();
         let failed = |error: &dyn std::error::Error| Error::Failed(chain(error));
         let form = Form::of(&wanted.mounts).map_err(|error| Error::Invalid(error.to_string()))?;
-        let mut shares = Vec::new();
+        let mut shares = Shares::default();
         let root = match form {
             Form::Host => {
                 // `join` keeps an absolute root.
@@ -105,7 +105,7 @@ impl Shim {
             shares.push(share);
         }
         let took_us = monotonic_ns().saturating_sub(begun) / 1000;
-        tracing::debug!(shares = shares.len(), took_us, "shared with the guest");
+        tracing::debug!(binds = wanted.binds.len(), took_us, "shared with the guest");
         Ok(Prepared { shares, root })
     }
 }
@@ -212,6 +212,6 @@ impl Storage {
         }
         // A request that waits for a slow file system of the host holds each up for a second.
         let shares = self.shares;
-        let _ = tokio::task::spawn_blocking(move || drop(shares)).await;
+        let _ = tokio::task::spawn_blocking(move || shares.withdraw()).await;
     }
 }
