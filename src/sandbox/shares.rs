@@ -67,9 +67,12 @@ impl Shares {
         self.0.first()
     }
 
-    /// Takes them away from the guest. Blocks.
-    pub fn withdraw(mut self) {
-        self.0.clear();
+    /// Takes them away from the guest.
+    pub async fn withdraw(mut self) {
+        let shares = std::mem::take(&mut self.0);
+        if !shares.is_empty() {
+            let _ = tokio::task::spawn_blocking(move || drop(shares)).await;
+        }
     }
 }
 

@@ -196,25 +196,37 @@ impl Shim {
         // The guest boots while the host's part is mounted and hooks run. All are waited for, so that nothing appears after a
         // failure.
         let (ready, stored, hooked) = tokio::join!(sandbox.ready(), storing, hooks);
-        let ready = ready.map_err(|error| Error::Failed(error.to_string()))?;
         let stored = stored
-            .map_err(|error| Error::Failed(format!("Mounting the root broke off: {error}")))??;
-        hooked?;
-        tracing::debug!(
-            container = id,
-            kernel = ready.kernel_release,
-            "the guest is ready"
-        );
-
-        // The VM was started in the size that its first container needs.
-        if !alone {
-            let fit = self.fit(&sandbox, self.sum(None)).await;
-            fit.map_err(|cause| {
-                Error::Failed(format!(
-                    "The VM does not grow for another container: {cause}"
-                ))
-            })?;
-        }
+            .map_err(|error| Error::Failed(format!("Mounting the root broke off: {error}")))
+            .flatten();
+        let went_well = async {
+            let ready = ready.map_err(|error| Error::Failed(error.to_string()))?;
+            hooked?;
+            tracing::debug!(
+                container = id,
+                kernel = ready.kernel_release,
+                "the guest is ready"
+            );
+            // The VM was started in the size that its first container needs.
+            if !alone && stored.is_ok() {
+                let fit = self.fit(&sandbox, self.sum(None)).await;
+                fit.map_err(|cause| {
+                    Error::Failed(format!(
+                        "The VM does not grow for another container: {cause}"
+                    ))
+                })?;
+            }
+            Ok(())
+        };
+        let went_well: Result<(), Error> = went_well.await;
+        let stored = match (went_well, stored) {
+            (Ok(()), stored) => stored?,
+            (Err(error), Ok(stored)) => {
+                stored.withdraw().await;
+                return Err(error);
+            }
+            (Err(error), Err(_)) => return Err(error),
+        };
         let mut storage = Storage::default();
         let mounts = match stored.plug(&sandbox, &mut storage).await {
             Ok(mounts) => mounts,
@@ -335,22 +347,22 @@ impl Shim {
 }
 
 /// Takes back what the guest has of a container that could not be made.
-async fn undo(sandbox: &Sandbox, id: &str, storage: Storage) {
-    if sandbox.exit_reason().is_some() {
-        return;
-    }
-    let free = async {
-        if let Err(error) = sandbox.delete_container(id).await {
-            tracing::debug!(container = id, %error, "the guest has nothing to delete");
+async fn undo(sandbox: &Sandbox, id: &str, mut storage: Storage) {
+    if sandbox.exit_reason().is_none() {
+        let in_guest = async {
+            if let Err(error) = sandbox.delete_container(id).await {
+                tracing::debug!(container = id, %error, "the guest has nothing to delete");
+            }
+            storage.detach(sandbox, id).await;
+        };
+        if tokio::time::timeout(super::AGENT_PATIENCE, in_guest)
+            .await
+            .is_err()
+        {
+            tracing::warn!(container = id, "the guest does not give its disks back");
         }
-        storage.free(sandbox, id).await;
-    };
-    if tokio::time::timeout(super::AGENT_PATIENCE, free)
-        .await
-        .is_err()
-    {
-        tracing::warn!(container = id, "the guest does not give its disks back");
     }
+    storage.withdraw().await;
 }
 
 /// A container id as part of a file name.

@@ -70,7 +70,9 @@ impl Shim {
             (container.timings, container.storage)
         };
         // Of a shim that ends.
-        drop(storage);
+        if let Some(storage) = storage {
+            storage.withdraw().await;
+        }
         self.note_delete(timings, begun_ns);
         self.fit_later();
         Ok(self.answer(exit))
@@ -137,6 +139,7 @@ impl Shim {
 
     /// Frees what a container holds, whatever of it fails. A guest that does not answer is stopped.
     async fn free(&self, id: &str, storage: Option<Storage>) {
+        let mut storage = storage.unwrap_or_default();
         if let Some(sandbox) = self
             .sandbox_now()
             .filter(|sandbox| sandbox.exit_reason().is_none())
@@ -145,9 +148,7 @@ impl Shim {
                 if let Err(error) = sandbox.delete_container(id).await {
                     tracing::warn!(container = id, %error, "the guest did not delete a container");
                 }
-                if let Some(storage) = storage {
-                    storage.free(&sandbox, id).await;
-                }
+                storage.detach(&sandbox, id).await;
             };
             if tokio::time::timeout(AGENT_PATIENCE, in_guest)
                 .await
@@ -160,5 +161,6 @@ impl Shim {
                 sandbox.stop();
             }
         }
+        storage.withdraw().await;
     }
 }

@@ -153,6 +153,11 @@ impl Shim {
 }
 
 impl Prepared {
+    /// Takes back what is shared already.
+    pub(super) async fn withdraw(self) {
+        self.shares.withdraw().await;
+    }
+
     /// Plugs the disks, and answers with the mounts for the guest. What is held is in `storage` from when it is: a
     /// failure leaves it there, to be freed.
     pub(super) async fn plug(
@@ -203,15 +208,17 @@ async fn attach(
 }
 
 impl Storage {
-    /// Takes the disks back from a guest that has unmounted them, and what is shared. Failures are logged.
-    pub(super) async fn free(self, sandbox: &Sandbox, id: &str) {
-        for window in self.windows.into_iter().rev() {
+    /// Takes back what is shared.
+    pub(super) async fn withdraw(self) {
+        self.shares.withdraw().await;
+    }
+
+    /// Takes the disks back from a guest that has unmounted them. Failures are logged.
+    pub(super) async fn detach(&mut self, sandbox: &Sandbox, id: &str) {
+        for window in std::mem::take(&mut self.windows).into_iter().rev() {
             if let Err(error) = sandbox.detach_disk(window).await {
                 tracing::warn!(container = id, %error, "the guest did not let go of a disk");
             }
         }
-        // A request that waits for a slow file system of the host holds each up for a second.
-        let shares = self.shares;
-        let _ = tokio::task::spawn_blocking(move || shares.withdraw()).await;
     }
 }
