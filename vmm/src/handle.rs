@@ -13,6 +13,7 @@ use crate::hotplug::memory::{Area, UnitView};
 use crate::platform::monotonic_ns;
 use crate::virtio::balloon::BalloonHost;
 use crate::virtio::mem::MemHost;
+use crate::virtio::net::{NetConfig, NetHost, Tap};
 use crate::virtio::vsock::VsockHost;
 pub use crate::vm::{Counters, Error};
 use crate::vm::{Machine, Progress};
@@ -185,11 +186,21 @@ impl Vm {
         self.with_machine(|machine| machine.plug_disk(&disk))
     }
 
-    /// Takes the disk out of a window (the guest has unbound it).
+    /// Puts a network device over a TAP interface into the first spare window; returns the window's index, and the host's
+    /// hand on the device. The guest does not notice by itself, as with a disk.
     ///
     /// # Errors
     ///
-    /// If there is no such window, no disk in it, or the VM has ended.
+    /// If the configuration cannot be, no window is free (with their number), or the VM has ended.
+    pub fn plug_net(&self, config: NetConfig, tap: Tap) -> Result<(u8, NetHost), Error> {
+        self.with_machine(|machine| machine.plug_net(config, tap))
+    }
+
+    /// Takes the disk or network device out of a window (the guest has unbound it).
+    ///
+    /// # Errors
+    ///
+    /// If there is no such window, no device in it, or the VM has ended.
     pub fn unplug(&self, window: u8) -> Result<(), Error> {
         self.with_machine(|machine| machine.unplug(window))
     }

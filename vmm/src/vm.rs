@@ -44,6 +44,7 @@ use crate::virtio::block::Block;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mem::{Mem, MemConfig, MemHost, SLOT_UNIT};
 use crate::virtio::mmio::{self, NOTIFY_OFFSET, Window};
+use crate::virtio::net::{Net, NetConfig, NetHost, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockHost};
 
@@ -440,6 +441,20 @@ impl Machine {
             source: Box::new(source),
         })?;
         self.plug(Box::new(device))
+    }
+
+    /// Puts a network device over a TAP interface into the first spare window; the window's index.
+    ///
+    /// # Errors
+    ///
+    /// If the configuration cannot be or no window is free.
+    pub fn plug_net(&mut self, config: NetConfig, tap: Tap) -> Result<(u8, NetHost), Error> {
+        let made = Net::new(config, tap, self.events.clone());
+        let (device, host) = made.map_err(|source| Error::Device {
+            kind: "net",
+            source: Box::new(source),
+        })?;
+        Ok((self.plug(Box::new(device))?, host))
     }
 
     fn plug(&mut self, device: Box<dyn VirtioDevice>) -> Result<u8, Error> {

@@ -35,6 +35,11 @@ pub const TARGETS: &[Target] = &[
         seeds: virtio::balloon_seeds,
     },
     Target {
+        name: "net",
+        run: virtio::net,
+        seeds: virtio::net_seeds,
+    },
+    Target {
         name: "vsock",
         run: vsock::run,
         seeds: vsock::seeds,
@@ -102,6 +107,11 @@ mod tests {
     #[test]
     fn hostile_drivers_of_the_balloon_break_nothing() {
         rehearse_named("balloon");
+    }
+
+    #[test]
+    fn hostile_drivers_of_the_network_device_break_nothing() {
+        rehearse_named("net");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! memory, and shortcuts past what only delays it (the order of
 //! initialization, the place of rings), for each device behind the transport.
 
+use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -22,6 +23,7 @@ use crate::virtio::block::Block;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mem::{BLOCK_BYTES, Mem, MemConfig, MemHost, SLOT_UNIT};
 use crate::virtio::mmio::{State, WINDOW_SIZE, Window};
+use crate::virtio::net::{FRAME_BYTES, Net, NetConfig, NetHost, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{GUEST_CID, Vsock, VsockHost, VsockListener, VsockStream};
 
@@ -103,6 +105,7 @@ enum Host {
     Socket(Socket),
     Mem { host: MemHost, check: Check },
     Balloon(BalloonHost),
+    Net { host: NetHost, wire: UnixDatagram },
 }
 
 /// Panics if the memory device's state does not agree with itself.
@@ -163,6 +166,26 @@ pub(super) fn balloon(data: &[u8]) {
     });
 }
 
+/// A network device on a socket.
+pub(super) fn net(data: &[u8]) {
+    drive(data, |_| {
+        let events = event_loop().handle.clone();
+        let (wire, end) = UnixDatagram::pair().expect("sockets");
+        for end in [&wire, &end] {
+            end.set_nonblocking(true).expect("set");
+        }
+        let config = NetConfig {
+            name: "fuzz".to_owned(),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: Some(1500),
+            link: true,
+        };
+        let made = Net::new(config, Tap::of_frames(end.into()), events);
+        let (device, host) = made.expect("a configuration");
+        (Box::new(device), Host::Net { host, wire })
+    });
+}
+
 /// Drives the device that `make` makes by all of the input.
 fn drive(data: &[u8], make: impl FnOnce(&Arc<GuestMemory>) -> Made) {
     let mut input = Unstructured::new(data);
@@ -209,7 +232,7 @@ impl Host {
     /// What holds at all times.
     fn check(&self, guest: &GuestMemory, boot: u64) {
         match self {
-            Self::Silent | Self::Socket(_) => {}
+            Self::Silent | Self::Socket(_) | Self::Net { .. } => {}
             Self::Mem { host, check } => {
                 check();
                 assert_eq!(host.status().failures, 0, "the host can do all of this");
@@ -359,6 +382,8 @@ impl Driver {
             Host::Silent | Host::Socket(_) => (own & 1) << 9 | (own >> 1 & 3) << 13,
             Host::Mem { .. } => (own & 1) << 1,
             Host::Balloon(_) => own & 7 | (own & 8) << 2,
+            // Checksums and segments made by the guest, and mergeable buffers.
+            Host::Net { .. } => (own & 1) << 1 | (own & 2) << 6 | (own & 4) << 13,
         };
         let bits = u32::from(features & 3) << 28 | own;
         self.register(DRIVER_FEATURES, bits);
@@ -442,6 +467,21 @@ impl Driver {
                     let _ = host.set_target(u64::from(pages) * PAGE_BYTES);
                 }
                 _ => host.refresh(),
+            },
+            Host::Net { host, wire } => match input.arbitrary::<u16>()? {
+                len @ 0..0x8000 => {
+                    let header = input.bytes(input.len().min(12))?;
+                    let mut frame = header.to_vec();
+                    frame.resize(usize::from(len), 0x5a);
+                    let _ = wire.send(&frame);
+                }
+                0x8000..0xf000 => {
+                    let mut frame = vec![0; FRAME_BYTES + 1];
+                    while let Ok(len) = wire.recv(&mut frame) {
+                        assert!(len <= FRAME_BYTES, "a frame of {len} bytes");
+                    }
+                }
+                other => host.set_link(other & 1 == 0),
             },
         }
         settle();
@@ -591,6 +631,32 @@ pub(super) fn balloon_seeds() -> Vec<Vec<u8>> {
         // Without the features: two queues do.
         [vec![4, 3], request_bytes(0, &inflate, 0, false)].concat(),
     ]
+}
+
+pub(super) fn net_seeds() -> Vec<Vec<u8>> {
+    let frame: Vec<u8> = [vec![0; 12], vec![0xff; 48]].concat();
+    let up = |features: u8| vec![4, features];
+    let host = |what: u16| [vec![15], what.to_le_bytes().to_vec(), vec![0; 12]].concat();
+    let mut seeds = Vec::new();
+    for features in [0b1_1111, 0, 0b11] {
+        seeds.push(
+            [
+                up(features),
+                request_bytes(0, &[], 0x800, true),
+                host(200),
+                host(1500),
+                request_bytes(0, &[], 0x200, true),
+                request_bytes(0, &[], 0x800, true),
+                request_bytes(1, &frame, 0x100, false),
+                request_bytes(1, &frame, 0xffff, false),
+                host(0xf000),
+                host(0x8000),
+                host(0xf001),
+            ]
+            .concat(),
+        );
+    }
+    seeds
 }
 
 pub(super) fn seeds() -> Vec<Vec<u8>> {

@@ -8,6 +8,7 @@ pub mod block;
 pub mod device;
 pub mod mem;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod vsock;

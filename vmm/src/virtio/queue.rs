@@ -6,13 +6,14 @@
 //! it. Nothing here trusts an index, an address or a length.
 
 use std::cmp::min;
-use std::sync::atomic::Ordering;
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use super::device::Interrupt;
 
@@ -354,6 +355,75 @@ pub fn give_back(
     queue
         .add_used(memory, head, len)
         .map_err(|source| RingError::Used { head, source })
+}
+
+/// Chains to be returned together, so that the driver sees all of them or none: a frame in several buffers.
+/// A queue's chains are all returned by one of these, or none is.
+#[derive(Debug, Default)]
+pub struct UsedBatch {
+    chains: Vec<(u16, u32)>,
+}
+
+impl UsedBatch {
+    /// Adds a chain that [`pop`] gave, with how many bytes were written from the start of its writable part.
+    pub fn push(&mut self, head: u16, len: u32) {
+        self.chains.push((head, len));
+    }
+
+    /// Returns them to the driver; whether it wants to be interrupted for them.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Used`]; none of them is returned then.
+    pub fn publish(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, RingError> {
+        let Some(&(first, _)) = self.chains.first() else {
+            return Ok(false);
+        };
+        let failed = |source| RingError::Used {
+            head: first,
+            source,
+        };
+        let at = |ring: u64, offset: u64| {
+            let address = ring.checked_add(offset);
+            address
+                .map(GuestAddress)
+                .ok_or_else(|| failed(virtio_queue::Error::AddressOverflow))
+        };
+        let memory_error = |error| failed(virtio_queue::Error::GuestMemory(error));
+        let (old, size) = (Wrapping(queue.next_used()), queue.size());
+        let mut next = old;
+        for (head, len) in self.chains.drain(..) {
+            if head >= size {
+                return Err(failed(virtio_queue::Error::InvalidDescriptorIndex));
+            }
+            let slot = u64::from(next.0 % size);
+            // struct virtq_used_elem: id, then len.
+            let element = (u64::from(head) | u64::from(len) << 32).to_le();
+            let place = at(queue.used_ring(), 4 + slot * 8)?;
+            memory.write_obj(element, place).map_err(memory_error)?;
+            next += Wrapping(1);
+        }
+        queue.set_next_used(next.0);
+        let index = at(queue.used_ring(), 2)?;
+        memory
+            .store(next.0.to_le(), index, Ordering::Release)
+            .map_err(memory_error)?;
+        if !queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // The index is there before the driver's wish is read, and the driver looks again after it has said it.
+        fence(Ordering::SeqCst);
+        let place = at(queue.avail_ring(), 4 + u64::from(size) * 2)?;
+        let event: u16 = memory
+            .load(place, Ordering::Relaxed)
+            .map_err(memory_error)?;
+        let event = Wrapping(u16::from_le(event));
+        Ok(next - event - Wrapping(1) < next - old)
+    }
 }
 
 #[cfg(test)]
