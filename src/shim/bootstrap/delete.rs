@@ -27,6 +27,8 @@ const ENDS_BY_ITSELF: Duration = Duration::from_millis(1600);
 /// How long a killed one is waited for, until it has given up its record and is gone: the kernel frees the guest's memory
 /// first, which takes its time on a busy host.
 const ENDS_KILLED: Duration = Duration::from_millis(2000);
+/// How long one that has freed all, and was killed for staying, is waited for.
+const ENDS_AT_LAST: Duration = Duration::from_millis(1000);
 
 /// Why not everything is free.
 #[derive(Debug, thiserror::Error)]
@@ -120,8 +122,13 @@ fn free(
     }
     let last = last.map_err(failed)?;
     if let Some(daemon) = daemon.filter(|_| ours) {
-        // It gives its record up before it is quite gone.
-        daemon.wait(until.saturating_duration_since(Instant::now()));
+        // It gives its record up before it is quite gone. What then holds it up is at most events that nobody takes.
+        if !daemon.wait(until.saturating_duration_since(Instant::now())) {
+            daemon.kill();
+            if !daemon.wait(ENDS_AT_LAST) {
+                tracing::warn!("a daemon that was killed is not gone yet");
+            }
+        }
     }
     record::cleanup(directory).map_err(failed)?;
     Ok(last)
@@ -157,14 +164,14 @@ impl Daemon {
         let _ = pidfd_send_signal(&self.0, Signal::KILL);
     }
 
-    fn wait(&self, limit: Duration) {
+    /// Waits for its end; whether that came.
+    fn wait(&self, limit: Duration) -> bool {
         let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
         let limit = Timespec {
             tv_sec: limit.as_secs().cast_signed(),
             tv_nsec: limit.subsec_nanos().into(),
         };
-        // Out of time is told by the record's lock, not here.
-        let _ = rustix::event::poll(&mut fds, Some(&limit));
+        matches!(rustix::event::poll(&mut fds, Some(&limit)), Ok(1..))
     }
 }
 

@@ -15,6 +15,7 @@ use crate::ctr::{self, expect_words};
 use crate::processes;
 use crate::shim::{Bundle, Connection, Dialect};
 use crate::suite::{Case, Subject};
+use crate::tasks::{Stdio, Tasks};
 
 const fn alone(name: &'static str, seconds: u64, run: fn(&Context) -> Result<()>) -> Case {
     Case {
@@ -71,6 +72,11 @@ pub(crate) const CASES: &[Case] = &[
         "delete frees what a SIGKILL left and a new start works",
         90,
         start_after_kill,
+    ),
+    alone(
+        "delete leaves no daemon, though nobody takes its events",
+        90,
+        delete_unheard,
     ),
     alone("SIGTERM ends a daemon that nobody called", 60, terminated),
     alone("Shutdown ends the daemon within 5 s", 60, shut_down),
@@ -290,6 +296,27 @@ fn start_after_kill(context: &Context) -> Result<()> {
     bundle.delete()?;
     let address = bundle.started(Dialect::Version2)?;
     expect_service(&bundle, &address)
+}
+
+/// After Shutdown the daemon still has events to tell, and containerd is not there.
+fn delete_unheard(context: &Context) -> Result<()> {
+    let bundle = Bundle::script(context, "unheard", "sleep 1000")?;
+    let address = bundle.started(Dialect::Params)?;
+    let tasks = Tasks::dial(&address)?;
+    tasks.create(&bundle.id, &bundle.folder, &Stdio::default())?;
+    tasks.start(&bundle.id, "")?;
+    tasks.kill(&bundle.id, "", libc::SIGKILL, false)?;
+    tasks.wait(&bundle.id, "")?;
+    tasks.delete(&bundle.id, "")?;
+    tasks.shutdown(&bundle.id)?;
+    bundle.delete()?;
+    let left = bundle.processes();
+    ensure!(
+        left.is_empty(),
+        "delete has answered and {} is there",
+        left[0].describe()
+    );
+    Ok(())
 }
 
 fn terminated(context: &Context) -> Result<()> {
