@@ -19,6 +19,7 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
+use crate::sandbox::clock::ClockReading;
 use crate::sandbox::resize::Resized;
 use crate::sandbox::{BootPhases, ExitReason};
 
@@ -203,6 +204,8 @@ pub trait Target: Send + Sync {
     fn inspect(&self) -> Inspection;
     /// What the guest uses of its memory, in bytes, if it says so at once.
     async fn memory_used(&self) -> Option<u64>;
+    /// How far the guest's wall clock is from the host's, if it says so at once.
+    async fn clock(&self) -> Option<ClockReading>;
     /// Changes the VM's size; what went wrong is in words.
     async fn resize(&self, wanted: Wanted) -> Result<Changed, String>;
     /// Ends the VM in order and answers how it ended.
@@ -283,11 +286,15 @@ impl Service {
     async fn read_usage(&self) -> Result<Usage, String> {
         let used = tokio::time::timeout(USED_WITHIN, self.0.memory_used()).await;
         let used_mib = used.ok().flatten().map(|bytes| bytes >> 20);
+        let clock = tokio::time::timeout(USED_WITHIN, self.0.clock()).await;
+        let clock = clock.ok().flatten();
         let target = self.0.clone();
         // The kernel looks at every page of the guest.
-        tokio::task::spawn_blocking(move || Usage::of_this_process(target.inspect(), used_mib))
-            .await
-            .map_err(|error| error.to_string())
+        tokio::task::spawn_blocking(move || {
+            Usage::of_this_process(target.inspect(), used_mib, clock)
+        })
+        .await
+        .map_err(|error| error.to_string())
     }
 }
 
@@ -480,6 +487,12 @@ mod tests {
         async fn memory_used(&self) -> Option<u64> {
             Some(100 << 20)
         }
+        async fn clock(&self) -> Option<ClockReading> {
+            Some(ClockReading {
+                offset_us: -3,
+                round_trip_us: 5,
+            })
+        }
         async fn resize(&self, wanted: Wanted) -> Result<Changed, String> {
             let vcpus = wanted.vcpus.ok_or("no vCPUs")?;
             let step = Step {
@@ -527,6 +540,10 @@ mod tests {
         assert_eq!((&*usage.id, usage.pid, usage.memory_mib), ("a", 7, 512));
         assert_eq!(usage.exits, inspection().exits);
         assert_eq!(usage.unasked_ejects, 6);
+        let clock = usage
+            .clock
+            .map(|clock| (clock.offset_us, clock.round_trip_us));
+        assert_eq!(clock, Some((-3, 5)));
         assert!(usage.rss_kib > 0 && usage.uptime_ms > 0, "{usage:?}");
         assert_eq!(
             (usage.used_mib, usage.memory),

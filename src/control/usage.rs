@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::{Inspection, Memory};
+use crate::sandbox::clock::ClockReading;
 use crate::sandbox::monotonic_ns;
 
 /// How the names of vCPU threads begin.
@@ -45,6 +46,8 @@ pub struct Usage {
     pub unasked_ejects: u64,
     /// Since the VM was asked for, milliseconds.
     pub uptime_ms: u64,
+    /// How far the guest's wall clock is from the host's; `None` if it did not say so at once.
+    pub clock: Option<ClockReading>,
     /// Containers.
     pub containers: Vec<String>,
 }
@@ -52,7 +55,11 @@ pub struct Usage {
 impl Usage {
     /// Reads what this process, which holds the VM, costs. Looks at every page of it: to be called where waiting a few
     /// milliseconds is allowed.
-    pub fn of_this_process(vm: Inspection, used_mib: Option<u64>) -> Self {
+    pub fn of_this_process(
+        vm: Inspection,
+        used_mib: Option<u64>,
+        clock: Option<ClockReading>,
+    ) -> Self {
         let readings = Readings::take(Path::new("/proc/self"));
         let uptime_ms = match vm.phases.start_ns {
             0 => 0,
@@ -74,6 +81,7 @@ impl Usage {
             exits: vm.exits,
             unasked_ejects: vm.unasked_ejects,
             uptime_ms,
+            clock,
             containers: vm.containers,
         }
     }
@@ -172,7 +180,7 @@ mod tests {
 
     #[test]
     fn this_process_costs_something() {
-        let usage = Usage::of_this_process(Inspection::default(), None);
+        let usage = Usage::of_this_process(Inspection::default(), None, None);
         assert!(usage.rss_kib > 0 && usage.pss_kib > 0, "{usage:?}");
         assert!(usage.pss_kib <= usage.rss_kib, "{usage:?}");
         assert_eq!((usage.vcpu_cpu_ms, usage.uptime_ms), (0, 0));

@@ -4,6 +4,7 @@ use protobuf::MessageField;
 
 use super::{Device, Inspection, Memory, Phase, Series, State, Timings, Usage, proto};
 use crate::sandbox::BootPhases;
+use crate::sandbox::clock::ClockReading;
 
 impl From<Inspection> for proto::InspectResponse {
     fn from(from: Inspection) -> Self {
@@ -207,6 +208,14 @@ impl From<Usage> for proto::UsageResponse {
         to.used_mib_plus_one = from.used_mib.map_or(0, |mib| mib.saturating_add(1));
         to.max_vcpus = from.max_vcpus;
         to.unasked_ejects = from.unasked_ejects;
+        to.clock = from
+            .clock
+            .map(|clock| proto::Clock {
+                offset_us: clock.offset_us,
+                round_trip_us: clock.round_trip_us,
+                ..Default::default()
+            })
+            .into();
         to
     }
 }
@@ -230,6 +239,10 @@ impl From<proto::UsageResponse> for Usage {
             used_mib: from.used_mib_plus_one.checked_sub(1),
             max_vcpus: from.max_vcpus,
             unasked_ejects: from.unasked_ejects,
+            clock: from.clock.into_option().map(|clock| ClockReading {
+                offset_us: clock.offset_us,
+                round_trip_us: clock.round_trip_us,
+            }),
         }
     }
 }

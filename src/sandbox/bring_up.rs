@@ -14,6 +14,7 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use super::agent::Agent;
+use super::clock;
 use super::console::{LineSink, Tail, read_log};
 use super::error::Error;
 use super::gate::Gate;
@@ -93,7 +94,8 @@ pub(crate) fn start(
             let _ = calls.send((stream, monotonic_ns()));
         }
     });
-    let limit = parts.timeouts.boot;
+    let (limit, deadline) = (parts.timeouts.boot, parts.timeouts.agent);
+    let keeps_clock = parts.clock;
     let id = parts.id.clone();
     tasks.spawn(async move {
         let judged = {
@@ -118,9 +120,12 @@ pub(crate) fn start(
                 );
                 state.send_replace(BringUp::Ready {
                     ready,
-                    agent,
+                    agent: agent.clone(),
                     connected_ns,
                 });
+                if keeps_clock {
+                    clock::keep(&agent, &machine, deadline, &id).await;
+                }
             }
             Err(error) => {
                 state.send_replace(BringUp::Failed(error));

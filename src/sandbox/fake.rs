@@ -390,6 +390,8 @@ pub(crate) fn boot_over(fake: Arc<Fake>, memory_way: MemoryWay) -> (Sandbox, Arc
         disks: Vec::new(),
         files: super::file_server(&crate::config::Share::default()).expect("a file server"),
         timeouts: TIMEOUTS,
+        // Agents of tests answer what the test is about.
+        clock: false,
         main_ns: None,
     };
     let ports = Ports {

@@ -10,6 +10,7 @@ pub mod annotations;
 mod bring_up;
 mod calls;
 pub mod cgroup;
+pub mod clock;
 mod console;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -568,6 +569,8 @@ struct Parts {
     disks: Vec<Device>,
     files: FileServer,
     timeouts: Timeouts,
+    /// Whether the guest's clock is kept.
+    clock: bool,
     main_ns: Option<u64>,
 }
 
@@ -593,6 +596,7 @@ impl Parts {
             disks: config.disks.iter().enumerate().map(disk).collect(),
             files: file_server(&config.share)?,
             timeouts: config.timeouts,
+            clock: true,
             main_ns: config.main_ns,
         })
     }

@@ -26,6 +26,7 @@ use crate::origin;
 use crate::record::{self, Owner, PidFile, Record, Resource};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::{Cpu, Tree, VmCgroup, Wish};
+use crate::sandbox::clock::ClockReading;
 use crate::sandbox::size::BootSize;
 use crate::sandbox::{
     ConsoleSink, ExitReason, GuestLine, PlugConfig, Sandbox, SandboxConfig, Source, chain,
@@ -361,6 +362,10 @@ impl control::Target for ControlTarget {
 
     async fn memory_used(&self) -> Option<u64> {
         self.sandbox.memory_used().await
+    }
+
+    async fn clock(&self) -> Option<ClockReading> {
+        self.sandbox.clock().await
     }
 
     async fn resize(&self, wanted: control::Wanted) -> Result<control::Changed, String> {

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::control::{self, Served};
 use crate::record::{self, Owner, PidFile, Record};
 use crate::sandbox::Sandbox;
+use crate::sandbox::clock::ClockReading;
 
 /// The namespace of vmctl's VMs, beside those of containerd.
 pub(super) const NAMESPACE: &str = "vmctl";
@@ -87,6 +88,10 @@ impl control::Target for ControlTarget {
 
     async fn memory_used(&self) -> Option<u64> {
         self.0.upgrade()?.memory_used().await
+    }
+
+    async fn clock(&self) -> Option<ClockReading> {
+        self.0.upgrade()?.clock().await
     }
 
     async fn resize(&self, wanted: control::Wanted) -> Result<control::Changed, String> {

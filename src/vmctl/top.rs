@@ -138,6 +138,13 @@ fn details(usage: &Usage) -> String {
             usage.unasked_ejects
         ));
     }
+    if let Some(clock) = usage.clock {
+        text.push_str(&format!(
+            "guest's clock          {:+.3} ms (to {:.3} ms)\n",
+            clock.offset_us as f64 / 1e3,
+            clock.round_trip_us as f64 / 2e3
+        ));
+    }
     for container in &usage.containers {
         text.push_str(&format!("container {container}\n"));
     }
@@ -148,6 +155,7 @@ fn details(usage: &Usage) -> String {
 mod tests {
     use super::*;
     use crate::control::Memory;
+    use crate::sandbox::clock::ClockReading;
 
     #[test]
     fn the_table_has_a_line_for_each_vm_and_units() {
@@ -172,6 +180,10 @@ mod tests {
             exits: [("halt".to_owned(), 0), ("port-write".to_owned(), 40)].into(),
             unasked_ejects: 5,
             uptime_ms: 61_000,
+            clock: Some(ClockReading {
+                offset_us: -1500,
+                round_trip_us: 400,
+            }),
             containers: vec!["web".to_owned()],
         };
         let text = table(&[usage.clone(), usage.clone()]);
@@ -197,6 +209,10 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("unasked ejects         5\n"), "{text}");
+        assert!(
+            text.contains("guest's clock          -1.500 ms (to 0.200 ms)\n"),
+            "{text}"
+        );
         assert_eq!(table(&[]), "No VMs.\n");
     }
 }

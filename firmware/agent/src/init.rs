@@ -216,6 +216,35 @@ pub fn loopback_up_in(pid: i32) -> io::Result<()> {
     .unwrap_or_else(|_| Err(io::Error::other("the thread for it panicked")))
 }
 
+/// What is less than this is made up for slowly.
+const STEP: Duration = Duration::from_millis(500);
+
+/// Moves the wall clock by so many nanoseconds: at once if it is said, or much; else slowly.
+///
+/// # Errors
+/// A time before the epoch, and what the kernel refused.
+pub fn adjust_clock(by_ns: i64, at_once: bool) -> io::Result<()> {
+    if by_ns == 0 {
+        return Ok(());
+    }
+    if !at_once && Duration::from_nanos(by_ns.unsigned_abs()) < STEP {
+        let delta = libc::timeval {
+            tv_sec: 0,
+            tv_usec: by_ns / 1000,
+        };
+        // SAFETY: the pointer is to a structure that lives over the call; the old one is not asked for.
+        let result = unsafe { libc::adjtime(&raw const delta, std::ptr::null_mut()) };
+        return match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        };
+    }
+    let now = i128::from(realtime_ns()) + i128::from(by_ns);
+    let to = u64::try_from(now).map_err(|_| io::Error::other("it would be before the epoch"))?;
+    clock_settime(ClockId::CLOCK_REALTIME, Duration::from_nanos(to).into())?;
+    Ok(())
+}
+
 /// Sets the wall clock and the host name by the host's answer; zero and empty leave them.
 pub fn set_clock_and_name(realtime_ns: u64, hostname: &str) {
     if realtime_ns > 0 {

@@ -207,11 +207,18 @@ async fn say_ready(host: &HostClient, init_us: u64, modules_us: u64) -> Result<(
         ready_us: init::boottime_us(),
         ..Default::default()
     };
+    let asked = std::time::Instant::now();
     let answer = host
         .ready(ttrpc::context::with_duration(READY_LIMIT), &request)
         .await
         .map_err(|error| Error::Internal(format!("the host did not take Ready: {error}")))?;
-    init::set_clock_and_name(answer.realtime_ns, &answer.hostname);
+    // The host's time is half a round trip old.
+    let old = u64::try_from((asked.elapsed() / 2).as_nanos()).unwrap_or(0);
+    let realtime_ns = match answer.realtime_ns {
+        0 => 0,
+        told => told.saturating_add(old),
+    };
+    init::set_clock_and_name(realtime_ns, &answer.hostname);
     info!(
         "ready: {} on Linux {}, {} vCPU, {} MiB",
         request.build_id,

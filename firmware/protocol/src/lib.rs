@@ -33,7 +33,7 @@
 //! | `INTERNAL` | the guest could not do it; the message carries the cause, for Start also the executable's name |
 
 /// Version of the protocol; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Port on the host (CID 2) that the agent dials to serve `Agent` on.
 pub const PORT_CALLS: u32 = 1024;

@@ -4,6 +4,7 @@ mod attach;
 mod bench;
 mod bootstrap;
 mod calls;
+mod clock;
 mod containers;
 mod dying;
 mod exec;
@@ -57,6 +58,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         rootfs::CASES,
         volumes::CASES,
         inspect::CASES,
+        clock::CASES,
         bench::CASES,
         host_cgroup::CASES,
         hooks::CASES,

@@ -114,7 +114,7 @@ impl<'a> Running<'a> {
         let flags = flags(volumes);
         let mut flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         flags.extend(more);
-        ctr.detached(&id, &flags, &["sleep", "1000"])?;
+        ctr.detached(&id, &flags, &["sleep", "100000"])?;
         Ok(Running {
             ctr,
             id,
