@@ -3,8 +3,8 @@
 //! judges: a time is no test.
 //!
 //! `scenarios` is what is measured of shims, `peers` and `shim` how one is
-//! driven, `hotplug` what is measured of a VM, `memory` what a process holds,
-//! `report` how it is shown.
+//! driven, `storage` what is measured of files in them, `hotplug` what is
+//! measured of a VM, `memory` what a process holds, `report` how it is shown.
 
 mod hotplug;
 mod memory;
@@ -12,6 +12,7 @@ mod peers;
 mod report;
 mod scenarios;
 pub mod shim;
+mod storage;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -71,6 +72,9 @@ enum Command {
     /// vCPUs and memory of a VM come and go, by their parts: host call, noticed, online, acknowledged. Starts no shim: the
     /// options of shims mean nothing here
     Hotplug(Box<hotplug::Options>),
+    /// Files by virtio-blk and virtio-fs, next to runc on the same files: a big one read from end to end and at random, a tree
+    /// walked and unpacked
+    Storage(Box<storage::Options>),
 }
 
 /// What is measured of shims.
@@ -130,6 +134,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome = match &cli.command {
         Command::Shims(scenario) => shims(scenario, &cli.setting),
         Command::Hotplug(options) => hotplug::run(options, &cli.setting),
+        Command::Storage(options) => storage::run(options, &cli.setting),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -140,11 +145,16 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn shims(scenario: &Scenario, setting: &Setting) -> Result<()> {
+fn as_root() -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "Shims mount and make cgroups: run nacre-bench as root"
     );
+    Ok(())
+}
+
+fn shims(scenario: &Scenario, setting: &Setting) -> Result<()> {
+    as_root()?;
     let peers = setting.peers()?;
     let busybox = setting.busybox()?;
     let patience = Duration::from_secs(setting.patience);
@@ -232,6 +242,7 @@ impl Setting {
             name: "nacre",
             program: absolute(&ours)?,
             path: None,
+            config: None,
         }];
         if self.alone {
             return Ok(peers);
@@ -256,6 +267,7 @@ impl Setting {
             name: "runc",
             program: absolute(&theirs)?,
             path: runc,
+            config: None,
         });
         Ok(peers)
     }

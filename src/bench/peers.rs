@@ -45,6 +45,8 @@ pub(super) struct Peer {
     pub program: PathBuf,
     /// What is in front of its `PATH`.
     pub path: Option<PathBuf>,
+    /// The configuration of nacre's, in place of the usual one.
+    pub config: Option<PathBuf>,
 }
 
 /// What all containers share: their root, a folder, and the one who hears their events.
@@ -59,10 +61,7 @@ pub(super) struct Surroundings {
 impl Surroundings {
     /// Makes a root of busybox and its applets, unless there is one.
     pub fn new(rootfs: Option<&Path>, busybox: &Path, patience: Duration) -> Result<Self> {
-        let folder = tempfile::Builder::new()
-            .prefix("nacre-bench-")
-            .tempdir()
-            .context("making a folder for bundles")?;
+        let folder = bundles()?;
         let root = match rootfs {
             Some(rootfs) => {
                 ensure!(
@@ -78,6 +77,15 @@ impl Surroundings {
                 root
             }
         };
+        Self::around(folder, root, patience)
+    }
+
+    /// The same over a root that is there, whatever is in it.
+    pub fn over(root: &Path, patience: Duration) -> Result<Self> {
+        Self::around(bundles()?, root.to_owned(), patience)
+    }
+
+    fn around(folder: tempfile::TempDir, root: PathBuf, patience: Duration) -> Result<Self> {
         let events = Heard::listen(&folder.path().join("events.sock"))?;
         Ok(Self {
             root,
@@ -114,6 +122,13 @@ impl Drop for Surroundings {
             let _ = fs::remove_dir(Path::new(shared).join(NAMESPACE));
         }
     }
+}
+
+fn bundles() -> Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix("nacre-bench-")
+        .tempdir()
+        .context("making a folder for bundles")
 }
 
 /// A root that holds busybox, and a link to it for each applet.
@@ -275,19 +290,33 @@ pub(super) struct Container<'s> {
 impl<'s> Container<'s> {
     /// Makes the bundle of a container that runs `args`. Nothing is started yet.
     pub fn bundle(around: &'s Surroundings, peer: &Peer, args: &[&str]) -> Result<Self> {
+        Self::bundle_with(around, peer, args, &[])
+    }
+
+    /// The same, with directories of the host bound into it: from where, to where.
+    pub fn bundle_with(
+        around: &'s Surroundings,
+        peer: &Peer,
+        args: &[&str],
+        binds: &[(&Path, &str)],
+    ) -> Result<Self> {
         let number = around.made.fetch_add(1, Ordering::Relaxed);
         let id = format!("bench-{}-{}-{number}", std::process::id(), peer.name);
         let folder = around.folder.path().join(&id);
         fs::create_dir_all(folder.join("rootfs"))?;
+        let mut mounts = vec![
+            json!({ "destination": "/proc", "type": "proc", "source": "proc" }),
+            json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] }),
+        ];
+        mounts.extend(binds.iter().map(|(from, to)| {
+            json!({ "destination": to, "type": "bind", "source": from, "options": ["bind", "rw"] })
+        }));
         let spec = json!({
             "ociVersion": "1.1.0",
             "process": process(args),
             "root": { "path": "rootfs" },
             "hostname": "bench",
-            "mounts": [
-                { "destination": "/proc", "type": "proc", "source": "proc" },
-                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] },
-            ],
+            "mounts": mounts,
             "linux": {
                 "cgroupsPath": format!("/{NAMESPACE}/{id}"),
                 "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }],
@@ -327,6 +356,9 @@ impl<'s> Container<'s> {
             .env("TTRPC_ADDRESS", &self.around.events.socket)
             .env("GOMAXPROCS", "2")
             .env("MAX_SHIM_VERSION", "2");
+        if let Some(config) = &self.peer.config {
+            command.env("NACRE_CONFIG", config);
+        }
         if let Some(first) = &self.peer.path {
             let mut paths = vec![first.clone()];
             if let Some(path) = std::env::var_os("PATH") {
@@ -376,6 +408,16 @@ impl<'s> Container<'s> {
 
     /// Create, with the shared root bound to the bundle's.
     pub fn create(&self, stdio: &Fifos) -> Result<()> {
+        let root = &self.around.root;
+        self.create_over(stdio, ("bind", root, &["rbind", "rw"]))
+    }
+
+    /// Create, with a root of one mount: its type, source and options.
+    pub fn create_over(
+        &self,
+        stdio: &Fifos,
+        (kind, source, options): (&str, &Path, &[&str]),
+    ) -> Result<()> {
         let mut request = CreateTaskRequest::new();
         request.id.clone_from(&self.id);
         request.bundle = self.folder.display().to_string();
@@ -383,9 +425,9 @@ impl<'s> Container<'s> {
         request.stdout = path(stdio.stdout.as_ref());
         request.stderr = path(stdio.stderr.as_ref());
         let mut root = Mount::new();
-        root.type_ = "bind".to_owned();
-        root.source = self.around.root.display().to_string();
-        root.options = vec!["rbind".to_owned(), "rw".to_owned()];
+        root.type_ = kind.to_owned();
+        root.source = source.display().to_string();
+        root.options = options.iter().map(|option| (*option).to_owned()).collect();
         request.rootfs.push(root);
         let _: CreateTaskResponse = self.shim()?.task("Create", &request)?;
         Ok(())
