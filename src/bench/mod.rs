@@ -61,7 +61,13 @@ struct Setting {
     #[arg(long, value_name = "FILE", global = true)]
     json: Option<PathBuf>,
     /// Longest time of one call, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, global = true)]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 300,
+        global = true,
+        overrides_with = "patience"
+    )]
     patience: u64,
 }
 

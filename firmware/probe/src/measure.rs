@@ -12,8 +12,8 @@ use serde::Serialize;
 use crate::files::{BLOCK, check};
 
 const MIB: usize = 1 << 20;
-/// Page cache, dentries and inodes, without a word in the kernel's log.
-const DROP_ALL: &str = "7";
+/// Page cache, dentries and inodes.
+const DROP_ALL: &str = "3";
 
 /// What came of it.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
@@ -166,9 +166,11 @@ pub fn untar(archive: &Path, folder: &Path) -> Result<Outcome> {
     for entry in unpacked.entries()? {
         let mut entry = entry.with_context(|| format!("reading {}", archive.display()))?;
         let is_file = entry.header().entry_type().is_file();
+        // The archive is our own: `unpack_in` would look at each folder of each path again, which tar does not.
+        let path = folder.join(entry.path()?);
         entry
-            .unpack_in(folder)
-            .with_context(|| format!("unpacking to {}", folder.display()))?;
+            .unpack(&path)
+            .with_context(|| format!("unpacking {}", path.display()))?;
         count += u64::from(is_file);
     }
     nix::unistd::syncfs(open(folder)?).with_context(|| format!("syncing {}", folder.display()))?;

@@ -35,10 +35,14 @@ const VIRTIOFSD: &str = "/opt/virtiofsd";
 const VIRTIOFSD_PARTS: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/libexec/virtiofsd"];
 /// QEMU's initrd in the testbed.
 const QEMU_INITRD: &str = "/opt/qemu/initrd";
-/// A disk for the emulated machine, whose root is in its memory: so that files can be cold on it, and be read past its cache.
+/// Files in the tree of storage, and seconds for one call, where a request of a guest takes some ten times as long as elsewhere.
+const EMULATED_FILES: u32 = 1000;
+const EMULATED_PATIENCE: u32 = 3600;
+/// A disk for the emulated machine, whose root is in its memory: so that files can be cold on it, and be read past its cache. By its
+/// path, since busybox has a mke2fs of its own.
 const DISK: &str = "\
 truncate -s 4G /tmp/bench.img
-mke2fs -q -F -t ext4 -m 0 -E lazy_itable_init=0,lazy_journal_init=0,nodiscard /tmp/bench.img
+/usr/sbin/mke2fs -q -F -t ext4 -m 0 -E lazy_itable_init=0,lazy_journal_init=0,nodiscard /tmp/bench.img
 mkdir -p /mnt/bench
 mount -o loop /tmp/bench.img /mnt/bench
 ";
@@ -140,6 +144,8 @@ impl Scenario {
                 if place == Place::Testbed {
                     before = DISK;
                     add("dir", &"/mnt/bench");
+                    add("files", &EMULATED_FILES);
+                    add("patience", &EMULATED_PATIENCE);
                 }
                 for (option, file) in qemu.and_then(Qemu::of_storage).into_iter().flatten() {
                     add(option, &file.display());
@@ -364,7 +370,7 @@ mod tests {
                 of(Scenario::Storage, None),
                 &[
                     "mount -o loop",
-                    "--dir '/mnt/bench'",
+                    "--dir '/mnt/bench' --files '1000'",
                     "--virtiofsd '/opt/virtiofsd/run'",
                     "--qemu-initrd '/opt/qemu/initrd'",
                 ],
