@@ -2,11 +2,12 @@
 //! both as containerd does; and how a VM grows and shrinks. It prints and never
 //! judges: a time is no test.
 //!
-//! `scenarios` is what is measured of shims, `peers` and `shim` how one is
-//! driven, `storage` what is measured of files in them, `hotplug` what is
+//! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
+//! how one is driven, `storage` what is measured of files in them, `hotplug` what is
 //! measured of a VM, `memory` what a process holds, `report` how it is shown.
 
 mod hotplug;
+mod listeners;
 mod memory;
 mod peers;
 mod report;

@@ -1,34 +1,27 @@
 //! The shims that are compared, and what each needs around it: a root, a
-//! bundle, somebody who takes its log and its events. What a container leaves
-//! is freed when its value is dropped.
+//! bundle, and who takes its log and its events (`listeners`). What a container
+//! leaves is freed when its value is dropped.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use async_trait::async_trait;
 use containerd_shim_protos::api::{
     ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, ExecProcessRequest, ForwardRequest, KillRequest, Mount, ShutdownRequest,
-    StartRequest, StartResponse, WaitRequest, WaitResponse,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, Mount, ShutdownRequest, StartRequest,
+    StartResponse, WaitRequest, WaitResponse,
 };
-use containerd_shim_protos::shim_async::{Events, create_events};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use serde_json::json;
-use ttrpc::r#async::TtrpcContext;
-use ttrpc::asynchronous::Server;
 
+use super::listeners::{Drain, Heard};
 use super::shim::{Answer, Connection};
 
 /// containerd's namespace of all that is measured.
@@ -98,7 +91,7 @@ impl Surroundings {
 
     /// Events that have come in so far.
     pub fn events(&self) -> u64 {
-        self.events.count.load(Ordering::Relaxed)
+        self.events.count()
     }
 }
 
@@ -154,112 +147,6 @@ fn make_root(root: &Path, busybox: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// containerd's side of the events: takes and counts them.
-struct Heard {
-    socket: PathBuf,
-    count: Arc<AtomicU64>,
-    runtime: Option<tokio::runtime::Runtime>,
-}
-
-struct Counter(Arc<AtomicU64>);
-
-#[async_trait]
-impl Events for Counter {
-    async fn forward(&self, _: &TtrpcContext, _: ForwardRequest) -> ttrpc::Result<Empty> {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        Ok(Empty::new())
-    }
-}
-
-impl Heard {
-    fn listen(socket: &Path) -> Result<Self> {
-        let count = Arc::<AtomicU64>::default();
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()?;
-        let counter = Counter(count.clone());
-        runtime.block_on(async {
-            let mut server = Server::new()
-                .bind(&format!("unix://{}", socket.display()))
-                .context("listening for events")?
-                .register_service(create_events(Arc::new(counter)));
-            server.start().await.context("serving events")?;
-            // Serves as long as the runtime lives.
-            std::mem::forget(server);
-            anyhow::Ok(())
-        })?;
-        Ok(Self {
-            socket: socket.to_owned(),
-            count,
-            runtime: Some(runtime),
-        })
-    }
-}
-
-impl Drop for Heard {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
-/// Reads a FIFO so that its writer never waits, and throws away what comes. Ends when it is dropped.
-struct Drain {
-    fifo: PathBuf,
-    ended: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drain {
-    fn start(fifo: PathBuf) -> Result<Self> {
-        mkfifo(&fifo, Mode::S_IRWXU).with_context(|| format!("making {}", fifo.display()))?;
-        let mut reader = both_ways(&fifo)?;
-        let ended = Arc::<AtomicBool>::default();
-        let over = ended.clone();
-        let thread = std::thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            while !over.load(Ordering::SeqCst) && reader.read(&mut bytes).is_ok() {}
-        });
-        Ok(Self {
-            fifo,
-            ended,
-            thread: Some(thread),
-        })
-    }
-}
-
-impl Drop for Drain {
-    fn drop(&mut self) {
-        self.ended.store(true, Ordering::SeqCst);
-        let wake = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
-            .open(&self.fifo);
-        // A FIFO that is full has woken it already, and it may read no more of it.
-        let woken = wake.and_then(|mut fifo| match fifo.write(b"\n") {
-            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error),
-            _ => Ok(fifo),
-        });
-        if let (Ok(_open), Some(thread)) = (woken, self.thread.take()) {
-            // It ends at its next read.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Opens a FIFO for both, so that neither the open nor a read depends on who else has it open.
-pub(super) fn both_ways(fifo: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_CLOEXEC)
-        .open(fifo)
-        .with_context(|| format!("opening {}", fifo.display()))
 }
 
 /// FIFOs for the stdio of a process; none: it has none.
@@ -353,7 +240,7 @@ impl<'s> Container<'s> {
         }
         command.arg(action);
         command
-            .env("TTRPC_ADDRESS", &self.around.events.socket)
+            .env("TTRPC_ADDRESS", self.around.events.socket())
             .env("GOMAXPROCS", "2")
             .env("MAX_SHIM_VERSION", "2");
         if let Some(config) = &self.peer.config {
@@ -578,15 +465,6 @@ fn process(args: &[&str]) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_drain_takes_more_than_a_pipe_holds_and_ends() {
-        let folder = tempfile::tempdir().unwrap();
-        let drain = Drain::start(folder.path().join("log")).unwrap();
-        let mut writer = both_ways(&drain.fifo).unwrap();
-        writer.write_all(&vec![b'x'; 1 << 20]).unwrap();
-        drop(drain);
-    }
 
     #[test]
     fn this_process_lives_and_a_reaped_one_does_not() {

@@ -10,7 +10,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::files::{Files, PROBE};
 use super::work::Answer;
-use crate::bench::peers::{Container, Fifos, Peer, Surroundings, both_ways};
+use crate::bench::listeners::both_ways;
+use crate::bench::peers::{Container, Fifos, Peer, Surroundings};
 
 /// Where nacre's container has the folder.
 pub(super) const SHARE: &str = "/share";
