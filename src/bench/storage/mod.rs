@@ -193,6 +193,8 @@ struct Side<'s> {
     place: Place<'s>,
     /// The folders of the files in it.
     folders: Vec<(&'static [Way], &'static str)>,
+    /// It has failed, and may not be ours to mend.
+    left_out: bool,
 }
 
 enum Place<'s> {
@@ -245,6 +247,7 @@ fn sides<'s>(
             name: peer.name,
             place: Place::Container(place),
             folders,
+            left_out: false,
         });
     }
     if let (Some(program), Some(virtiofsd)) = (&options.qemu, &options.virtiofsd) {
@@ -261,6 +264,7 @@ fn sides<'s>(
             name: QEMU,
             place: Place::Qemu(Qemu::boot(&what, files, &disk, patience)?),
             folders: vec![(&[Way::Blk], qemu::DISK), (&[Way::Fs], qemu::SHARE)],
+            left_out: false,
         });
     }
     Ok(sides)
@@ -285,20 +289,31 @@ fn rounds(
             for turn in turns(places.len(), round) {
                 let (at, folder) = places[turn];
                 let side = &mut sides[at];
+                if side.left_out {
+                    continue;
+                }
                 let (ways, folder) = side.folders[folder];
                 if work.is_cold() && !drop_caches() {
                     measured.remark("the host's caches cannot be dropped: nothing is cold there");
                 }
-                let words = work.words(folder, &format!("out-{turn}-{round}"), options.reads);
                 let name = side.name;
-                let doing = || format!("in round {round} of {name}, {}", words.join(" "));
-                let (unit, value, remark) = side
-                    .ask(&words)
-                    .and_then(|answer| {
-                        let (unit, value) = work.value(&answer, sizes, options.reads)?;
-                        Ok((unit, value, answer.remark()))
-                    })
-                    .with_context(doing)?;
+                let words = work.words(folder, &format!("out-{turn}-{round}"), options.reads);
+                let asked = side.ask(&words).and_then(|answer| {
+                    let (unit, value) = work.value(&answer, sizes, options.reads)?;
+                    Ok((unit, value, answer.remark()))
+                });
+                let asked = asked.with_context(|| {
+                    format!("{name} failed in round {}, {}", round + 1, words.join(" "))
+                });
+                let (unit, value, remark) = match asked {
+                    Ok(asked) => asked,
+                    Err(error) if matches!(side.place, Place::Qemu(_)) => {
+                        measured.failed(format!("{error:#}"));
+                        side.left_out = true;
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
                 if let Some(remark) = remark {
                     measured.remark(&format!("{name}: {remark}"));
                 }
@@ -321,6 +336,7 @@ fn drop_caches() -> bool {
 struct Measured {
     tables: Vec<(Way, Report)>,
     remarks: BTreeSet<String>,
+    failures: Vec<String>,
 }
 
 impl Measured {
@@ -333,6 +349,7 @@ impl Measured {
         Self {
             tables: Way::BOTH.map(table).to_vec(),
             remarks: BTreeSet::new(),
+            failures: Vec::new(),
         }
     }
 
@@ -355,11 +372,21 @@ impl Measured {
         self.remarks.insert(text.to_owned());
     }
 
+    /// It is left out from here on.
+    fn failed(&mut self, why: String) {
+        eprintln!("nacre-bench: {why}");
+        self.failures.push(why);
+    }
+
     fn tables(&self) -> String {
-        let tables = self.tables.iter().map(|(_, report)| report.table());
-        let remarks = self.remarks.iter().cloned();
-        let remarks = remarks.collect::<Vec<_>>().join("\n");
-        tables.chain([remarks]).collect::<Vec<_>>().join("\n\n")
+        let mut text = String::new();
+        for (_, report) in &self.tables {
+            text.push_str(&format!("{}\n\n", report.table()));
+        }
+        for note in self.remarks.iter().chain(&self.failures) {
+            text.push_str(&format!("{note}\n"));
+        }
+        text
     }
 
     fn json(
@@ -394,6 +421,7 @@ impl Measured {
             },
             "programs": programs,
             "remarks": self.remarks,
+            "failures": self.failures,
             "tables": self.tables.iter().map(|(_, report)| report.json()).collect::<Vec<_>>(),
         })
     }
@@ -473,12 +501,21 @@ mod tests {
             measured.add(QEMU, &[Way::Fs], work.name(), unit, 12.0);
         }
         measured.remark("nacre: a remark");
+        measured.failed("qemu failed".to_owned());
         let text = measured.tables();
-        for words in ["virtio-blk", "virtio-fs", "3.00", "0.50", "nacre: a remark"] {
+        for words in [
+            "virtio-blk",
+            "virtio-fs",
+            "3.00",
+            "0.50",
+            "nacre: a remark",
+            "qemu failed",
+        ] {
             assert!(text.contains(words), "{words} in {text}");
         }
         let value = measured.json(&options, sizes, &peers, true);
         assert_eq!(value["programs"][QEMU], "/q");
+        assert_eq!(value["failures"], json!(["qemu failed"]));
         for (table, ours) in [(0, 4.0), (1, 6.0)] {
             let shims = &value["tables"][table]["shims"];
             assert_eq!(shims[0]["series"][6]["values"], json!([ours]));

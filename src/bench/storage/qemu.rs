@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use nacre_vmm::config::default_cmdline;
 
 use super::files::{Files, PROBE};
 use super::work::Answer;
@@ -117,7 +118,10 @@ impl Qemu {
                     self.patience
                 ),
                 Err(RecvTimeoutError::Disconnected) => {
-                    bail!("QEMU has ended; its console ends with {last:?}")
+                    let status = self.qemu.0.wait().context("waiting for QEMU")?;
+                    bail!(
+                        "QEMU has ended ({status}; 0 if its guest did); its console ends with {last:?}"
+                    );
                 }
             }
         }
@@ -193,7 +197,7 @@ fn arguments(what: &Booted<'_>, initrd: &Path, disk: &Path, socket: &Path) -> Ve
         "-serial",
         "stdio",
         "-append",
-        &format!("console=ttyS0 panic=-1 quiet rdinit=/{PROBE} -- init"),
+        &format!("{} rdinit=/{PROBE} -- init", default_cmdline()),
         "-object",
         "iothread,id=io",
         "-drive",
