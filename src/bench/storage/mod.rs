@@ -1,28 +1,27 @@
 //! `nacre-bench storage`: a big file, a tree and an archive by virtio-blk and by virtio-fs, next to runc on the same files, and
 //! next to QEMU with virtiofsd if there is one. Here are the rounds; `work` is what is measured, `files` on what, `container` and
-//! `qemu` where. The program that measures is `nacre-probe`, the same everywhere.
+//! `qemu` where, `measured` what came of it. The program that measures is `nacre-probe`, the same everywhere.
 
 mod container;
 mod files;
+mod measured;
 mod qemu;
 mod work;
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
-use serde_json::json;
 
 use super::peers::{Peer, Surroundings};
-use super::report::Report;
 use super::scenarios::turns;
 use super::{Setting, as_root, in_path, variable};
 use crate::config::{ByteSize, Config, DEFAULT_PATH};
 use container::Probed;
 use files::{Files, PROBE};
+use measured::Measured;
 use qemu::{Booted, Qemu};
 use work::{ALL, Answer};
 
@@ -332,101 +331,6 @@ fn drop_caches() -> bool {
     std::fs::write("/proc/sys/vm/drop_caches", DROP_ALL).is_ok()
 }
 
-/// What was measured: a table for each way.
-struct Measured {
-    tables: Vec<(Way, Report)>,
-    remarks: BTreeSet<String>,
-    failures: Vec<String>,
-}
-
-impl Measured {
-    fn new(peers: &[Peer], options: &Options) -> Self {
-        let qemu = options.qemu.is_some().then_some(QEMU);
-        let table = |way: Way| {
-            let names = peers.iter().map(|peer| peer.name).chain(qemu);
-            (way, Report::new(way.name(), names))
-        };
-        Self {
-            tables: Way::BOTH.map(table).to_vec(),
-            remarks: BTreeSet::new(),
-            failures: Vec::new(),
-        }
-    }
-
-    fn add(
-        &mut self,
-        name: &'static str,
-        ways: &[Way],
-        row: &'static str,
-        unit: super::report::Unit,
-        value: f64,
-    ) {
-        for (way, report) in &mut self.tables {
-            if ways.contains(way) {
-                report.add(name, row, unit, value);
-            }
-        }
-    }
-
-    fn remark(&mut self, text: &str) {
-        self.remarks.insert(text.to_owned());
-    }
-
-    /// It is left out from here on.
-    fn failed(&mut self, why: String) {
-        eprintln!("nacre-bench: {why}");
-        self.failures.push(why);
-    }
-
-    fn tables(&self) -> String {
-        let mut text = String::new();
-        for (_, report) in &self.tables {
-            text.push_str(&format!("{}\n\n", report.table()));
-        }
-        for note in self.remarks.iter().chain(&self.failures) {
-            text.push_str(&format!("{note}\n"));
-        }
-        text
-    }
-
-    fn json(
-        &self,
-        options: &Options,
-        sizes: Sizes,
-        peers: &[Peer],
-        complete: bool,
-    ) -> serde_json::Value {
-        let show = |path: &Path| path.display().to_string();
-        let programs = peers
-            .iter()
-            .map(|peer| (peer.name.to_owned(), json!(show(&peer.program))));
-        let mut programs: serde_json::Map<_, _> = programs.collect();
-        for (name, program) in [(QEMU, &options.qemu), ("virtiofsd", &options.virtiofsd)] {
-            programs.extend(
-                program
-                    .as_deref()
-                    .map(|path| (name.to_owned(), json!(show(path)))),
-            );
-        }
-        json!({
-            "scenario": "storage",
-            "complete": complete,
-            "settings": {
-                "rounds": options.rounds,
-                "warm_up": options.warm_up,
-                "sizes": sizes,
-                "reads": options.reads,
-                "vcpus": options.vcpus,
-                "memory_mib": options.memory.mib(),
-            },
-            "programs": programs,
-            "remarks": self.remarks,
-            "failures": self.failures,
-            "tables": self.tables.iter().map(|(_, report)| report.json()).collect::<Vec<_>>(),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -439,18 +343,9 @@ mod tests {
         options: Options,
     }
 
-    fn options(words: &str) -> Result<Options, clap::Error> {
+    pub(super) fn options(words: &str) -> Result<Options, clap::Error> {
         let words = std::iter::once("storage").chain(words.split_whitespace());
         Line::try_parse_from(words).map(|line| line.options)
-    }
-
-    fn peer(name: &'static str) -> Peer {
-        Peer {
-            name,
-            program: format!("/bin/{name}").into(),
-            path: None,
-            config: None,
-        }
     }
 
     #[test]
@@ -485,42 +380,5 @@ mod tests {
         assert_eq!(config["size"]["default_memory"].as_str(), Some("768M"));
         assert_eq!(config["size"]["max_vcpus"].as_integer(), Some(2));
         assert!(resized("kernel = ", 1, ByteSize::from_mib(768)).is_err());
-    }
-
-    #[test]
-    fn runc_stands_beside_both_ways_and_every_value_is_in_the_json() {
-        let options = options("--qemu /q --virtiofsd /v").unwrap();
-        let peers = [peer(OURS), peer("runc")];
-        let mut measured = Measured::new(&peers, &options);
-        let sizes = Sizes { mib: 1, files: 2 };
-        let unit = super::super::report::Unit::Ms;
-        for work in ALL {
-            measured.add(OURS, &[Way::Blk], work.name(), unit, 4.0);
-            measured.add(OURS, &[Way::Fs], work.name(), unit, 6.0);
-            measured.add("runc", &Way::BOTH, work.name(), unit, 2.0);
-            measured.add(QEMU, &[Way::Fs], work.name(), unit, 12.0);
-        }
-        measured.remark("nacre: a remark");
-        measured.failed("qemu failed".to_owned());
-        let text = measured.tables();
-        for words in [
-            "virtio-blk",
-            "virtio-fs",
-            "3.00",
-            "0.50",
-            "nacre: a remark",
-            "qemu failed",
-        ] {
-            assert!(text.contains(words), "{words} in {text}");
-        }
-        let value = measured.json(&options, sizes, &peers, true);
-        assert_eq!(value["programs"][QEMU], "/q");
-        assert_eq!(value["failures"], json!(["qemu failed"]));
-        for (table, ours) in [(0, 4.0), (1, 6.0)] {
-            let shims = &value["tables"][table]["shims"];
-            assert_eq!(shims[0]["series"][6]["values"], json!([ours]));
-            assert_eq!(shims[1]["series"][6]["name"], "untar");
-            assert_eq!(shims[1]["series"][0]["median"], 2.0);
-        }
     }
 }
