@@ -69,11 +69,13 @@ pub fn run(args: &ImageArgs) -> Result<()> {
     make(args, paths::IMAGE)
 }
 
-/// Makes the images that the end-to-end suite boots, or finds them made: the usual one, and one of Linux 6.12.
+/// Makes the images that the end-to-end suite boots, or finds them made: the usual one, and one of Linux 6.12; and builds the probe,
+/// which its benchmark runs in containers.
 ///
 /// # Errors
 /// As [`run`].
 pub fn of_the_suite() -> Result<()> {
+    build_probe()?;
     run(&ImageArgs::default())?;
     let newer = ImageArgs {
         release: KernelRelease::Trixie,

@@ -60,7 +60,6 @@ pub fn build() -> Result<()> {
         "nacre-e2e",
         "--bins",
     ]))?;
-    image::build_probe()?;
     step("making the guests' kernels and initrds");
     image::of_the_suite()
 }
