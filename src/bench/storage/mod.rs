@@ -100,12 +100,17 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     let outcome =
         sides(options, &config, &peers, &around, &files, patience).and_then(|mut sides| {
             rounds(options, sizes, &mut sides, &mut measured)?;
-            sides.into_iter().try_for_each(Side::end)
+            let mut lasting = sides.into_iter().filter(|side| !side.left_out);
+            lasting.try_for_each(Side::end)
         });
     println!("{}", super::machine());
-    println!("{}", measured.tables());
+    println!("{}", measured.tables().trim_end());
     let saved = match &setting.json {
-        Some(file) => super::save(file, measured.json(options, sizes, &peers, outcome.is_ok())),
+        Some(file) => {
+            let mut value = measured.json(options, sizes, &peers, outcome.is_ok());
+            value["kernel"] = config.kernel.display().to_string().into();
+            super::save(file, value)
+        }
         None => Ok(()),
     };
     outcome.and(saved)
