@@ -2,16 +2,18 @@
 //! both as containerd does; and how a VM grows and shrinks. It prints and never
 //! judges: a time is no test.
 //!
-//! `scenarios` is what is measured of shims, `peers` and `shim` how one is
-//! driven, `hotplug` what is measured of a VM, `memory` what a process holds,
-//! `report` how it is shown.
+//! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
+//! how one is driven, `storage` what is measured of files in them, `hotplug` what is
+//! measured of a VM, `memory` what a process holds, `report` how it is shown.
 
 mod hotplug;
+mod listeners;
 mod memory;
 mod peers;
 mod report;
 mod scenarios;
 pub mod shim;
+mod storage;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -60,7 +62,13 @@ struct Setting {
     #[arg(long, value_name = "FILE", global = true)]
     json: Option<PathBuf>,
     /// Longest time of one call, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, global = true)]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 300,
+        global = true,
+        overrides_with = "patience"
+    )]
     patience: u64,
 }
 
@@ -71,6 +79,9 @@ enum Command {
     /// vCPUs and memory of a VM come and go, by their parts: host call, noticed, online, acknowledged. Starts no shim: the
     /// options of shims mean nothing here
     Hotplug(Box<hotplug::Options>),
+    /// Files by virtio-blk and virtio-fs, next to runc on the same files: a big one read from end to end and at random, a tree
+    /// walked and unpacked
+    Storage(Box<storage::Options>),
 }
 
 /// What is measured of shims.
@@ -130,6 +141,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome = match &cli.command {
         Command::Shims(scenario) => shims(scenario, &cli.setting),
         Command::Hotplug(options) => hotplug::run(options, &cli.setting),
+        Command::Storage(options) => storage::run(options, &cli.setting),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -140,11 +152,16 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn shims(scenario: &Scenario, setting: &Setting) -> Result<()> {
+fn as_root() -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "Shims mount and make cgroups: run nacre-bench as root"
     );
+    Ok(())
+}
+
+fn shims(scenario: &Scenario, setting: &Setting) -> Result<()> {
+    as_root()?;
     let peers = setting.peers()?;
     let busybox = setting.busybox()?;
     let patience = Duration::from_secs(setting.patience);
@@ -232,6 +249,7 @@ impl Setting {
             name: "nacre",
             program: absolute(&ours)?,
             path: None,
+            config: None,
         }];
         if self.alone {
             return Ok(peers);
@@ -256,6 +274,7 @@ impl Setting {
             name: "runc",
             program: absolute(&theirs)?,
             path: runc,
+            config: None,
         });
         Ok(peers)
     }

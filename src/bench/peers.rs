@@ -1,34 +1,27 @@
 //! The shims that are compared, and what each needs around it: a root, a
-//! bundle, somebody who takes its log and its events. What a container leaves
-//! is freed when its value is dropped.
+//! bundle, and who takes its log and its events (`listeners`). What a container
+//! leaves is freed when its value is dropped.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use async_trait::async_trait;
 use containerd_shim_protos::api::{
     ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, ExecProcessRequest, ForwardRequest, KillRequest, Mount, ShutdownRequest,
-    StartRequest, StartResponse, WaitRequest, WaitResponse,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, Mount, ShutdownRequest, StartRequest,
+    StartResponse, WaitRequest, WaitResponse,
 };
-use containerd_shim_protos::shim_async::{Events, create_events};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use serde_json::json;
-use ttrpc::r#async::TtrpcContext;
-use ttrpc::asynchronous::Server;
 
+use super::listeners::{Drain, Heard};
 use super::shim::{Answer, Connection};
 
 /// containerd's namespace of all that is measured.
@@ -45,6 +38,8 @@ pub(super) struct Peer {
     pub program: PathBuf,
     /// What is in front of its `PATH`.
     pub path: Option<PathBuf>,
+    /// The configuration of nacre's, in place of the usual one.
+    pub config: Option<PathBuf>,
 }
 
 /// What all containers share: their root, a folder, and the one who hears their events.
@@ -59,10 +54,7 @@ pub(super) struct Surroundings {
 impl Surroundings {
     /// Makes a root of busybox and its applets, unless there is one.
     pub fn new(rootfs: Option<&Path>, busybox: &Path, patience: Duration) -> Result<Self> {
-        let folder = tempfile::Builder::new()
-            .prefix("nacre-bench-")
-            .tempdir()
-            .context("making a folder for bundles")?;
+        let folder = bundles()?;
         let root = match rootfs {
             Some(rootfs) => {
                 ensure!(
@@ -78,6 +70,15 @@ impl Surroundings {
                 root
             }
         };
+        Self::around(folder, root, patience)
+    }
+
+    /// The same over a root that is there, whatever is in it.
+    pub fn over(root: &Path, patience: Duration) -> Result<Self> {
+        Self::around(bundles()?, root.to_owned(), patience)
+    }
+
+    fn around(folder: tempfile::TempDir, root: PathBuf, patience: Duration) -> Result<Self> {
         let events = Heard::listen(&folder.path().join("events.sock"))?;
         Ok(Self {
             root,
@@ -90,7 +91,7 @@ impl Surroundings {
 
     /// Events that have come in so far.
     pub fn events(&self) -> u64 {
-        self.events.count.load(Ordering::Relaxed)
+        self.events.count()
     }
 }
 
@@ -116,6 +117,13 @@ impl Drop for Surroundings {
     }
 }
 
+fn bundles() -> Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix("nacre-bench-")
+        .tempdir()
+        .context("making a folder for bundles")
+}
+
 /// A root that holds busybox, and a link to it for each applet.
 fn make_root(root: &Path, busybox: &Path) -> Result<()> {
     for folder in ["bin", "dev", "etc", "proc", "root", "run", "sys", "tmp"] {
@@ -139,112 +147,6 @@ fn make_root(root: &Path, busybox: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// containerd's side of the events: takes and counts them.
-struct Heard {
-    socket: PathBuf,
-    count: Arc<AtomicU64>,
-    runtime: Option<tokio::runtime::Runtime>,
-}
-
-struct Counter(Arc<AtomicU64>);
-
-#[async_trait]
-impl Events for Counter {
-    async fn forward(&self, _: &TtrpcContext, _: ForwardRequest) -> ttrpc::Result<Empty> {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        Ok(Empty::new())
-    }
-}
-
-impl Heard {
-    fn listen(socket: &Path) -> Result<Self> {
-        let count = Arc::<AtomicU64>::default();
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()?;
-        let counter = Counter(count.clone());
-        runtime.block_on(async {
-            let mut server = Server::new()
-                .bind(&format!("unix://{}", socket.display()))
-                .context("listening for events")?
-                .register_service(create_events(Arc::new(counter)));
-            server.start().await.context("serving events")?;
-            // Serves as long as the runtime lives.
-            std::mem::forget(server);
-            anyhow::Ok(())
-        })?;
-        Ok(Self {
-            socket: socket.to_owned(),
-            count,
-            runtime: Some(runtime),
-        })
-    }
-}
-
-impl Drop for Heard {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
-/// Reads a FIFO so that its writer never waits, and throws away what comes. Ends when it is dropped.
-struct Drain {
-    fifo: PathBuf,
-    ended: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drain {
-    fn start(fifo: PathBuf) -> Result<Self> {
-        mkfifo(&fifo, Mode::S_IRWXU).with_context(|| format!("making {}", fifo.display()))?;
-        let mut reader = both_ways(&fifo)?;
-        let ended = Arc::<AtomicBool>::default();
-        let over = ended.clone();
-        let thread = std::thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            while !over.load(Ordering::SeqCst) && reader.read(&mut bytes).is_ok() {}
-        });
-        Ok(Self {
-            fifo,
-            ended,
-            thread: Some(thread),
-        })
-    }
-}
-
-impl Drop for Drain {
-    fn drop(&mut self) {
-        self.ended.store(true, Ordering::SeqCst);
-        let wake = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
-            .open(&self.fifo);
-        // A FIFO that is full has woken it already, and it may read no more of it.
-        let woken = wake.and_then(|mut fifo| match fifo.write(b"\n") {
-            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error),
-            _ => Ok(fifo),
-        });
-        if let (Ok(_open), Some(thread)) = (woken, self.thread.take()) {
-            // It ends at its next read.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Opens a FIFO for both, so that neither the open nor a read depends on who else has it open.
-pub(super) fn both_ways(fifo: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_CLOEXEC)
-        .open(fifo)
-        .with_context(|| format!("opening {}", fifo.display()))
 }
 
 /// FIFOs for the stdio of a process; none: it has none.
@@ -275,19 +177,33 @@ pub(super) struct Container<'s> {
 impl<'s> Container<'s> {
     /// Makes the bundle of a container that runs `args`. Nothing is started yet.
     pub fn bundle(around: &'s Surroundings, peer: &Peer, args: &[&str]) -> Result<Self> {
+        Self::bundle_with(around, peer, args, &[])
+    }
+
+    /// The same, with directories of the host bound into it: from where, to where.
+    pub fn bundle_with(
+        around: &'s Surroundings,
+        peer: &Peer,
+        args: &[&str],
+        binds: &[(&Path, &str)],
+    ) -> Result<Self> {
         let number = around.made.fetch_add(1, Ordering::Relaxed);
         let id = format!("bench-{}-{}-{number}", std::process::id(), peer.name);
         let folder = around.folder.path().join(&id);
         fs::create_dir_all(folder.join("rootfs"))?;
+        let mut mounts = vec![
+            json!({ "destination": "/proc", "type": "proc", "source": "proc" }),
+            json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] }),
+        ];
+        mounts.extend(binds.iter().map(|(from, to)| {
+            json!({ "destination": to, "type": "bind", "source": from, "options": ["bind", "rw"] })
+        }));
         let spec = json!({
             "ociVersion": "1.1.0",
             "process": process(args),
             "root": { "path": "rootfs" },
             "hostname": "bench",
-            "mounts": [
-                { "destination": "/proc", "type": "proc", "source": "proc" },
-                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] },
-            ],
+            "mounts": mounts,
             "linux": {
                 "cgroupsPath": format!("/{NAMESPACE}/{id}"),
                 "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }],
@@ -324,9 +240,12 @@ impl<'s> Container<'s> {
         }
         command.arg(action);
         command
-            .env("TTRPC_ADDRESS", &self.around.events.socket)
+            .env("TTRPC_ADDRESS", self.around.events.socket())
             .env("GOMAXPROCS", "2")
             .env("MAX_SHIM_VERSION", "2");
+        if let Some(config) = &self.peer.config {
+            command.env("NACRE_CONFIG", config);
+        }
         if let Some(first) = &self.peer.path {
             let mut paths = vec![first.clone()];
             if let Some(path) = std::env::var_os("PATH") {
@@ -376,6 +295,16 @@ impl<'s> Container<'s> {
 
     /// Create, with the shared root bound to the bundle's.
     pub fn create(&self, stdio: &Fifos) -> Result<()> {
+        let root = &self.around.root;
+        self.create_over(stdio, ("bind", root, &["rbind", "rw"]))
+    }
+
+    /// Create, with a root of one mount: its type, source and options.
+    pub fn create_over(
+        &self,
+        stdio: &Fifos,
+        (kind, source, options): (&str, &Path, &[&str]),
+    ) -> Result<()> {
         let mut request = CreateTaskRequest::new();
         request.id.clone_from(&self.id);
         request.bundle = self.folder.display().to_string();
@@ -383,9 +312,9 @@ impl<'s> Container<'s> {
         request.stdout = path(stdio.stdout.as_ref());
         request.stderr = path(stdio.stderr.as_ref());
         let mut root = Mount::new();
-        root.type_ = "bind".to_owned();
-        root.source = self.around.root.display().to_string();
-        root.options = vec!["rbind".to_owned(), "rw".to_owned()];
+        root.type_ = kind.to_owned();
+        root.source = source.display().to_string();
+        root.options = options.iter().map(|option| (*option).to_owned()).collect();
         request.rootfs.push(root);
         let _: CreateTaskResponse = self.shim()?.task("Create", &request)?;
         Ok(())
@@ -536,15 +465,6 @@ fn process(args: &[&str]) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_drain_takes_more_than_a_pipe_holds_and_ends() {
-        let folder = tempfile::tempdir().unwrap();
-        let drain = Drain::start(folder.path().join("log")).unwrap();
-        let mut writer = both_ways(&drain.fifo).unwrap();
-        writer.write_all(&vec![b'x'; 1 << 20]).unwrap();
-        drop(drain);
-    }
 
     #[test]
     fn this_process_lives_and_a_reaped_one_does_not() {

@@ -12,6 +12,8 @@ pub(super) enum Unit {
     Ms,
     /// MiB a second.
     MibPerSecond,
+    /// Operations a second.
+    PerSecond,
     /// KiB.
     Kib,
     /// A plain number.
@@ -23,6 +25,7 @@ impl Unit {
         match self {
             Self::Ms => "ms",
             Self::MibPerSecond => "MiB/s",
+            Self::PerSecond => "1/s",
             Self::Kib => "KiB",
             Self::Count => "",
         }
@@ -48,7 +51,7 @@ struct Measured {
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Report {
     scenario: String,
-    /// The first is the one that ratios are about, the second what they are relative to.
+    /// The first is the one that ratios are about, the others what they are relative to.
     shims: Vec<Measured>,
     notes: Vec<String>,
 }
@@ -116,8 +119,10 @@ impl Report {
                 header.push(format!("{} {what}", measured.shim));
             }
         }
-        if let [first, second, ..] = self.shims.as_slice() {
-            header.push(format!("{}/{}", first.shim, second.shim));
+        if let [first, others @ ..] = self.shims.as_slice() {
+            for other in others {
+                header.push(format!("{}/{}", first.shim, other.shim));
+            }
         }
         let columns = header.len();
         table.set_header(header);
@@ -141,12 +146,14 @@ impl Report {
                     }
                 }));
             }
-            if let [ours, theirs, ..] = medians[..] {
-                cells.push(if theirs > 0.0 {
-                    format!("{:.2}", ours / theirs)
-                } else {
-                    String::new()
-                });
+            if let [ours, others @ ..] = medians.as_slice() {
+                for theirs in others {
+                    cells.push(if *theirs > 0.0 {
+                        format!("{:.2}", ours / theirs)
+                    } else {
+                        String::new()
+                    });
+                }
             }
             table.add_row(cells);
         }
@@ -198,6 +205,18 @@ mod tests {
         assert_eq!(quantile(&values, 99.0), 10.0);
         assert_eq!(quantile(&[7.0], 50.0), 7.0);
         assert_eq!(quantile(&[], 50.0), 0.0);
+    }
+
+    #[test]
+    fn the_first_is_compared_with_each_of_the_others() {
+        let mut report = Report::new("reads", ["nacre", "runc", "qemu"]);
+        for (shim, value) in [("nacre", 30.0), ("runc", 40.0), ("qemu", 20.0)] {
+            report.add(shim, "cold", Unit::MibPerSecond, value);
+        }
+        let text = report.table();
+        for words in ["nacre/runc", "nacre/qemu", "0.75", "1.50", "MiB/s"] {
+            assert!(text.contains(words), "{words} in {text}");
+        }
     }
 
     #[test]

@@ -9,8 +9,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
+use super::listeners::both_ways;
 use super::memory::Held;
-use super::peers::{Container, Fifos, Peer, Surroundings, both_ways};
+use super::peers::{Container, Fifos, Peer, Surroundings};
 use super::report::{Report, Unit};
 
 const MIB: usize = 1 << 20;

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: builds for speed and runs nacre-bench where guests run, next to runc in the same boot. What the figures mean is in
 //! docs/benchmarks.md.
 
+use std::fmt::Display;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,9 @@ use crate::run::{self, step};
 use crate::testbed::{self, Request, Terminal};
 use crate::{apt, image, paths};
 
-/// MiB of the emulated machine for hotplug: what is plugged is never touched, but for the guest's page structures.
-const HOTPLUG_MIB: u32 = 6144;
+/// MiB of the emulated machine for hotplug, where what is plugged is never touched, but for the guest's page structures; and for
+/// storage, whose files and disks are in its memory.
+const MORE_MIB: u32 = 6144;
 /// Where QEMU is in the testbed, and what of its root is needed.
 const QEMU: &str = "/opt/qemu";
 const QEMU_PARTS: [&str; 5] = [
@@ -27,6 +29,23 @@ const QEMU_PARTS: [&str; 5] = [
     "usr/share/seabios",
     "usr/bin/qemu-system-x86_64",
 ];
+
+/// Where virtiofsd is in the testbed, and what of its root is needed.
+const VIRTIOFSD: &str = "/opt/virtiofsd";
+const VIRTIOFSD_PARTS: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/libexec/virtiofsd"];
+/// QEMU's initrd in the testbed.
+const QEMU_INITRD: &str = "/opt/qemu/initrd";
+/// Files in the tree of storage, and seconds for one call, where a request of a guest takes some ten times as long as elsewhere.
+const EMULATED_FILES: u32 = 1000;
+const EMULATED_PATIENCE: u32 = 3600;
+/// A disk for the emulated machine, whose root is in its memory: so that files can be cold on it, and be read past its cache. By its
+/// path, since busybox has a mke2fs of its own.
+const DISK: &str = "\
+truncate -s 4G /tmp/bench.img
+/usr/sbin/mke2fs -q -F -t ext4 -m 0 -E lazy_itable_init=0,lazy_journal_init=0,nodiscard /tmp/bench.img
+mkdir -p /mnt/bench
+mount -o loop /tmp/bench.img /mnt/bench
+";
 
 /// Options of `cargo xtask bench`.
 #[derive(Args)]
@@ -40,9 +59,12 @@ pub struct BenchArgs {
     /// The Debian release whose newest cloud kernel is the guest's
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     release: KernelRelease,
-    /// Measure hotplug of QEMU as well: Debian's, unpacked
+    /// Measure hotplug and storage of QEMU as well: Debian's, unpacked, and for storage its virtiofsd
     #[arg(long)]
     qemu: bool,
+    /// Use the debug build: to try a scenario, not for figures
+    #[arg(long)]
+    debug: bool,
     /// Use the emulated machine even where this machine's KVM would do
     #[arg(long)]
     nested: bool,
@@ -64,15 +86,18 @@ enum Scenario {
     Execs,
     /// vCPUs and memory of a VM come and go
     Hotplug,
+    /// Files by virtio-blk and virtio-fs
+    Storage,
 }
 
 impl Scenario {
-    const ALL: [Scenario; 5] = [
+    const ALL: [Scenario; 6] = [
         Self::Lifecycle,
         Self::Exec,
         Self::Cat,
         Self::Execs,
         Self::Hotplug,
+        Self::Storage,
     ];
 
     /// Its name, and how often an emulated machine can be asked to do it.
@@ -83,50 +108,140 @@ impl Scenario {
             Self::Cat => ("cat", 3),
             Self::Execs => ("execs", 1000),
             Self::Hotplug => ("hotplug", 10),
+            Self::Storage => ("storage", 3),
         }
     }
 
     /// The command of nacre-bench, its files in `$NACRE_OUT`.
-    fn command(self, count: Option<u64>, qemu: Option<&Path>, options: &str) -> String {
+    fn command(
+        self,
+        place: Place,
+        count: Option<u64>,
+        qemu: Option<&Qemu>,
+        options: &str,
+    ) -> String {
         let (name, _) = self.describe();
         let mut command = format!("nacre-bench {name} --json \"$NACRE_OUT/{name}.json\"");
+        let mut add = |option: &str, value: &dyn Display| {
+            command.push_str(&format!(" --{option} '{value}'"));
+        };
         let count_option = match self {
-            Self::Hotplug => "--rounds",
-            Self::Lifecycle | Self::Exec | Self::Cat | Self::Execs => "--count",
+            Self::Hotplug | Self::Storage => "rounds",
+            Self::Lifecycle | Self::Exec | Self::Cat | Self::Execs => "count",
         };
         if let Some(count) = count {
-            command.push_str(&format!(" {count_option} {count}"));
+            add(count_option, &count);
         }
-        if self == Self::Hotplug {
-            command.push_str(" --plot \"$NACRE_OUT/hotplug.svg\"");
-            if let Some(qemu) = qemu {
-                command.push_str(&format!(" --qemu '{}'", qemu.display()));
+        let mut before = "";
+        match self {
+            Self::Hotplug => {
+                if let Some(qemu) = qemu {
+                    add("qemu", &qemu.program.display());
+                }
+                command.push_str(" --plot \"$NACRE_OUT/hotplug.svg\"");
             }
+            Self::Storage => {
+                if place == Place::Testbed {
+                    before = DISK;
+                    add("dir", &"/mnt/bench");
+                    add("files", &EMULATED_FILES);
+                    add("patience", &EMULATED_PATIENCE);
+                }
+                for (option, file) in qemu.and_then(Qemu::of_storage).into_iter().flatten() {
+                    add(option, &file.display());
+                }
+            }
+            Self::Lifecycle | Self::Exec | Self::Cat | Self::Execs => {}
         }
-        format!("{command}{options}\necho\n")
+        format!("{before}{command}{options}\necho\n")
     }
 }
 
-/// Debian's QEMU as one program: a script that starts it by its own loader, with its own libraries and firmware. In the testbed it
-/// is brought along.
+/// QEMU's programs and files, where the benchmarks run.
+struct Qemu {
+    program: PathBuf,
+    /// virtiofsd, and the initrd.
+    storage: Option<(PathBuf, PathBuf)>,
+}
+
+impl Qemu {
+    /// Options of storage, and their values.
+    fn of_storage(&self) -> Option<[(&'static str, &Path); 3]> {
+        let (virtiofsd, initrd) = self.storage.as_ref()?;
+        Some([
+            ("qemu", &self.program),
+            ("virtiofsd", virtiofsd),
+            ("qemu-initrd", initrd),
+        ])
+    }
+
+    /// In the testbed all of it is brought along.
+    fn bring(place: Place, release: Option<KernelRelease>, request: &mut Request) -> Result<Self> {
+        let program = bring_qemu(place, request)?;
+        let storage = match release {
+            Some(release) => {
+                let virtiofsd = bring_virtiofsd(place, request)?;
+                let mut initrd = image::initrd_with_pci(release)?;
+                if place == Place::Testbed {
+                    request.copies.push((initrd, QEMU_INITRD.into()));
+                    initrd = QEMU_INITRD.into();
+                }
+                Some((virtiofsd, initrd))
+            }
+            None => None,
+        };
+        Ok(Self { program, storage })
+    }
+}
+
+/// Debian's QEMU as one program: a script that starts it by its own loader, with its own libraries and firmware.
 fn bring_qemu(place: Place, request: &mut Request) -> Result<PathBuf> {
     let unpacked = apt::closure(Release::BookwormBackports, &["qemu-system-x86"])?;
-    let script = paths::cache("bench-qemu");
+    bring(
+        place,
+        request,
+        ("bench-qemu", &unpacked),
+        (QEMU, &QEMU_PARTS),
+        qemu_script,
+    )
+}
+
+/// The same with virtiofsd, which QEMU no longer has with it.
+fn bring_virtiofsd(place: Place, request: &mut Request) -> Result<PathBuf> {
+    let unpacked = apt::closure(Release::Trixie, &["virtiofsd"])?;
+    bring(
+        place,
+        request,
+        ("bench-virtiofsd", &unpacked),
+        (VIRTIOFSD, &VIRTIOFSD_PARTS),
+        virtiofsd_script,
+    )
+}
+
+/// A script that starts a program of an unpacked root, and in the testbed the parts of that root that it needs.
+fn bring(
+    place: Place,
+    request: &mut Request,
+    (name, unpacked): (&str, &Path),
+    (root, parts): (&str, &[&str]),
+    script: fn(&Path) -> String,
+) -> Result<PathBuf> {
+    let file = paths::cache(name);
     let root = match place {
-        Place::Host => unpacked.as_path(),
-        Place::Testbed => Path::new(QEMU),
+        Place::Host => unpacked,
+        Place::Testbed => Path::new(root),
     };
-    fs::write(&script, qemu_script(root))
-        .and_then(|()| fs::set_permissions(&script, Permissions::from_mode(0o755)))
-        .with_context(|| format!("writing {}", script.display()))?;
+    fs::write(&file, script(root))
+        .and_then(|()| fs::set_permissions(&file, Permissions::from_mode(0o755)))
+        .with_context(|| format!("writing {}", file.display()))?;
     if place == Place::Host {
-        return Ok(script);
+        return Ok(file);
     }
-    for part in QEMU_PARTS {
+    for part in parts {
         request.roots.push((unpacked.join(part), root.join(part)));
     }
     let program = root.join("run");
-    request.copies.push((script, program.clone()));
+    request.copies.push((file, program.clone()));
     Ok(program)
 }
 
@@ -139,6 +254,16 @@ export QEMU_MODULE_DIR=\"$root/usr/lib/x86_64-linux-gnu/qemu\"
 exec \"$root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2\" \\
   --library-path \"$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu\" \\
   \"$root/usr/bin/qemu-system-x86_64\" -L \"$root/usr/share/qemu\" -L \"$root/usr/share/seabios\" \"$@\"
+"
+    )
+}
+
+fn virtiofsd_script(root: &Path) -> String {
+    let root = root.display();
+    format!(
+        "#!/bin/sh
+libraries='{root}/usr/lib/x86_64-linux-gnu'
+exec \"$libraries/ld-linux-x86-64.so.2\" --library-path \"$libraries\" '{root}/usr/libexec/virtiofsd' \"$@\"
 "
     )
 }
@@ -156,8 +281,21 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
         ("libc6-dev", "/usr/include/stdio.h"),
         ("e2fsprogs", "mke2fs"),
     ])?;
-    step("building the shim and nacre-bench for speed");
-    run::run(run::cargo().args(["build", "--release", "--package", "nacre", "--bins"]))?;
+    let (profile, folder) = match args.debug {
+        true => ("dev", "debug"),
+        false => ("release", "release"),
+    };
+    step(format!("building the shim and nacre-bench ({profile})"));
+    let mut build = run::cargo();
+    build.args([
+        "build",
+        "--profile",
+        profile,
+        "--package",
+        "nacre",
+        "--bins",
+    ]);
+    run::run(&mut build)?;
     step("making the guest's kernel and initrd");
     image::run(&image::ImageArgs::of(args.release))?;
 
@@ -167,8 +305,15 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
         some => some,
     };
     let mut request = Request::new(Vec::new());
+    let storage = scenarios.contains(&Scenario::Storage);
+    if storage {
+        image::build_probe()?;
+    }
     let qemu = match args.qemu {
-        true => Some(bring_qemu(place, &mut request)?),
+        true => {
+            let release = storage.then_some(args.release);
+            Some(Qemu::bring(place, release, &mut request)?)
+        }
         false => None,
     };
     let options = quoted(&args.options);
@@ -176,13 +321,13 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     for scenario in scenarios {
         let (_, emulated) = scenario.describe();
         let count = args.count.or((place == Place::Testbed).then_some(emulated));
-        script.push_str(&scenario.command(count, qemu.as_deref(), &options));
+        script.push_str(&scenario.command(place, count, qemu.as_ref(), &options));
     }
     request.argv = vec!["sh".into(), "-c".into(), script];
-    request.programs = paths::target().join("release");
+    request.programs = paths::target().join(folder);
     request.force_nested = args.nested;
-    if scenarios.contains(&Scenario::Hotplug) {
-        request.memory = HOTPLUG_MIB;
+    if storage || scenarios.contains(&Scenario::Hotplug) {
+        request.memory = MORE_MIB;
     }
     request.time_limit = Some(Duration::from_secs(4 * 3600));
     request.out = paths::cache("bench");
@@ -204,17 +349,43 @@ mod tests {
     fn rounds_and_files_of_each_scenario_are_named_as_it_names_them() {
         let options = quoted(&["--sizes".into(), "1G".into(), "it's".into()]);
         assert_eq!(options, r" '--sizes' '1G' 'it'\''s'");
-        let qemu = Some(Path::new("/opt/qemu/run"));
-        let hotplug = Scenario::Hotplug.command(Some(3), qemu, &options);
-        for words in [
-            "--rounds 3",
-            "hotplug.svg",
-            "--qemu '/opt/qemu/run'",
-            "'1G'",
+        let qemu = Qemu {
+            program: "/opt/qemu/run".into(),
+            storage: Some(("/opt/virtiofsd/run".into(), QEMU_INITRD.into())),
+        };
+        let of = |scenario: Scenario, count| {
+            scenario.command(Place::Testbed, count, Some(&qemu), &options)
+        };
+        for (command, words) in [
+            (
+                of(Scenario::Hotplug, Some(3)),
+                &[
+                    "--rounds '3'",
+                    "hotplug.svg",
+                    "--qemu '/opt/qemu/run'",
+                    "'1G'",
+                ][..],
+            ),
+            (
+                of(Scenario::Storage, None),
+                &[
+                    "mount -o loop",
+                    "--dir '/mnt/bench' --files '1000'",
+                    "--virtiofsd '/opt/virtiofsd/run'",
+                    "--qemu-initrd '/opt/qemu/initrd'",
+                ],
+            ),
         ] {
-            assert!(hotplug.contains(words), "{words} in {hotplug}");
+            for words in words {
+                assert!(command.contains(words), "{words} in {command}");
+            }
         }
-        let exec = Scenario::Exec.command(None, qemu, "");
+        let storage = Scenario::Storage.command(Place::Host, Some(2), None, "");
+        assert_eq!(
+            storage,
+            "nacre-bench storage --json \"$NACRE_OUT/storage.json\" --rounds '2'\necho\n"
+        );
+        let exec = Scenario::Exec.command(Place::Host, None, Some(&qemu), "");
         assert_eq!(
             exec,
             "nacre-bench exec --json \"$NACRE_OUT/exec.json\"\necho\n"
@@ -225,6 +396,9 @@ mod tests {
     fn qemu_is_started_by_its_own_loader() {
         let script = qemu_script(Path::new("/opt/qemu"));
         assert!(script.starts_with("#!/bin/sh\nroot='/opt/qemu'\n"));
+        assert!(script.trim_end().ends_with("\"$@\""), "{script}");
+        let script = virtiofsd_script(Path::new("/opt/virtiofsd"));
+        assert!(script.contains("'/opt/virtiofsd/usr/libexec/virtiofsd' \"$@\""));
         assert!(script.trim_end().ends_with("\"$@\""), "{script}");
     }
 }

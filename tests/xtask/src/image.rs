@@ -69,11 +69,13 @@ pub fn run(args: &ImageArgs) -> Result<()> {
     make(args, paths::IMAGE)
 }
 
-/// Makes the images that the end-to-end suite boots, or finds them made: the usual one, and one of Linux 6.12.
+/// Makes the images that the end-to-end suite boots, or finds them made: the usual one, and one of Linux 6.12; and builds the probe,
+/// which its benchmark runs in containers.
 ///
 /// # Errors
 /// As [`run`].
 pub fn of_the_suite() -> Result<()> {
+    build_probe()?;
     run(&ImageArgs::default())?;
     let newer = ImageArgs {
         release: KernelRelease::Trixie,
@@ -123,25 +125,43 @@ fn make(args: &ImageArgs, out: &str) -> Result<()> {
     run::run(&mut command)
 }
 
+/// The usual image of a release with the driver of virtio over PCI, for QEMU; its initrd.
+///
+/// # Errors
+/// As [`run`].
+pub fn initrd_with_pci(release: KernelRelease) -> Result<PathBuf> {
+    let args = ImageArgs {
+        release,
+        extra: vec!["virtio_pci".to_owned()],
+        ..ImageArgs::default()
+    };
+    make(&args, paths::PCI_IMAGE)?;
+    Ok(paths::cache(paths::PCI_IMAGE).join("current/initrd"))
+}
+
 /// Builds the agent as a static program.
 fn build_agent() -> Result<PathBuf> {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
     step("building the guest's agent");
+    build_static("nacre-agent")
+}
+
+/// Builds what measures files from within a container or a guest, as a static program.
+///
+/// # Errors
+/// It does not build.
+pub fn build_probe() -> Result<PathBuf> {
+    step("building the probe");
+    build_static(paths::PROBE)
+}
+
+fn build_static(package: &str) -> Result<PathBuf> {
     let mut command = run::cargo_static();
-    command.args([
-        "build",
-        "--quiet",
-        "--package",
-        "nacre-agent",
-        "--profile",
-        "agent",
-        "--target",
-        TARGET,
-    ]);
+    command.args(["build", "--quiet", "--package", package]);
+    command.args(["--profile", "agent", "--target", paths::STATIC]);
     run::run(&mut command)?;
-    let agent = paths::target().join(TARGET).join("agent/nacre-agent");
-    if !agent.exists() {
-        bail!("cargo built the agent, but not as {}", agent.display());
+    let program = paths::static_program(package);
+    if !program.exists() {
+        bail!("cargo built {package}, but not as {}", program.display());
     }
-    Ok(agent)
+    Ok(program)
 }

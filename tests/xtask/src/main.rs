@@ -43,7 +43,7 @@ enum Command {
     Test(test::TestArgs),
     /// Run the end-to-end cases with big counts; resumable, result in target/nacre/soak/RESULT.md
     Soak(soak::SoakArgs),
-    /// Measure the shim next to runc's: life of a container, execs, a stream, what many execs leave
+    /// Measure the shim next to runc's: life of a container, execs, a stream, what many execs leave, hotplug, files
     Bench(bench::BenchArgs),
     /// Fuzz what a hostile guest can send: libFuzzer on the targets of tests/fuzz
     Fuzz(fuzz::FuzzArgs),

@@ -30,6 +30,16 @@ pub fn debug(program: &str) -> PathBuf {
     target().join("debug").join(program)
 }
 
+/// The target of static programs for guests and containers.
+pub const STATIC: &str = "x86_64-unknown-linux-gnu";
+/// The program that measures files from within.
+pub const PROBE: &str = "nacre-probe";
+
+/// One of the static programs, small ones.
+pub fn static_program(program: &str) -> PathBuf {
+    target().join(STATIC).join("agent").join(program)
+}
+
 /// A path below xtask's own cache, `target/nacre`.
 pub fn cache(below: &str) -> PathBuf {
     target().join("nacre").join(below)
@@ -39,6 +49,9 @@ pub fn cache(below: &str) -> PathBuf {
 pub const IMAGE: &str = "image";
 /// The same for Linux 6.12, which some end-to-end cases run beside the usual kernel.
 pub const NEWER_IMAGE: &str = "image-6.12";
+
+/// The same with the driver of virtio over PCI in the initrd, for QEMU.
+pub const PCI_IMAGE: &str = "image-pci";
 
 /// The guest kernel and initrd that `cargo xtask image` made last.
 pub fn image(file: &str) -> PathBuf {

@@ -464,7 +464,9 @@ pub fn identity() -> Result<String> {
     ]
     .map(paths::debug);
     let images = ["vmlinux", "initrd"].map(|file| [paths::image(file), paths::newer_image(file)]);
-    for file in programs.into_iter().chain(images.into_iter().flatten()) {
+    let probe = paths::static_program(paths::PROBE);
+    let files = programs.into_iter().chain(images.into_iter().flatten());
+    for file in files.chain([probe]) {
         hash.update(std::fs::read(&file).with_context(|| format!("reading {}", file.display()))?);
     }
     Ok(format!("{:x}", hash.finalize()))

@@ -9,12 +9,20 @@ use crate::context::{Context, Runtime};
 use crate::ctr;
 use crate::suite::{Case, Subject};
 
-pub(crate) const CASES: &[Case] = &[Case {
-    name: "nacre-bench measures both shims and leaves nothing",
-    subject: Subject::Alone,
-    seconds: (180, 180),
-    run: measures,
-}];
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "nacre-bench measures both shims and leaves nothing",
+        subject: Subject::Alone,
+        seconds: (180, 180),
+        run: measures,
+    },
+    Case {
+        name: "nacre-bench measures files by virtio-blk and virtio-fs and leaves nothing",
+        subject: Subject::Alone,
+        seconds: (180, 180),
+        run: storage,
+    },
+];
 
 /// A scenario, its arguments, and series that it must have.
 type Scenario = (
@@ -45,33 +53,77 @@ const SCENARIOS: [Scenario; 2] = [
     ),
 ];
 
+/// Rows of the tables of storage.
+const STORAGE: [&str; 7] = [
+    "read, cold",
+    "read, warm",
+    "random 4 KiB, depth 1",
+    "random 4 KiB, depth 32",
+    "walk, cold",
+    "walk, warm",
+    "untar",
+];
+
 fn measures(context: &Context) -> Result<()> {
     for (scenario, arguments, series) in SCENARIOS {
-        let file = context.path(format!("{scenario}.json"));
-        let mut command = Command::new(context.programs.bin.join("nacre-bench"));
-        command.arg(scenario).args(arguments);
-        command.arg("--shim").arg(context.programs.shim());
-        command.arg("--busybox").arg(&context.programs.busybox);
-        command.arg("--json").arg(&file);
-        let output = ctr::run(&mut command)?;
-        output.expect_code(0)?;
-        eprintln!("{}", output.out());
-        let text = std::fs::read(&file).with_context(|| file.display().to_string())?;
-        let report: Value = serde_json::from_slice(&text)?;
-        ensure!(report["scenario"] == scenario, "{}", report["scenario"]);
-        let shims = report["shims"].as_array().context("no shims")?;
-        for (shim, runtime) in shims.iter().zip([Runtime::Nacre, Runtime::Runc]) {
-            ensure!(shim["shim"] == runtime.text(), "{} is first", shim["shim"]);
-            let all = shim["series"].as_array().context("no series")?;
-            for name in series {
-                let found = all.iter().find(|one| one["name"] == *name);
-                let one = found.with_context(|| format!("{scenario} has no {name}"))?;
-                let count = one["values"].as_array().map_or(0, Vec::len);
-                ensure!(count == 1, "{scenario} has {count} values of {name}");
-                ensure!(one["median"].is_number() && one["p99"].is_number());
-            }
-        }
-        ensure!(shims.len() == 2, "{} shims were measured", shims.len());
+        let busybox = context.programs.busybox.display().to_string();
+        let arguments = [arguments, &["--busybox", &busybox]].concat();
+        let report = report(context, scenario, &arguments)?;
+        check(&report, scenario, series)?;
     }
+    Ok(())
+}
+
+fn storage(context: &Context) -> Result<()> {
+    let folder = context.path("files");
+    std::fs::create_dir_all(&folder)?;
+    let place = folder.display().to_string();
+    let few = "--rounds 1 --warm-up 0 --mib 1 --files 20 --reads 40 --dir";
+    let mut arguments: Vec<&str> = few.split(' ').collect();
+    arguments.push(&place);
+    let report = report(context, "storage", &arguments)?;
+    ensure!(report["complete"] == true, "it is not complete");
+    let tables = report["tables"].as_array().context("no tables")?;
+    ensure!(tables.len() == 2, "there are {} tables", tables.len());
+    for (table, way) in tables.iter().zip(["virtio-blk", "virtio-fs"]) {
+        ensure!(table["scenario"] == way, "{} is there", table["scenario"]);
+        check(table, way, &STORAGE)?;
+    }
+    let left = std::fs::read_dir(&folder)?.count();
+    ensure!(left == 0, "{left} things are left in its folder");
+    Ok(())
+}
+
+/// What nacre-bench writes of a scenario.
+fn report(context: &Context, scenario: &str, arguments: &[&str]) -> Result<Value> {
+    let file = context.path(format!("{scenario}.json"));
+    let mut command = Command::new(context.programs.bin.join("nacre-bench"));
+    command.arg(scenario).args(arguments);
+    command.arg("--shim").arg(context.programs.shim());
+    command.arg("--json").arg(&file);
+    let output = ctr::run(&mut command)?;
+    output.expect_code(0)?;
+    eprintln!("{}", output.out());
+    let text = std::fs::read(&file).with_context(|| file.display().to_string())?;
+    let report: Value = serde_json::from_slice(&text)?;
+    ensure!(report["scenario"] == scenario, "{}", report["scenario"]);
+    Ok(report)
+}
+
+/// That both shims have a value of each series.
+fn check(table: &Value, name: &str, series: &[&str]) -> Result<()> {
+    let shims = table["shims"].as_array().context("no shims")?;
+    for (shim, runtime) in shims.iter().zip([Runtime::Nacre, Runtime::Runc]) {
+        ensure!(shim["shim"] == runtime.text(), "{} is first", shim["shim"]);
+        let all = shim["series"].as_array().context("no series")?;
+        for row in series {
+            let found = all.iter().find(|one| one["name"] == *row);
+            let one = found.with_context(|| format!("{name} has no {row}"))?;
+            let count = one["values"].as_array().map_or(0, Vec::len);
+            ensure!(count == 1, "{name} has {count} values of {row}");
+            ensure!(one["median"].is_number() && one["p99"].is_number());
+        }
+    }
+    ensure!(shims.len() == 2, "{} shims were measured", shims.len());
     Ok(())
 }

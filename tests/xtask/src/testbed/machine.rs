@@ -339,6 +339,10 @@ fn payload(request: &Request) -> Result<Stage> {
             stage.program(&source, Path::new("/usr/local/bin").join(program), &[])?;
         }
     }
+    let probe = paths::static_program(paths::PROBE);
+    if probe.exists() {
+        stage.file(&probe, Path::new("/usr/local/bin").join(paths::PROBE))?;
+    }
     for file in ["vmlinux", "initrd"] {
         for (source, folder) in [
             (paths::image(file), "/usr/share/nacre"),

@@ -184,7 +184,8 @@ fn on_host(request: &Request, daemons: &[(String, String)], sink: &mut dyn Sink)
     command
         .env("NACRE_KERNEL", paths::image("vmlinux"))
         .env("NACRE_INITRD", paths::image("initrd"))
-        .env("NACRE_IMAGE_6_12", paths::newer_image(""));
+        .env("NACRE_IMAGE_6_12", paths::newer_image(""))
+        .env("NACRE_PROBE", paths::static_program(paths::PROBE));
     command.envs(daemons.iter().cloned());
     let mut child = command
         .envs(request.env.iter().cloned())
