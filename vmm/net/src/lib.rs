@@ -1,0 +1,50 @@
+//! The host's side of the guest's network: each interface of a network
+//! namespace has a TAP interface beside it that the guest's device uses, and the guest is told what to configure.
+//!
+//! [`mirror`] does it: what the interface would receive goes to the TAP interface by a redirect of tc, and what the guest
+//! sends goes out of the interface. The namespace's own kernel sees neither. Addresses, routes and whatever else is
+//! there stay as the CNI plugins made them, so that their DEL finds what their ADD left. [`describe`] has the types of
+//! what the guest configures. [`watch`] tells of links that go up and down.
+//!
+//! **What is undone, and when.** [`Mirror`] undoes itself when it is dropped. [`Made`] says what there is to
+//! undo, is written down before anything is made, and does the same for another process after this one was killed.
+//!
+//! **What is someone else's.** Queueing disciplines for what leaves an interface stay and hold for the guest too, so a limit of
+//! bandwidth there is kept. A clsact or ingress discipline without filters on what comes in is used and left. One with
+//! such filters is refused: ours would take the frames from them or they from ours.
+//!
+//! **What is not here.** Rules and other tables than main; DNS, which is files. Applying the description in the guest.
+//!
+//! **Why no rtnetlink.** That crate is futures over tokio around the same messages. A namespace is entered by a thread,
+//! the thread asks and waits, and it is gone: a blocking socket of netlink-sys is all that it needs.
+
+pub mod describe;
+#[cfg(feature = "host")]
+mod error;
+#[cfg(feature = "host")]
+mod filter;
+#[cfg(feature = "host")]
+mod link;
+#[cfg(feature = "host")]
+mod made;
+#[cfg(feature = "host")]
+mod mirror;
+#[cfg(feature = "host")]
+mod netlink;
+#[cfg(feature = "host")]
+mod netns;
+#[cfg(feature = "host")]
+mod survey;
+#[cfg(all(test, feature = "host"))]
+mod tests;
+#[cfg(feature = "host")]
+mod watch;
+
+#[cfg(feature = "host")]
+pub use self::{
+    error::Error,
+    made::{Made, MadePort},
+    mirror::{Mirror, Port, mirror},
+    netns::{Netns, NetnsId},
+    watch::{LinkChange, LinkState, Watch, watch},
+};

@@ -1,0 +1,8 @@
+//! Namespaces of the tests' own, as root: pairs of veth, frames through them, and what is left behind.
+
+mod bench;
+mod description;
+mod frames;
+mod namespaces;
+mod removal;
+mod watching;
