@@ -1,7 +1,8 @@
 //! Redirects of tc: what comes into one interface leaves by another.
 //!
 //! The filter is u32 without a key, which any kernel with tc has and any frame matches; its action is mirred. It is known by
-//! the action's cookie (TCA_ACT_COOKIE), which the kernel keeps and does not read: the TAP interface's name.
+//! the action's cookie (TCA_ACT_COOKIE), which the kernel keeps and does not read: the TAP interface's name, which no other
+//! mirror has.
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -78,7 +79,12 @@ fn discipline(socket: &mut Socket, link: &Link) -> Result<Option<String>, Error>
     }))
 }
 
-fn filters(socket: &mut Socket, link: &Link, hook: Hook, cookie: &str) -> Result<Filters, Error> {
+fn filters(
+    socket: &mut Socket,
+    link: &Link,
+    hook: Hook,
+    ours: impl Fn(&[u8]) -> bool,
+) -> Result<Filters, Error> {
     let request = message(link, hook.handle(), Vec::new());
     let dump = socket.dump(
         &format!("the filters of {}", link.name),
@@ -91,7 +97,7 @@ fn filters(socket: &mut Socket, link: &Link, hook: Hook, cookie: &str) -> Result
             continue;
         };
         seen.push(found.header.info);
-        if has_cookie(found, cookie.as_bytes()) {
+        if cookies(found).any(&ours) {
             filters.ours.push(found.header.info);
         }
     }
@@ -101,7 +107,8 @@ fn filters(socket: &mut Socket, link: &Link, hook: Hook, cookie: &str) -> Result
     Ok(filters)
 }
 
-fn has_cookie(filter: &TcMessage, cookie: &[u8]) -> bool {
+/// The cookies of a filter's actions.
+fn cookies(filter: &TcMessage) -> impl Iterator<Item = &[u8]> {
     let options = filter
         .attributes
         .iter()
@@ -113,18 +120,21 @@ fn has_cookie(filter: &TcMessage, cookie: &[u8]) -> bool {
         TcOption::U32(TcFilterU32Option::Action(actions)) => Some(actions),
         _ => None,
     });
-    actions
-        .flatten()
-        .flat_map(|action| &action.attributes)
-        .any(|attribute| matches!(attribute, TcActionAttribute::Cookie(found) if found == cookie))
+    let attributes = actions.flatten().flat_map(|action| &action.attributes);
+    attributes.filter_map(|attribute| match attribute {
+        TcActionAttribute::Cookie(cookie) => Some(cookie.as_slice()),
+        _ => None,
+    })
 }
 
-/// Whether an interface's frames can be taken, and whether that needs a discipline of our own.
-pub(crate) fn survey(socket: &mut Socket, link: &Link, cookie: &str) -> Result<bool, Error> {
+/// Whether an interface's frames can be taken, and whether that needs a discipline of our own. Mirrors' cookies all begin with
+/// `prefix`.
+pub(crate) fn survey(socket: &mut Socket, link: &Link, prefix: &str) -> Result<bool, Error> {
     let Some(kind) = discipline(socket, link)? else {
         return Ok(true);
     };
-    let filters = filters(socket, link, Hook::Ingress, cookie)?;
+    let mirrors = |cookie: &[u8]| cookie.starts_with(prefix.as_bytes());
+    let filters = filters(socket, link, Hook::Ingress, mirrors)?;
     if filters.ours.is_empty() && !filters.others {
         return Ok(false);
     }
@@ -231,7 +241,8 @@ pub(crate) fn remove(
     let Some(kind) = discipline(socket, link)? else {
         return Ok(());
     };
-    let at_ingress = filters(socket, link, Hook::Ingress, cookie)?;
+    let own = |found: &[u8]| found == cookie.as_bytes();
+    let at_ingress = filters(socket, link, Hook::Ingress, own)?;
     // A table and its filter are at one place: one request takes both.
     let mut places = at_ingress.ours;
     places.dedup();
@@ -251,7 +262,7 @@ pub(crate) fn remove(
     if !ours || kind != CLSACT || at_ingress.others {
         return Ok(());
     }
-    let at_egress = filters(socket, link, Hook::Egress, cookie)?;
+    let at_egress = filters(socket, link, Hook::Egress, own)?;
     if at_egress.others {
         return Ok(());
     }

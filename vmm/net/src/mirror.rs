@@ -1,5 +1,6 @@
 //! A namespace's interfaces, each with a TAP interface beside it.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 
 use nacre_vmm::virtio::net::Tap;
@@ -9,6 +10,9 @@ use crate::describe::Network;
 use crate::link::{Fit, Link};
 use crate::netlink::Socket;
 use crate::{Error, LinkChange, Made, MadePort, Netns, Watch, filter, link, survey};
+
+/// How the names of TAP interfaces begin; ten digits come after it, which makes them as long as a name may be.
+const PREFIX: &str = "nacre";
 
 /// One interface's frames, for one device of the guest.
 #[derive(Debug)]
@@ -87,29 +91,25 @@ fn plan() -> Result<(Vec<Link>, Network, Vec<MadePort>), Error> {
                 });
             }
         }
-        // At most 15 bytes, whatever the number.
-        let tap = format!("nacre{}", link.index);
-        if all.iter().any(|other| other.name == tap) {
-            return Err(Error::Interface {
-                interface: link.name.clone(),
-                why: format!(
-                    "there is an interface {tap:?}, the name that its TAP interface would have; if it is left of another VM, \
-                     remove what that made"
-                ),
-            });
-        }
-        let discipline = filter::survey(&mut socket, link, &tap)?;
+        let discipline = filter::survey(&mut socket, link, PREFIX)?;
         ports.push(MadePort {
             interface: link.name.clone(),
             index: link.index,
             mac: link.mac.unwrap_or_default(),
-            tap,
+            tap: tap_name(),
             discipline,
         });
         links.push(link.clone());
     }
     let network = survey::network(&mut socket, &links)?;
     Ok((links, network, ports))
+}
+
+/// A name that no other mirror has, so that each undoes its own even where two come to a namespace at once.
+fn tap_name() -> String {
+    // Seeded by the system's randomness, anew each time.
+    let random = RandomState::new().build_hasher().finish();
+    format!("{PREFIX}{:010x}", random >> 24)
 }
 
 fn make(links: &[Link], wanted: &[MadePort], ports: &mut Vec<Port>) -> Result<(), Error> {

@@ -38,7 +38,7 @@ pub struct LinkChange {
     pub state: LinkState,
 }
 
-/// Ends the telling when it is dropped. It keeps the namespace.
+/// Ends the telling when it is dropped, after what is being told. It keeps the namespace.
 #[derive(Debug)]
 pub struct Watch {
     stop: Arc<OwnedFd>,

@@ -1,11 +1,22 @@
 //! What is configured is told whole, in an order in which it can be applied; what cannot be is named.
 
-use netlink_packet_route::link::{InfoData, InfoKind, InfoMacVlan, LinkAttribute, MacVlanMode};
+use std::net::IpAddr;
+
+use netlink_packet_core::NLM_F_CREATE;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoMacVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
+    LinkMessage, MacVlanMode,
+};
 use netlink_packet_route::neighbour::NeighbourState;
-use netlink_packet_route::route::RouteType;
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteNextHop, RouteProtocol, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::bench::*;
 use crate::describe::{Network, RouteKind};
+use crate::link::{Fit, Link};
 use crate::{Netns, mirror};
 
 fn describe(netns: &Netns) -> Network {
@@ -229,14 +240,10 @@ fn what_is_down_or_a_port_is_passed_over() {
         vec![LinkAttribute::Address(vec![2, 0, 0, 0, 0, 7])],
     );
     set_up(&here, "br0", true);
-    let mut join = netlink_packet_route::link::LinkMessage::default();
+    let mut join = LinkMessage::default();
     join.header.index = find(&here, "port0").index;
     join.attributes = vec![LinkAttribute::Controller(find(&here, "br0").index)];
-    change(
-        &here,
-        netlink_packet_route::RouteNetlinkMessage::SetLink(join),
-        0,
-    );
+    change(&here, RouteNetlinkMessage::SetLink(join), 0);
     let told = describe(&here).interfaces;
     let told: Vec<_> = told
         .iter()
@@ -318,4 +325,136 @@ fn a_macvlan_over_an_interface_elsewhere_is_mirrored() {
     device.expect(&frame);
     device.send(&ethernet([0xff; 6], 6, 200));
     wire.expect(&ethernet([0xff; 6], 6, 200));
+}
+
+#[test]
+fn routes_over_several_ways_and_addresses_with_a_peer_are_told() {
+    let (here, there) = with_eth0();
+    pair(&here, "net1", 2, &there, 1500);
+    for (name, v4, v6) in [
+        ("eth0", "10.1.0.2", "fd00:1::2"),
+        ("net1", "10.2.0.2", "fd00:2::2"),
+    ] {
+        address(&here, name, v4, 24);
+        address(&here, name, v6, 64);
+    }
+    let way = |name: &str, gateway: &str, more: u8| {
+        let gateway: IpAddr = gateway.parse().unwrap();
+        let mut hop = RouteNextHop::default();
+        hop.interface_index = find(&here, name).index;
+        hop.hops = more;
+        hop.attributes = vec![RouteAttribute::Gateway(RouteAddress::from(gateway))];
+        hop
+    };
+    for (family, gateways) in [
+        (AddressFamily::Inet, ["10.1.0.1", "10.2.0.1"]),
+        (AddressFamily::Inet6, ["fd00:1::1", "fd00:2::1"]),
+    ] {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family;
+        message.header.protocol = RouteProtocol::Static;
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.kind = RouteType::Unicast;
+        let ways = vec![way("eth0", gateways[0], 0), way("net1", gateways[1], 4)];
+        message.attributes = vec![RouteAttribute::MultiPath(ways)];
+        change(&here, RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE);
+    }
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.prefix_len = 32;
+    message.header.index = find(&here, "net1").index;
+    message.attributes = vec![
+        AddressAttribute::Local("10.3.0.2".parse().unwrap()),
+        AddressAttribute::Address("10.3.0.1".parse().unwrap()),
+        AddressAttribute::Flags(AddressFlags::Noprefixroute),
+    ];
+    change(
+        &here,
+        RouteNetlinkMessage::NewAddress(message),
+        NLM_F_CREATE,
+    );
+
+    let network = describe(&here);
+    let defaults: Vec<String> = network
+        .routes
+        .iter()
+        .filter(|route| route.prefix == 0)
+        .flat_map(|route| &route.hops)
+        .map(|hop| format!("{} {} {}", hop.gateway.unwrap(), hop.interface, hop.weight))
+        .collect();
+    let wanted = [
+        "10.1.0.1 eth0 1",
+        "10.2.0.1 net1 5",
+        "fd00:1::1 eth0 1",
+        "fd00:2::1 net1 5",
+    ];
+    assert_eq!(defaults, wanted);
+    let over = network.routes.iter().filter(|route| route.prefix == 0);
+    assert_eq!(over.count(), 2, "one of each family");
+    let addresses = &network.interfaces[1].addresses;
+    let peer = addresses
+        .iter()
+        .find(|address| address.prefix == 32)
+        .unwrap();
+    assert_eq!(peer.address.to_string(), "10.3.0.2");
+    assert_eq!(peer.peer, Some("10.3.0.1".parse().unwrap()));
+    assert!(peer.no_prefix_route);
+    let on_link = network
+        .routes
+        .iter()
+        .any(|route| route.destination == peer.peer.unwrap());
+    assert!(!on_link, "{network:?}");
+}
+
+/// Kinds that not every kernel can make.
+#[test]
+fn each_kind_is_for_a_guest_or_is_refused_with_the_reason() {
+    for (kind, layer, words) in [
+        (InfoKind::Veth, LinkLayerType::Ether, None),
+        (InfoKind::MacVlan, LinkLayerType::Ether, None),
+        (InfoKind::Dummy, LinkLayerType::Ether, None),
+        (InfoKind::Bond, LinkLayerType::Ether, None),
+        (
+            InfoKind::IpVlan,
+            LinkLayerType::Ether,
+            Some("ipvlan shares its parent's MAC"),
+        ),
+        (
+            InfoKind::MacVtap,
+            LinkLayerType::Ether,
+            Some("character device"),
+        ),
+        (
+            InfoKind::Vrf,
+            LinkLayerType::Ether,
+            Some("a table of its own"),
+        ),
+        (InfoKind::Tun, LinkLayerType::None, Some("TUN or TAP")),
+        (
+            InfoKind::Wireguard,
+            LinkLayerType::None,
+            Some("no Ethernet frames (kind wireguard)"),
+        ),
+        (
+            InfoKind::Ipoib,
+            LinkLayerType::Infiniband,
+            Some("no Ethernet frames (kind ipoib)"),
+        ),
+    ] {
+        let mut message = LinkMessage::default();
+        message.header.index = 2;
+        message.header.flags = LinkFlags::Up;
+        message.header.link_layer_type = layer;
+        message.attributes = vec![
+            LinkAttribute::IfName("eth0".to_owned()),
+            LinkAttribute::Address(MAC.to_vec()),
+            LinkAttribute::Mtu(1500),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind.clone())]),
+        ];
+        match (Link::of(&message).fit(&[]), words) {
+            (Fit::Yes, None) => {}
+            (Fit::Refused(why), Some(words)) => assert!(why.contains(words), "{why}"),
+            (fit, _) => panic!("{kind:?}: {fit:?}"),
+        }
+    }
 }

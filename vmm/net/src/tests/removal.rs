@@ -94,7 +94,7 @@ fn a_tap_interface_that_somebody_still_holds_is_removed_too() {
     let mut mirrored = mirror(&here, &mut |_| Ok(())).unwrap();
     let _held = mirrored.take_ports();
     let said = mirror(&here, &mut |_| Ok(())).unwrap_err().to_string();
-    assert!(said.contains("Cannot mirror the interface"), "{said}");
+    assert!(said.contains("leads to a guest already"), "{said}");
     mirrored.remove().unwrap();
     assert_eq!(dump(&here), before);
 }
@@ -217,4 +217,23 @@ fn a_discipline_that_others_use_by_now_stays_with_their_filter() {
     assert_eq!(names(&here), ["lo", "eth0", "net1"]);
     let error = mirror(&here, &mut |_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("someone else's"), "{error}");
+}
+
+/// Both look before either makes. The one that comes second fails, and the first is not touched.
+#[test]
+fn of_two_that_come_at_once_one_has_it_whole() {
+    let (here, _there) = configured();
+    let before = dump(&here);
+    let mut first = None;
+    let mut between = Vec::new();
+    let error = mirror(&here, &mut |_| {
+        first = mirror(&here, &mut |_| Ok(())).ok();
+        between = dump(&here);
+        Ok(())
+    })
+    .unwrap_err();
+    assert!(error.to_string().contains("make a clsact"), "{error}");
+    assert_eq!(dump(&here), between);
+    first.unwrap().remove().unwrap();
+    assert_eq!(dump(&here), before);
 }
