@@ -3,6 +3,7 @@
 mod bench;
 mod description;
 mod frames;
+mod guest;
 mod namespaces;
 mod removal;
 mod watching;
