@@ -30,6 +30,15 @@ pub enum Error {
         /// What it is.
         is: String,
     },
+    /// The host's own namespace.
+    #[error(
+        "Cannot mirror the network namespace {what}: it is the host's own, which would lose its network to the guest; \
+         give the container one of its own"
+    )]
+    Hosts {
+        /// What was given.
+        what: String,
+    },
     /// Work in a namespace panicked.
     #[error("The work in the network namespace {what} panicked: {message}")]
     Panicked {

@@ -39,6 +39,7 @@ pub struct Mirror {
 ///
 /// # Errors
 ///
+/// [`Error::Hosts`] if the namespace is init's or the caller's own: the host would hear nothing any more.
 /// [`Error::Interface`] names an interface that no guest can have: one without Ethernet frames, TUN and TAP, ipvlan, macvtap,
 /// VRF, one on top of another in the same namespace, an MTU that is too large, or someone else's filters on what comes in.
 /// [`Error::Route`] names such a route. Others tell what the system refused. After any of them all is as it was.
@@ -46,6 +47,11 @@ pub fn mirror(
     netns: &Netns,
     note: &mut dyn FnMut(&Made) -> io::Result<()>,
 ) -> Result<Mirror, Error> {
+    if is_hosts(netns) {
+        return Err(Error::Hosts {
+            what: netns.to_string(),
+        });
+    }
     let (links, network, ports) = netns.enter(plan)?;
     let made = Made {
         path: netns.path().to_owned(),
@@ -69,6 +75,12 @@ pub fn mirror(
     let wanted = made.as_ref().map_or(&[][..], |made| &made.ports);
     netns.enter(|| make(&links, wanted, ports))?;
     Ok(mirror)
+}
+
+fn is_hosts(netns: &Netns) -> bool {
+    ["/proc/1/ns/net", "/proc/self/ns/net"]
+        .iter()
+        .any(|path| Netns::open(path).is_ok_and(|host| host.id() == netns.id()))
 }
 
 /// What there is, and what is to be made. Changes nothing.

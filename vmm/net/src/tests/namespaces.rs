@@ -90,3 +90,23 @@ fn an_empty_one_has_loopback_only_and_nothing_is_noted() {
         assert_eq!(dump(&netns), before);
     }
 }
+
+#[test]
+fn the_hosts_own_is_refused() {
+    for path in ["/proc/self/ns/net", "/proc/1/ns/net"] {
+        // In a container, init's may be hidden.
+        let Ok(host) = Netns::open(path) else {
+            assert_ne!(path, "/proc/self/ns/net");
+            continue;
+        };
+        // So that nothing would be made.
+        let mut note = |_: &crate::Made| Err(std::io::Error::other("a test"));
+        let error = mirror(&host, &mut note).unwrap_err();
+        assert!(matches!(error, Error::Hosts { .. }), "{error:?}");
+        let said = error.to_string();
+        assert!(
+            said.contains(path) && said.contains("the host's own"),
+            "{said}"
+        );
+    }
+}
