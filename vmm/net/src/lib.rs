@@ -2,8 +2,8 @@
 //! namespace has a TAP interface beside it that the guest's device uses, and the guest is told what to configure.
 //!
 //! [`mirror`] does it: what the interface would receive goes to the TAP interface by a redirect of tc, and what the guest
-//! sends goes out of the interface. The namespace's own kernel sees neither. Addresses, routes and whatever else is
-//! there stay as the CNI plugins made them, so that their DEL finds what their ADD left. [`describe`] has the types of
+//! sends goes out of the interface. The namespace's own kernel hears neither; what it sends itself, the guest gets the
+//! answer to. Addresses, routes and whatever else is there stay as the CNI plugins made them, so that their DEL finds what their ADD left. [`describe`] has the types of
 //! what the guest configures. [`watch`] tells of links that go up and down.
 //!
 //! **What is undone, and when.** [`Mirror`] undoes itself when it is dropped. [`Made`] says what there is to
