@@ -320,6 +320,7 @@ fn a_macvlan_over_an_interface_elsewhere_is_mirrored() {
     assert_eq!(mirror.network().interfaces[0].mac, MAC);
     let device = super::frames::Device(mirror.take_ports().remove(0));
     let wire = Packets::on(&far, "peer-eth9");
+    super::frames::settle(&device, &wire);
     let frame = ethernet(MAC, 5, 200);
     wire.send(&frame);
     device.expect(&frame);

@@ -46,6 +46,25 @@ impl Device {
     }
 }
 
+/// What is sent over links that have just come up is dropped until the kernel has seen to them: sends until something has come
+/// each way, and takes what has.
+pub fn settle(device: &Device, wire: &Packets) {
+    const PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+    let probe = ethernet(BROADCAST, 0, 60);
+    until("a first frame from the device", || {
+        device.send(&probe);
+        std::thread::sleep(PAUSE);
+        wire.receive().is_some()
+    });
+    until("a first frame for the device", || {
+        wire.send(&probe);
+        std::thread::sleep(PAUSE);
+        device.receive().is_some()
+    });
+    std::thread::sleep(PAUSE);
+    while wire.receive().is_some() || device.receive().is_some() {}
+}
+
 fn devices(mirror: &mut crate::Mirror) -> Vec<Device> {
     mirror.take_ports().into_iter().map(Device).collect()
 }
@@ -63,6 +82,7 @@ fn frames_cross_both_ways_at_each_mtu() {
         let tap = &mirror.made().unwrap().ports[0].tap;
         assert_eq!(find(&here, tap).mtu, mtu);
         let wire = Packets::on(&there, "peer-eth0");
+        settle(device, &wire);
         for len in [60, mtu as usize + 14] {
             for address in [BROADCAST, MAC] {
                 device.send(&ethernet(address, 1, len));
@@ -92,6 +112,7 @@ fn each_of_several_interfaces_has_its_own_frames() {
         assert_eq!(device.0.interface, interface.name);
         assert_eq!(interface.mac, [2, 0, 0, 0, 0, number as u8 + 1]);
         let wire = Packets::on(&there, &format!("peer-{}", interface.name));
+        settle(device, &wire);
         let frame = ethernet(BROADCAST, number as u8, 100);
         device.send(&frame);
         wire.expect(&frame);
@@ -118,6 +139,7 @@ fn the_namespaces_own_kernel_hears_nothing() {
     request.extend([2, 0, 0, 0, 0, 9, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
     request.extend([2, 0, 0, 0, 0, 9, 10, 1, 0, 1, 0, 0, 0, 0, 0, 0, 10, 1, 0, 2]);
     let wire = Packets::on(&there, "peer-eth0");
+    settle(device, &wire);
     wire.send(&request);
     let mut bytes = [0; 2000];
     until("the question", || {
