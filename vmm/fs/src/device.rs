@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use nacre_vmm::virtio::device::{
-    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice, read_space,
 };
 use nacre_vmm::virtio::queue::{Chain, RING_FEATURES, RingError};
 use rustix::event::epoll;
@@ -155,14 +155,7 @@ impl VirtioDevice for Device {
         let mut config = [0; TAG_BYTES + 4];
         config[..TAG_BYTES].copy_from_slice(&self.tag);
         config[TAG_BYTES..].copy_from_slice(&1_u32.to_le_bytes());
-        data.fill(0);
-        if let Some(config) = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-        {
-            let len = config.len().min(data.len());
-            data[..len].copy_from_slice(&config[..len]);
-        }
+        read_space(&config, offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

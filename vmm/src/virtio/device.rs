@@ -145,6 +145,16 @@ pub struct ActivateError {
     pub why: String,
 }
 
+/// Reads a configuration space whose bytes are `space`; those beyond it read 0.
+pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let from = usize::try_from(offset).ok();
+    if let Some(space) = from.and_then(|from| space.get(from..)) {
+        let len = space.len().min(data.len());
+        data[..len].copy_from_slice(&space[..len]);
+    }
+}
+
 /// A virtio device, called by its transport under the transport's lock.
 ///
 /// Order of calls: `read_config`/`write_config` at any time; `activate` at DRIVER_OK; then

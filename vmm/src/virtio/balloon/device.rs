@@ -15,7 +15,7 @@ use super::{BalloonHost, GuestStats, PAGE_BYTES};
 use crate::event_loop::{EventLoopHandle, SubscriberId};
 use crate::memory::GuestMemory;
 use crate::virtio::device::{
-    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice, read_space,
 };
 use crate::virtio::queue::{Chain, RING_FEATURES, RingError, Served, serve};
 
@@ -140,14 +140,7 @@ impl VirtioDevice for Balloon {
         let pages = |bytes: u64| ((bytes / PAGE_BYTES) as u32).to_le_bytes();
         config[..ACTUAL.start].copy_from_slice(&pages(stats.target_bytes));
         config[ACTUAL].copy_from_slice(&pages(stats.actual_bytes));
-        data.fill(0);
-        if let Some(config) = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-        {
-            let len = config.len().min(data.len());
-            data[..len].copy_from_slice(&config[..len]);
-        }
+        read_space(&config, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -19,7 +19,7 @@ use super::service::{Parts, Service, Stop};
 use super::{Error, ID_BYTES, SECTOR};
 use crate::config::{DiskConfig, DiskIo};
 use crate::event_loop::{EventLoopHandle, panic_message};
-use crate::virtio::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+use crate::virtio::device::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_space};
 use crate::virtio::queue::RING_FEATURES;
 
 const KIND: &str = "block";
@@ -190,14 +190,7 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
-        data.fill(0);
-        if let Some(config) = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-        {
-            let len = config.len().min(data.len());
-            data[..len].copy_from_slice(&config[..len]);
-        }
+        read_space(&config, offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

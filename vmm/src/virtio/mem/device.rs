@@ -17,7 +17,7 @@ use super::{BLOCK_BYTES, ConfigError, MemConfig, MemHost};
 use crate::event_loop::{EventLoopHandle, SubscriberId};
 use crate::memory::GuestMemory;
 use crate::virtio::device::{
-    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice, read_space,
 };
 use crate::virtio::queue::{Chain, RING_FEATURES, Served, serve};
 
@@ -139,14 +139,7 @@ impl VirtioDevice for Mem {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config_space();
-        data.fill(0);
-        if let Some(config) = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-        {
-            let len = config.len().min(data.len());
-            data[..len].copy_from_slice(&config[..len]);
-        }
+        read_space(&config, offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

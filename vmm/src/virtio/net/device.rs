@@ -15,7 +15,7 @@ use super::service::Service;
 use super::tap::{Offload, Tap};
 use super::{Error, NetConfig, NetHost, Shared};
 use crate::event_loop::{EventLoop, EventLoopHandle};
-use crate::virtio::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+use crate::virtio::device::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_space};
 use crate::virtio::queue::RING_FEATURES;
 
 const KIND: &str = "net";
@@ -153,14 +153,7 @@ impl VirtioDevice for Net {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
-        data.fill(0);
-        if let Some(config) = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-        {
-            let len = config.len().min(data.len());
-            data[..len].copy_from_slice(&config[..len]);
-        }
+        read_space(&config, offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

@@ -22,7 +22,7 @@ use super::packet::{RxBuffer, TxPacket};
 use super::stream::{Shared, VsockHost};
 use crate::event_loop::{EventLoopHandle, SubscriberId};
 use crate::virtio::device::{
-    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice, read_space,
 };
 use crate::virtio::queue::{RING_FEATURES, RingError, Served, serve_quietly};
 
@@ -97,15 +97,7 @@ impl VirtioDevice for Vsock {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.guest_cid.to_le_bytes();
-        data.fill(0);
-        let Some(from) = usize::try_from(offset)
-            .ok()
-            .filter(|from| *from < config.len())
-        else {
-            return;
-        };
-        let count = data.len().min(config.len() - from);
-        data[..count].copy_from_slice(&config[from..from + count]);
+        read_space(&config, offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
