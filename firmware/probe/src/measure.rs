@@ -62,14 +62,19 @@ pub fn drop_caches(file: &File) -> Result<&'static str> {
 /// # Errors
 /// It cannot be read, or is not the file that was made.
 pub fn read(path: &Path, cold: bool) -> Result<Outcome> {
+    timed(path, cold, through)
+}
+
+/// Goes over it once, with no cache of it, or with one by going over it before.
+fn timed(path: &Path, cold: bool, once: fn(&Path) -> Result<(u64, u64)>) -> Result<Outcome> {
     let mut dropped = None;
     if cold {
         dropped = Some(drop_caches(&open(path)?)?);
     } else {
-        through(path)?;
+        once(path)?;
     }
     let began = Instant::now();
-    let (count, bytes) = through(path)?;
+    let (count, bytes) = once(path)?;
     Ok(Outcome {
         ns: ns(began),
         count,
@@ -109,21 +114,7 @@ fn through(path: &Path) -> Result<(u64, u64)> {
 /// # Errors
 /// What the file system says.
 pub fn walk(folder: &Path, cold: bool) -> Result<Outcome> {
-    let mut dropped = None;
-    if cold {
-        dropped = Some(drop_caches(&open(folder)?)?);
-    } else {
-        below(folder)?;
-    }
-    let began = Instant::now();
-    let (count, bytes) = below(folder)?;
-    Ok(Outcome {
-        ns: ns(began),
-        count,
-        bytes,
-        dropped,
-        ..Outcome::default()
-    })
+    timed(folder, cold, below)
 }
 
 /// Files below a folder, and their bytes.
