@@ -1,7 +1,7 @@
 //! nacre: a containerd shim that is its own virtual machine monitor.
 //!
 //! [`sandbox`] is one VM with its agent; [`shim`] serves containerd's task
-//! service on it, [`hotplug`] makes it follow its load, [`vmctl`] runs VMs and containers by hand. The programs in
+//! service on it, [`hotplug`] makes it follow its load, [`network`] gives it the network of a namespace, [`vmctl`] runs VMs and containers by hand. The programs in
 //! `src/bin` only call [`shim`], [`vmctl`] and [`bench`], which measures.
 
 pub mod bench;
@@ -11,6 +11,7 @@ pub mod control;
 pub mod fuzzing;
 pub mod hooks;
 pub mod hotplug;
+pub mod network;
 mod origin;
 pub mod record;
 pub mod sandbox;

@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
+use nacre_net::Netns;
 use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::Mode;
@@ -31,6 +32,19 @@ pub fn leaving_namespaces() -> io::Result<()> {
     ];
     let _ = NAMESPACES.set(namespaces);
     Ok(())
+}
+
+/// The network namespace that this process came from; its own, if it never left.
+///
+/// # Errors
+/// As [`Netns::open`].
+pub fn network() -> Result<Netns, nacre_net::Error> {
+    let came_from = NAMESPACES.get().into_iter().flatten();
+    let mut network = came_from.filter(|(_, kind)| *kind == CloneFlags::CLONE_NEWNET);
+    match network.next().and_then(|(file, _)| file.try_clone().ok()) {
+        Some(file) => Netns::from_fd(file.into()),
+        None => Netns::open("/proc/self/ns/net"),
+    }
 }
 
 /// Takes note of the cgroups, one a hierarchy, that this process is about to leave. The first time counts.

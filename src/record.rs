@@ -11,11 +11,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nacre_net::Made;
+use nacre_net::cni::Attachment;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
 use crate::hooks;
+use crate::network;
 use crate::sandbox::cgroup;
 
 /// Name of the record in a VM's state directory.
@@ -96,6 +99,10 @@ pub enum Resource {
     CgroupParent(PathBuf),
     /// The file of a container's poststop hooks, which are run before it is removed.
     Poststop(PathBuf),
+    /// The file of what was made in a network namespace to mirror it.
+    Mirror(PathBuf),
+    /// The file of a network that CNI plugins have set up.
+    Cni(PathBuf),
 }
 
 impl Resource {
@@ -107,7 +114,9 @@ impl Resource {
             | Self::Directory(path)
             | Self::Cgroup(path)
             | Self::CgroupParent(path)
-            | Self::Poststop(path) => path,
+            | Self::Poststop(path)
+            | Self::Mirror(path)
+            | Self::Cni(path) => path,
         }
     }
 
@@ -123,6 +132,8 @@ impl Resource {
             Self::Poststop(path) => {
                 return hooks::settle(path).map_err(|error| self.failure(&error));
             }
+            Self::Mirror(path) => return network::free::<Made>(path),
+            Self::Cni(path) => return network::free::<Attachment>(path),
             Self::CgroupParent(path) => {
                 return cgroup::remove_if_empty(path).map_err(|error| self.failure(&error));
             }

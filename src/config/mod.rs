@@ -69,7 +69,7 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Path of a cgroup below which each VM has one of its own, in place of what `cgroupsPath` in the OCI specification
     /// says; empty: none. An absolute path below the root of the cgroup file systems.
-    #[serde(deserialize_with = "value::cgroup_parent")]
+    #[serde(deserialize_with = "value::file_or_none")]
     pub cgroup_parent: PathBuf,
     /// Whether a VM that cannot be put into its cgroup is refused. If not, it runs where its shim was started, with a
     /// warning.
@@ -108,6 +108,9 @@ pub struct Config {
     pub hotplug: Hotplug,
     /// Directories and files of the host in the guest: roots and bind mounts, by virtio-fs.
     pub share: Share,
+    /// The network of VMs by CNI plugins. Networks that others set up – CRI, nerdctl, `ctr run --cni` – need nothing
+    /// here.
+    pub network: Network,
 }
 
 /// Sizes of VMs.
@@ -153,6 +156,23 @@ pub struct Share {
     pub cache: Duration,
 }
 
+/// The network of VMs by CNI plugins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, DocumentedFields)]
+#[serde(default, deny_unknown_fields, expecting = "a table, [network]")]
+pub struct Network {
+    /// Directory with CNI network lists, such as /etc/cni/net.d; empty: none. A container with a network namespace of
+    /// its own, which nobody has filled by its Start, gets the network of the first list in it by file name.
+    /// Otherwise it has loopback only. An absolute path.
+    #[serde(deserialize_with = "value::file_or_none")]
+    pub cni_conf_dir: PathBuf,
+    /// Directories in which CNI plugins are looked for, in this order. Absolute paths.
+    #[serde(deserialize_with = "value::directories")]
+    pub cni_bin_dirs: Vec<PathBuf>,
+    /// How long one CNI plugin may take.
+    #[serde(with = "value::duration")]
+    pub cni_timeout: Duration,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -173,6 +193,7 @@ impl Default for Config {
             size: Size::default(),
             hotplug: Hotplug::default(),
             share: Share::default(),
+            network: Network::default(),
         }
     }
 }
@@ -196,6 +217,28 @@ impl Default for Share {
         Self {
             workers: 4,
             cache: Duration::from_secs(1),
+        }
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            cni_conf_dir: PathBuf::new(),
+            cni_bin_dirs: ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"]
+                .map(PathBuf::from)
+                .to_vec(),
+            cni_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Network {
+    /// Where networks are looked for by their names.
+    pub fn directory(&self) -> &Path {
+        match self.cni_conf_dir.as_os_str().is_empty() {
+            true => Path::new("/etc/cni/net.d"),
+            false => &self.cni_conf_dir,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use documented::DocumentedFields;
 use toml::{Table, Value};
 
-use super::{Config, CpuRules, Hotplug, MemoryRules, Share, Size};
+use super::{Config, CpuRules, Hotplug, MemoryRules, Network, Share, Size};
 
 /// Columns of a line of text.
 const COLUMNS: usize = 110;
@@ -43,6 +43,7 @@ pub(super) fn sections() -> Vec<Section> {
         section::<CpuRules>("hotplug.cpu"),
         section::<MemoryRules>("hotplug.memory"),
         section::<Share>("share"),
+        section::<Network>("network"),
     ]
 }
 

@@ -1,5 +1,6 @@
 use super::reference::{path, sections};
 use super::*;
+use crate::network::{Cni, List};
 use crate::hotplug::{CpuPolicy, Host, MemoryPolicy, Room};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::Wish;
@@ -225,6 +226,23 @@ const KEYS: &[Key] = &[
         &[("0", "1 to 64"), ("65", "1 to 64"), ("\"2\"", "1 to 64")],
     ),
     key("share", "cache", "\"0\"", PAUSES),
+    key(
+        "network",
+        "cni_conf_dir",
+        "\"/n\"",
+        &[("1", "absolute path"), ("\"net.d\"", "absolute path")],
+    ),
+    key(
+        "network",
+        "cni_bin_dirs",
+        "[]",
+        &[
+            ("\"/opt/cni/bin\"", "a list of absolute paths"),
+            ("[1]", "a string"),
+            ("[\"bin\"]", "absolute path"),
+        ],
+    ),
+    key("network", "cni_timeout", "\"1s\"", DURATIONS),
 ];
 
 fn file(key: &Key, value: &str) -> (String, usize) {
@@ -279,6 +297,13 @@ fn effect(config: &Config) -> String {
             Patience::of(config),
             Wish::of(config, "n-i", &annotated, 512),
             Overrides::of(&annotated, &config.allowed_annotations).is_ok(),
+            Cni::of(&config.network, "c".to_owned(), "/n".into()),
+            Cni::new(
+                List::First("/d".into()),
+                &config.network,
+                "c".to_owned(),
+                "/n".into(),
+            ),
         )
     )
 }

@@ -249,9 +249,9 @@ kinds! {
         Ok(path) if text.len() <= LONGEST_STATE_DIR => Ok(path),
         _ => Err(format!("{text:?} is not possible: {}", StateDir::ALLOWED)),
     }, "a string with an absolute path of at most 56 bytes";
-    CgroupParent, cgroup_parent: PathBuf = |text: &str| match text {
+    FileOrNone, file_or_none: PathBuf = |text: &str| match text {
         "" => Ok(PathBuf::new()),
-        text => parse_file(text).map_err(|_| format!("{text:?} is not possible: {}", CgroupParent::ALLOWED)),
+        text => parse_file(text).map_err(|_| format!("{text:?} is not possible: {}", FileOrNone::ALLOWED)),
     }, "a string with an absolute path, or an empty one";
     Words, cmdline: String = parse_cmdline,
         "a string of at most 1024 bytes on one line";
@@ -344,6 +344,29 @@ pub(super) fn annotations<'de, D: Deserializer<'de>>(
         }
     }
     deserializer.deserialize_seq(Names)
+}
+
+/// Directories.
+pub(super) fn directories<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<PathBuf>, D::Error> {
+    struct Paths;
+    impl<'de> Visitor<'de> for Paths {
+        type Value = Vec<PathBuf>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of absolute paths, such as [\"/opt/cni/bin\"]")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut paths: A) -> Result<Vec<PathBuf>, A::Error> {
+            let mut directories = Vec::new();
+            while let Some(path) = paths.next_element::<String>()? {
+                directories.push(parse_file(&path).map_err(A::Error::custom)?);
+            }
+            Ok(directories)
+        }
+    }
+    deserializer.deserialize_seq(Paths)
 }
 
 macro_rules! durations {

@@ -16,6 +16,7 @@ use nacre_vmm::hotplug::memory::{Area, Regions, UnitView};
 use nacre_vmm::hotplug::{Changes, Plugs, SlotView};
 use nacre_vmm::memory::slots::{SlotAllocator, SlotId};
 use nacre_vmm::virtio::mem::{BLOCK_BYTES, MemStatus};
+use nacre_vmm::virtio::net::{NetConfig, Tap};
 use nacre_vmm::{DiskConfig, ExitReason};
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
@@ -24,7 +25,7 @@ use ttrpc::asynchronous::{Client, Server};
 
 use super::bring_up::Ports;
 use super::console::Tail;
-use super::machine::{GuestStream, Machine, Plug, PortListener};
+use super::machine::{GuestStream, Machine, Plug, PortListener, SetLink};
 use super::phases::MachinePhases;
 use super::{Error, MemoryWay, Parts, Sandbox, Timeouts};
 
@@ -34,6 +35,8 @@ pub(crate) struct Fake {
     ports: Arc<Mutex<HashMap<u32, mpsc::Sender<GuestStream>>>>,
     plugged: AtomicUsize,
     pub(crate) unplugged: Mutex<Vec<u8>>,
+    /// What links of network devices were set to.
+    pub(crate) links: Arc<Mutex<Vec<(String, bool)>>>,
     /// vCPUs and units of memory; the guest's side is [`Plugs::registers`].
     pub(crate) plugs: Plugs,
     regions: Arc<NoMemory>,
@@ -106,6 +109,7 @@ impl Fake {
             ports: Arc::default(),
             plugged: AtomicUsize::new(0),
             unplugged: Mutex::default(),
+            links: Arc::default(),
         })
     }
 
@@ -152,7 +156,7 @@ impl Fake {
         self.end.borrow().is_some()
     }
 
-    /// Disks that were plugged and not unplugged since.
+    /// Devices that were plugged and not unplugged since.
     #[cfg(test)]
     pub(crate) fn disks(&self) -> usize {
         self.plugged.load(Ordering::Relaxed) - self.unplugged.lock().unwrap().len()
@@ -341,6 +345,14 @@ impl Machine for Fake {
     fn plug_disk(&self, _disk: DiskConfig) -> Result<u8, Error> {
         self.plugged.fetch_add(1, Ordering::Relaxed);
         Ok(2)
+    }
+
+    fn plug_net(&self, config: NetConfig, _tap: Tap) -> Result<(u8, SetLink), Error> {
+        let window = 3 + self.plugged.fetch_add(1, Ordering::Relaxed);
+        let name = config.name;
+        let links = self.links.clone();
+        let set: SetLink = Arc::new(move |up| links.lock().unwrap().push((name.clone(), up)));
+        Ok((u8::try_from(window).unwrap(), set))
     }
 
     fn unplug(&self, window: u8) -> Result<(), Error> {

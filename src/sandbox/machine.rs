@@ -5,12 +5,14 @@
 use std::fmt;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use async_trait::async_trait;
 use nacre_vmm::hotplug::SlotView;
 use nacre_vmm::hotplug::memory::{Area, UnitView};
 use nacre_vmm::virtio::mem::MemStatus;
+use nacre_vmm::virtio::net::{NetConfig, Tap};
 use nacre_vmm::{DiskConfig, ExitReason};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
@@ -51,6 +53,9 @@ pub(crate) trait Plug: Send + Sync {
     fn requested_memory(&self) -> Option<watch::Receiver<MemStatus>>;
 }
 
+/// The host's hand on a network device: whether its link is up. It may outlive the device.
+pub(crate) type SetLink = Arc<dyn Fn(bool) + Send + Sync>;
+
 /// What the sandbox needs of a running VM.
 #[async_trait]
 pub(crate) trait Machine: Plug {
@@ -64,6 +69,8 @@ pub(crate) trait Machine: Plug {
     fn listen(&self, port: u32) -> Result<Box<dyn PortListener>, Error>;
     /// Puts a disk into a spare window and answers with the window.
     fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error>;
+    /// Puts a network device over a TAP interface into a spare window; the window, and its link.
+    fn plug_net(&self, config: NetConfig, tap: Tap) -> Result<(u8, SetLink), Error>;
     /// Takes the device out of a window.
     fn unplug(&self, window: u8) -> Result<(), Error>;
     /// Boot phases reached so far.

@@ -10,6 +10,7 @@ use nacre_vmm::config::{Console, DEFAULT_WINDOWS, ReadyDevices};
 use nacre_vmm::hotplug::SlotView;
 use nacre_vmm::hotplug::memory::{Area, UnitView};
 use nacre_vmm::virtio::mem::MemStatus;
+use nacre_vmm::virtio::net::{NetConfig, Tap};
 use nacre_vmm::virtio::vsock::{VsockHost, VsockListener};
 use nacre_vmm::{DiskConfig, ExitReason, Vm, VmConfig};
 use tokio::sync::watch;
@@ -18,7 +19,7 @@ use super::SandboxConfig;
 use super::bring_up::Ports;
 use super::console::{ConsoleWriter, Tail};
 use super::error::Error;
-use super::machine::{GuestStream, Machine, Plug, PortListener};
+use super::machine::{GuestStream, Machine, Plug, PortListener, SetLink};
 use super::phases::MachinePhases;
 use super::size::host_memory_mib;
 
@@ -208,6 +209,13 @@ impl Machine for Vm {
     fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error> {
         let doing = format!("plug the disk {}", disk.source);
         Vm::plug_disk(self, disk).map_err(|error| Error::machine(doing, &error))
+    }
+
+    fn plug_net(&self, config: NetConfig, tap: Tap) -> Result<(u8, SetLink), Error> {
+        let doing = format!("plug the network device {}", config.name);
+        let plugged = Vm::plug_net(self, config, tap);
+        let (window, host) = plugged.map_err(|error| Error::machine(doing, &error))?;
+        Ok((window, Arc::new(move |up| host.set_link(up))))
     }
 
     fn unplug(&self, window: u8) -> Result<(), Error> {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use nacre_net::Netns;
 use oci_spec::runtime::Spec;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::Level;
@@ -22,6 +23,7 @@ use super::task::{self, Identity, Shim};
 use crate::config::Config;
 use crate::control;
 use crate::hotplug::{Host, Room};
+use crate::network::{self, Cni, Names};
 use crate::origin;
 use crate::record::{self, Owner, PidFile, Record, Resource};
 use crate::sandbox::annotations::Overrides;
@@ -51,7 +53,8 @@ struct Place {
     config: Config,
     sandbox: SandboxConfig,
     identity: Identity,
-    record: Record,
+    record: Arc<Record>,
+    network: Option<Arc<network::Network>>,
     cgroup: Option<Arc<VmCgroup>>,
     lock: PidFile,
     begun_ns: Option<u64>,
@@ -120,7 +123,8 @@ fn take_place(
     let spec = bootstrap::load_spec(bundle)?;
     let overrides =
         Overrides::of(&spec, &config.allowed_annotations).map_err(|error| error.to_string())?;
-    namespaces::enter(&Network::of(&spec)).map_err(|error| error.to_string())?;
+    let wanted = Network::of(&spec);
+    namespaces::enter(&wanted).map_err(|error| error.to_string())?;
 
     let socket = listener
         .local_addr()
@@ -142,6 +146,8 @@ fn take_place(
     };
     let record = Record::create(&directory, owner).map_err(|error| chain(&error))?;
     let lock = PidFile::hold(&directory).map_err(|error| chain(&error))?;
+    let record = Arc::new(record);
+    let network = find_network(&config, &spec, &wanted, &flags.namespace, &id, &record)?;
 
     let limits = size::Limits::of(&spec);
     let size = size::boot_size(&limits, &config.size, size::host_cpus());
@@ -172,10 +178,47 @@ fn take_place(
         sandbox,
         identity,
         record,
+        network,
         cgroup,
         lock,
         begun_ns: flags.begun_ns,
     })
+}
+
+/// The network that the VM will have, if it has one of its own.
+fn find_network(
+    config: &Config,
+    spec: &Spec,
+    wanted: &Network,
+    namespace: &str,
+    id: &str,
+    record: &Arc<Record>,
+) -> Result<Option<Arc<network::Network>>, String> {
+    let pid = std::process::id();
+    let netns = match wanted {
+        Network::Host => {
+            tracing::warn!(
+                "the spec wants the host's network, which a guest cannot have: it has loopback only"
+            );
+            return Ok(None);
+        }
+        // One that is still there when we are gone is then found where it is.
+        Network::At(path) => Netns::open(path),
+        Network::Fresh => Netns::of_process(pid),
+    };
+    let netns = netns.map_err(|error| chain(&error))?;
+    let network = network::Network::of(Arc::clone(record), netns);
+    if *wanted != Network::Fresh {
+        return Ok(Some(Arc::new(network)));
+    }
+    let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
+    let Some(cni) = Cni::of(&config.network, network::cni_id(namespace, id), path) else {
+        return Ok(Some(Arc::new(network)));
+    };
+    let hostname = spec.hostname().clone().unwrap_or_else(|| id.to_owned());
+    let names =
+        Names::make(record.directory(), &hostname).map_err(|error| chain(&error))?;
+    Ok(Some(Arc::new(network.filled_by(cni, Some(names)))))
 }
 
 /// What is announced to the guest at boot, to come later: up to what a VM without limits may have, since Update can take them
@@ -257,6 +300,7 @@ async fn serve(place: Place, mut up: std::fs::File) {
         sandbox,
         identity,
         record,
+        network,
         cgroup,
         lock,
         begun_ns,
@@ -267,7 +311,15 @@ async fn serve(place: Place, mut up: std::fs::File) {
     let control_socket = record.directory().join(control::SOCKET);
     let recorded = record.add(Resource::Socket(control_socket.clone()));
     let patience = Patience::of(&config);
-    let shim = Shim::new(identity, config, record, cgroup, patience.stdio, publisher);
+    let shim = Shim::new(
+        identity,
+        config,
+        record,
+        network,
+        cgroup,
+        patience.stdio,
+        publisher,
+    );
 
     // The boot begins before anything else.
     tokio::spawn(shim.clone().boot(sandbox, control_socket));

@@ -2,12 +2,15 @@
 //! directory that is shared read-only, with the guest's memory over it for what
 //! is written; its stdio is ours; its exit code too.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use nacre_net::Netns;
+use nacre_net::cni::PortMapping;
 use tokio::sync::mpsc;
 
 use super::RUN_FAILED;
@@ -15,16 +18,18 @@ use super::resize::Most;
 use super::session::{NAMESPACE, Session, Signals, check_name, default_name};
 use super::terminal::{self, RawMode};
 use crate::config::{ByteSize, Config};
+use crate::network::{Cni, List, Names, Network, cni_id};
 use crate::record::Resource;
 use crate::sandbox::shares::Share;
 use crate::sandbox::spec::{Bind, GuestSpec, for_guest};
 use crate::sandbox::storage::make_file_system;
 use crate::sandbox::{
     Access, AgentEvent, Caching, DiskConfig, Error, GuestDirectory, GuestLine, GuestMount,
-    GuestStream, Sandbox, SandboxConfig, Source, Stdio, StdioListener,
+    GuestStream, Sandbox, SandboxConfig, Source, Stdio, StdioListener, chain,
 };
 
 mod command_spec;
+mod publish;
 mod streams;
 
 use command_spec::{Command, Volume};
@@ -56,6 +61,20 @@ pub(super) struct Args {
     /// A directory or file of the host in the container, written through unless :ro is added. May be given several times
     #[arg(long = "volume", short = 'v', value_name = "SRC:DST[:ro]", value_parser = Volume::parse)]
     volumes: Vec<Volume>,
+    /// Give the VM a network by CNI plugins: a network list's file, or the name of a network in the configured directory,
+    /// else in /etc/cni/net.d. Without it there is loopback only
+    #[arg(long, value_name = "CONFLIST|NAME")]
+    net: Option<String>,
+    /// Publish a port of the container on the host, if the network's plugins do that (portmap): HOST:CONTAINER, with an address
+    /// of the host before it, or /udp or /sctp after it. May be given several times
+    #[arg(
+        long = "publish",
+        short = 'p',
+        value_name = "[IP:]HOST:CONTAINER[/PROTO]",
+        value_parser = publish::parse,
+        requires = "net"
+    )]
+    publish: Vec<PortMapping>,
     /// Memory of the VM, such as 512M or 2G [default: from the configuration]
     #[arg(long, value_name = "SIZE")]
     memory: Option<ByteSize>,
@@ -128,7 +147,7 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
         volumes: args.volumes.clone(),
         hostname: id.clone(),
     };
-    let spec = for_guest(&command.spec(&args.rootfs)?, &id, "1")?;
+    let mut spec = command.spec(&args.rootfs)?;
     let mut signals = Signals::new(&[
         libc::SIGINT,
         libc::SIGTERM,
@@ -139,6 +158,17 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
         libc::SIGWINCH,
     ])?;
     let mut session = Session::begin(config, &id)?;
+    let network = match &args.net {
+        Some(list) => {
+            let list = List::of(list, config.network.directory());
+            Some(network(config, &session, &id, list, &args.publish)?)
+        }
+        None => None,
+    };
+    if let Some(network) = &network {
+        network.mount_names(&mut spec);
+    }
+    let spec = for_guest(&spec, &id, "1")?;
     let mut sandbox_config =
         SandboxConfig::new(config, NAMESPACE, &id, session.directory().to_owned());
     sandbox_config.main_ns = Some(main_ns);
@@ -163,6 +193,7 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
         id,
         sandbox: sandbox.clone(),
         tty,
+        network: network.clone(),
     };
     let ran = async {
         session.serve(&sandbox).await?;
@@ -173,8 +204,35 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
     .await;
     // In order, whatever became of the container; the session then frees the state.
     sandbox.shutdown().await;
+    if let Some(network) = network
+        && let Err(error) = network.take_down(None).await
+    {
+        eprintln!("vmctl: {}", chain(&error));
+    }
     drop(session);
     ran
+}
+
+/// A network namespace of its own, which is gone with us, to be filled by a list's plugins.
+fn network(
+    config: &Config,
+    session: &Session,
+    id: &str,
+    list: List,
+    publish: &[PortMapping],
+) -> anyhow::Result<Arc<Network>> {
+    let netns = Netns::create()?;
+    // The plugins are other processes.
+    let path = format!(
+        "/proc/{}/fd/{}",
+        std::process::id(),
+        netns.as_fd().as_raw_fd()
+    );
+    let mut cni = Cni::new(list, &config.network, cni_id(NAMESPACE, id), path.into());
+    cni.ports = publish.to_vec();
+    let names = Names::make(session.directory(), id)?;
+    let network = Network::of(Arc::clone(&session.record), netns);
+    Ok(Arc::new(network.filled_by(cni, Some(names))))
 }
 
 fn print_line(line: &GuestLine) {
@@ -193,6 +251,7 @@ struct Container {
     id: String,
     sandbox: Sandbox,
     tty: bool,
+    network: Option<Arc<Network>>,
 }
 
 impl Container {
@@ -265,6 +324,9 @@ impl Container {
         self.sandbox
             .create_container(&self.id, spec.json, root(&shares, scratch), binds, stdio)
             .await?;
+        if let Some(network) = &self.network {
+            network.bring_up(&self.sandbox).await?;
+        }
         let streams = async {
             Ok::<_, Error>(Streams {
                 stdin: stdin.accept().await?,

@@ -19,7 +19,7 @@ pub(super) const NAMESPACE: &str = "vmctl";
 
 /// The state of one VM; dropping it frees all of it.
 pub(super) struct Session {
-    pub record: Record,
+    pub record: Arc<Record>,
     served: Option<Served>,
     _pid: PidFile,
 }
@@ -46,7 +46,7 @@ impl Session {
             record.free(resource)?;
         }
         Ok(Self {
-            record,
+            record: Arc::new(record),
             served: None,
             _pid: pid,
         })

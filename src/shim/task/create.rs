@@ -142,13 +142,17 @@ impl Shim {
     ) -> Result<Made, Error> {
         let id = request.id.as_str();
         let bundle = PathBuf::from(&request.bundle);
-        let spec = bootstrap::load_spec(&bundle).map_err(Error::Failed)?;
+        let mut spec = bootstrap::load_spec(&bundle).map_err(Error::Failed)?;
         let overrides = Overrides::of(&spec, &self.config.allowed_annotations)
             .map_err(|error| Error::Invalid(error.to_string()))?;
         // Their start was answered by the shim that runs; here alone is known which VM that has.
         overrides
             .fits(&self.identity.overrides)
             .map_err(|error| Error::Invalid(error.to_string()))?;
+        self.check_network(id, &spec)?;
+        if let Some(network) = &self.network {
+            network.mount_names(&mut spec);
+        }
         let sandbox = self.sandbox().await?;
         let prefix = sandbox.share_prefix();
         let guest =

@@ -47,6 +47,7 @@ impl Shim {
         if let Some((storage, share)) = held {
             self.free(id, storage).await;
             drop(share);
+            self.end_network_of_the_last(id).await;
             self.run_poststop_hooks(id).await;
         }
         let (timings, storage) = {

@@ -182,8 +182,7 @@ impl Steps for Ending {
                 shim.stop_resizing().await;
                 Ok(())
             }
-            // Interfaces come with their feature.
-            Phase::Network => Ok(()),
+            Phase::Network => shim.take_network_down(None).await,
             Phase::Stdio => self.stdio().await,
             Phase::Guest => {
                 if let Some(sandbox) = shim.sandbox_now() {

@@ -137,7 +137,8 @@ async fn play(data: &[u8]) {
     let shim = Shim::new(
         identity,
         Config::default(),
-        Record::create(&directory(), owner).expect("a record"),
+        Arc::new(Record::create(&directory(), owner).expect("a record")),
+        None,
         None,
         Limits::default(),
         Publisher::start("ns", heard.clone()),

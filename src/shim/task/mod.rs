@@ -12,6 +12,7 @@ mod exits;
 pub(crate) mod fuzz;
 mod hooks;
 mod limits;
+mod network;
 mod process;
 mod resize;
 mod service;
@@ -34,6 +35,7 @@ use crate::config::Config;
 use crate::control::{self, Timings};
 use crate::hooks::HostHooks;
 use crate::hotplug::Controller;
+use crate::network::Network;
 use crate::record::{Record, Resource};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::{Share, VmCgroup};
@@ -220,6 +222,8 @@ pub struct Shim {
     identity: Identity,
     config: Config,
     record: Arc<Record>,
+    /// None: its containers have loopback only.
+    network: Option<Arc<Network>>,
     cgroup: Option<Arc<VmCgroup>>,
     limits: Limits,
     state: Mutex<State>,
@@ -240,7 +244,8 @@ impl Shim {
     pub fn new(
         identity: Identity,
         config: Config,
-        record: Record,
+        record: Arc<Record>,
+        network: Option<Arc<Network>>,
         cgroup: Option<Arc<VmCgroup>>,
         limits: Limits,
         publisher: Publisher,
@@ -248,7 +253,8 @@ impl Shim {
         Arc::new(Self {
             identity,
             config,
-            record: Arc::new(record),
+            record,
+            network,
             cgroup,
             limits,
             state: Mutex::new(State {

@@ -10,7 +10,7 @@ use protobuf::well_known_types::any::Any;
 use ttrpc::Code;
 
 use super::{AGENT_PATIENCE, Error, Exit, Shim, no_container, no_process};
-use crate::sandbox::{self, monotonic_ns};
+use crate::sandbox::{self, Sandbox, monotonic_ns};
 use crate::shim::events::{TaskEvent, timestamp};
 use crate::shim::lifecycle::{self, ProcessEvent};
 
@@ -33,15 +33,7 @@ impl Shim {
             process.life = process.life.after(ProcessEvent::Start)?;
         }
         let started = match self.sandbox().await {
-            Ok(sandbox) => match sandbox.start(id, exec_id).await {
-                Ok(pid) => Ok(pid),
-                Err(error) => {
-                    if !matches!(error, sandbox::Error::Refused { .. }) {
-                        end_unanswered(&sandbox, id, exec_id).await;
-                    }
-                    Err(Error::Failed(error.to_string()))
-                }
-            },
+            Ok(sandbox) => self.start_in(&sandbox, id, exec_id).await,
             Err(error) => Err(error),
         };
         let (event, missed) = match &started {
@@ -92,6 +84,22 @@ impl Shim {
             return Err(error);
         }
         Ok(self.identity.pid)
+    }
+
+    /// Runs a process; an init with the network that its namespace has by now.
+    async fn start_in(&self, sandbox: &Sandbox, id: &str, exec_id: &str) -> Result<u32, Error> {
+        if exec_id.is_empty() {
+            self.bring_network_up(sandbox, id).await?;
+        }
+        match sandbox.start(id, exec_id).await {
+            Ok(pid) => Ok(pid),
+            Err(error) => {
+                if !matches!(error, sandbox::Error::Refused { .. }) {
+                    end_unanswered(sandbox, id, exec_id).await;
+                }
+                Err(Error::Failed(error.to_string()))
+            }
+        }
     }
 
     /// The exit of a process that never ran.

@@ -467,7 +467,8 @@ impl Stage {
         let shim = Shim::new(
             identity,
             Config::default(),
-            record,
+            Arc::new(record),
+            None,
             None,
             Limits::default(),
             publisher,

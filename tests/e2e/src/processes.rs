@@ -126,3 +126,34 @@ pub(crate) fn shims(program: &str, id: &str) -> Vec<Process> {
 pub(crate) fn signal(pid: i32, signal: Signal) {
     let _ = kill(Pid::from_raw(pid), signal);
 }
+
+/// What each thread of a process is doing: its name, state, CPU time in ticks, and where in the kernel it waits.
+pub(crate) fn threads(pid: i32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    tasks
+        .map(|task| {
+            let stat = read(task.path().join("stat"));
+            let fields: Vec<&str> = stat
+                .rsplit_once(')')
+                .map(|(_, rest)| rest.split_whitespace().collect())
+                .unwrap_or_default();
+            let field = |at: usize| fields.get(at).copied().unwrap_or("?");
+            let stack = read(task.path().join("stack"));
+            let places: Vec<&str> = stack
+                .lines()
+                .take(6)
+                .filter_map(|line| line.split_whitespace().nth(1))
+                .collect();
+            format!(
+                "{} {} user {} system {} in {}",
+                read(task.path().join("comm")).trim(),
+                field(0),
+                field(11),
+                field(12),
+                places.join(" < ")
+            )
+        })
+        .collect()
+}

@@ -212,12 +212,34 @@ impl<'a> Shell<'a> {
                         self.errors()
                     )
                 }
-                Err(RecvTimeoutError::Timeout) => bail!(
-                    "the shell printed only {:?} within {limit:?}; standard error: {}",
-                    String::from_utf8_lossy(&self.rest),
-                    self.errors()
-                ),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.show_where_it_stands();
+                    bail!(
+                        "the shell printed only {:?} within {limit:?}; standard error: {}",
+                        String::from_utf8_lossy(&self.rest),
+                        self.errors()
+                    )
+                }
             }
+        }
+    }
+
+    /// For a guest that says nothing any more: whether its vCPUs run, and whether its agent answers.
+    fn show_where_it_stands(&self) {
+        for _ in 0..2 {
+            eprintln!("  threads of process {}:", self.pid());
+            for line in processes::threads(self.pid() as i32) {
+                eprintln!("    {line}");
+            }
+            for command in ["inspect", "top"] {
+                let mut vmctl = vmctl(self.context);
+                let said = ctr::run(vmctl.args([command, &self.name, "--json"]));
+                match said {
+                    Ok(output) => eprintln!("  {command}: {} {}", output.out(), output.err()),
+                    Err(error) => eprintln!("  {command}: {error:#}"),
+                }
+            }
+            std::thread::sleep(Duration::from_secs(1));
         }
     }
 

@@ -23,6 +23,9 @@ const CONTAINERDS: [(&str, Release, &str); 2] = [
     ),
 ];
 const IMAGE_IN_GUEST: &str = "/usr/share/nacre-test/busybox.tar";
+/// CNI plugins, and where they are in the testbed.
+const CNI: (&str, &str) = ("containernetworking-plugins", "/opt/cni/bin");
+const PLUGINS: [&str; 5] = ["bridge", "host-local", "portmap", "loopback", "ptp"];
 const PROGRAMS: [&str; 3] = ["containerd", "ctr", "containerd-shim-runc-v2"];
 
 /// A static busybox.
@@ -51,6 +54,10 @@ pub fn stage(stage: &mut Stage) -> Result<()> {
     let runc = apt::unpacked(Release::Bookworm, "runc")?;
     let seccomp = apt::unpacked(Release::Bookworm, "libseccomp2")?.join("usr/lib/x86_64-linux-gnu");
     stage.program(&runc.join("usr/sbin/runc"), "/usr/sbin/runc", &[seccomp])?;
+    let cni = apt::unpacked(Release::Bookworm, CNI.0)?.join("usr/lib/cni");
+    for plugin in PLUGINS {
+        stage.program(&cni.join(plugin), Path::new(CNI.1).join(plugin), &[])?;
+    }
     stage.file(&oci::busybox_archive()?, IMAGE_IN_GUEST)
 }
 
@@ -65,6 +72,7 @@ pub fn environment_in_guest() -> Vec<(String, String)> {
         ("NACRE_BUSYBOX", "/usr/bin/busybox"),
         ("NACRE_TEST_IMAGE", IMAGE_IN_GUEST),
         ("NACRE_TEST_IMAGE_REF", oci::REFERENCE),
+        ("NACRE_CNI_BIN", CNI.1),
     ]);
     all.into_iter()
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
@@ -87,6 +95,10 @@ pub fn environment_on_host() -> Result<Vec<(String, String)>> {
     all.push(("NACRE_BUSYBOX", busybox()?));
     all.push(("NACRE_TEST_IMAGE", oci::busybox_archive()?));
     all.push(("NACRE_TEST_IMAGE_REF", oci::REFERENCE.into()));
+    all.push((
+        "NACRE_CNI_BIN",
+        apt::unpacked(Release::Bookworm, CNI.0)?.join("usr/lib/cni"),
+    ));
     Ok(all
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value.display().to_string()))

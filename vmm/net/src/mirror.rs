@@ -39,7 +39,7 @@ pub struct Mirror {
 ///
 /// # Errors
 ///
-/// [`Error::Hosts`] if the namespace is init's or the caller's own: the host would hear nothing any more.
+/// [`Error::Hosts`] if the namespace is init's: the host would hear nothing any more.
 /// [`Error::Interface`] names an interface that no guest can have: one without Ethernet frames, TUN and TAP, ipvlan, macvtap,
 /// VRF, one on top of another in the same namespace, an MTU that is too large, or someone else's filters on what comes in.
 /// [`Error::Route`] names such a route. Others tell what the system refused. After any of them all is as it was.
@@ -78,9 +78,7 @@ pub fn mirror(
 }
 
 fn is_hosts(netns: &Netns) -> bool {
-    ["/proc/1/ns/net", "/proc/self/ns/net"]
-        .iter()
-        .any(|path| Netns::open(path).is_ok_and(|host| host.id() == netns.id()))
+    Netns::of_process(1).is_ok_and(|init| init.id() == netns.id())
 }
 
 /// What there is, and what is to be made. Changes nothing.

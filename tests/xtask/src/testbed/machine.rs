@@ -18,7 +18,7 @@ use crate::{daemons, paths};
 /// The outer kernel's metapackage. Not the cloud flavour, which is the guests': a container can then tell the two by their release.
 const KERNEL: &str = "linux-image-amd64";
 /// Modules of the outer kernel, named as in the kernel; what they depend on is loaded before them.
-const MODULES: [&str; 18] = [
+const MODULES: [&str; 35] = [
     "crc32c_generic",
     "virtio_pci",
     "virtio_blk",
@@ -37,6 +37,25 @@ const MODULES: [&str; 18] = [
     "veth",
     "bridge",
     "virtio_net",
+    // How a guest's interface is one with its namespace's.
+    "sch_ingress",
+    "cls_u32",
+    "act_mirred",
+    // What CNI's portmap does with iptables.
+    "iptable_filter",
+    "iptable_nat",
+    "ip6table_filter",
+    "ip6table_nat",
+    "xt_nat",
+    "xt_MASQUERADE",
+    "xt_comment",
+    "xt_mark",
+    "xt_multiport",
+    "xt_addrtype",
+    "xt_conntrack",
+    "xt_tcpudp",
+    "xt_CHECKSUM",
+    "dummy",
 ];
 /// All that a boot of the outer guest needs, as files.
 pub(super) struct Machine {
@@ -301,6 +320,7 @@ fn tools() -> Result<Stage> {
     // In busybox's place: busybox's setpriv has no --pdeathsig, which the shim's tools are started with.
     stage.program(Path::new("/usr/bin/setpriv"), "/usr/bin/setpriv", &[])?;
     mkfs_erofs(&mut stage)?;
+    iptables(&mut stage)?;
     daemons::stage(&mut stage)?;
     Ok(stage)
 }
@@ -322,6 +342,38 @@ fn mkfs_erofs(stage: &mut Stage) -> Result<()> {
     stage.file(&root.join("usr/bin/mkfs.erofs"), "/opt/erofs/mkfs.erofs")?;
     let script = "#!/bin/sh\nexec /opt/erofs/lib/ld-linux-x86-64.so.2 --library-path /opt/erofs/lib /opt/erofs/mkfs.erofs \"$@\"\n";
     stage.bytes("/usr/bin/mkfs.erofs", 0o755, script);
+    Ok(())
+}
+
+/// iptables, which CNI's portmap runs: the older of its two kinds, whose kernel modules are few.
+fn iptables(stage: &mut Stage) -> Result<()> {
+    let root = apt::closure(Release::Bookworm, &["iptables"])?;
+    stage.tree_alone(
+        &root.join("usr/lib/x86_64-linux-gnu/xtables"),
+        Path::new("/opt/iptables/xtables"),
+    )?;
+    let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+    for folder in libraries.map(|folder| root.join(folder)) {
+        for entry in std::fs::read_dir(&folder)
+            .with_context(|| format!("reading {}", folder.display()))?
+        {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_owned();
+            if path.is_file() && name.to_string_lossy().contains(".so") {
+                stage.file(&path, Path::new("/opt/iptables/lib").join(name))?;
+            }
+        }
+    }
+    stage.file(
+        &root.join("usr/sbin/xtables-legacy-multi"),
+        "/opt/iptables/xtables-legacy-multi",
+    )?;
+    for name in ["iptables", "ip6tables"] {
+        let script = format!(
+            "#!/bin/sh\nexport XTABLES_LIBDIR=/opt/iptables/xtables\nexec /opt/iptables/lib/ld-linux-x86-64.so.2 --library-path /opt/iptables/lib /opt/iptables/xtables-legacy-multi {name} \"$@\"\n"
+        );
+        stage.bytes(Path::new("/usr/sbin").join(name), 0o755, script);
+    }
     Ok(())
 }
 
