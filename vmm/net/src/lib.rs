@@ -4,7 +4,7 @@
 //! [`mirror`] does it: what the interface would receive goes to the TAP interface by a redirect of tc, and what the guest
 //! sends goes out of the interface. The namespace's own kernel hears neither; what it sends itself, the guest gets the
 //! answer to. Addresses, routes and whatever else is there stay as the CNI plugins made them, so that their DEL finds what their ADD left. [`describe`] has the types of
-//! what the guest configures. [`watch`] tells of links that go up and down.
+//! what the guest configures. [`watch`] tells of links that go up and down. [`cni`] runs the plugins that make the interfaces.
 //!
 //! **What is undone, and when.** [`Mirror`] undoes itself when it is dropped. [`Made`] says what there is to
 //! undo, is written down before anything is made, and does the same for another process after this one was killed.
@@ -18,6 +18,8 @@
 //! **Why no rtnetlink.** That crate is futures over tokio around the same messages. A namespace is entered by a thread,
 //! the thread asks and waits, and it is gone: a blocking socket of netlink-sys is all that it needs.
 
+#[cfg(feature = "host")]
+pub mod cni;
 pub mod describe;
 #[cfg(feature = "host")]
 mod error;
