@@ -28,7 +28,7 @@ pub use source::{KernelSource, SourceError};
 
 /// Version of what is made: goes into the cache's key and the manifest, so that
 /// a change of this crate's output makes a new image.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// What to make an image of.
 #[derive(Debug, Clone)]

@@ -38,11 +38,13 @@ const fn optional(name: &'static str, group: Group) -> Wanted {
 
 /// In load order. The console and the transport come first: what fails after
 /// them can be told.
-const WANTED: [Wanted; 12] = [
+const WANTED: [Wanted; 13] = [
     necessary("virtio_mmio", Group::Boot),
     necessary("vmw_vsock_virtio_transport", Group::Boot),
     optional("pvpanic_mmio", Group::Boot),
     necessary("virtio_blk", Group::Late),
+    // Without it containers run, without a network.
+    optional("virtio_net", Group::Late),
     optional("virtio_rng", Group::Late),
     // What the guest is resized with; without them it says what it lacks when it runs.
     optional("virtio_mem", Group::Late),
@@ -401,6 +403,7 @@ mod tests {
                 "pvpanic_mmio",
                 "virtio_balloon",
                 "virtio_mem",
+                "virtio_net",
                 "virtio_rng"
             ]
         );
@@ -409,6 +412,26 @@ mod tests {
                 .iter()
                 .all(|module| module.group == Group::Boot)
         );
+    }
+
+    /// As the kernels of distributions have it.
+    #[test]
+    fn the_driver_of_network_devices_comes_late_with_what_it_depends_on() {
+        let tree = Tree::new();
+        tree.module(
+            "virtio_net",
+            &[("depends", "net_failover,virtio,virtio_ring")],
+        );
+        tree.module("net_failover", &[("depends", "failover")]);
+        tree.module("failover", &[]);
+        let plan = tree.plan(&[]).expect("a plan");
+        let late = plan
+            .modules
+            .iter()
+            .filter(|module| module.group == Group::Late);
+        let late: Vec<_> = late.map(|module| module.name.as_str()).collect();
+        assert_eq!(late, ["failover", "net_failover", "virtio_net"]);
+        assert!(!plan.missing.contains(&"virtio_net".to_owned()));
     }
 
     #[test]

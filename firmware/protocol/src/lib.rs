@@ -26,14 +26,14 @@
 //!
 //! | code | meaning |
 //! | --- | --- |
-//! | `INVALID_ARGUMENT` | the request itself is wrong: an id that is empty, too long or has a path separator, a spec that does not parse, a signal number out of range |
+//! | `INVALID_ARGUMENT` | the request itself is wrong: an id that is empty, too long or has a path separator, a spec or a network that does not parse, a signal number out of range |
 //! | `NOT_FOUND` | no such container, process, or device window; also a signal to a process that has ended; a CPU or memory that did not appear in time, or is gone |
 //! | `ALREADY_EXISTS` | a container, or an exec of this container, of this id is there already |
 //! | `FAILED_PRECONDITION` | the thing is in another state than the call needs: a second Start, Delete of what runs, Exec when init has ended, a signal to an exec that was not started; a CPU or memory that cannot go offline now; a kernel without the feature |
 //! | `INTERNAL` | the guest could not do it; the message carries the cause, for Start also the executable's name |
 
 /// Version of the protocol; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Port on the host (CID 2) that the agent dials to serve `Agent` on.
 pub const PORT_CALLS: u32 = 1024;

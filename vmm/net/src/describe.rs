@@ -31,8 +31,9 @@ pub struct Interface {
     pub mtu: u16,
     /// Whether the link was up.
     pub carrier: bool,
-    /// Of both families, in the kernel's order: a subnet's primary address is before its secondary ones. The IPv6
-    /// link-local address is among them. Those made of router advertisements are not.
+    /// Of both families, in the kernel's order: of IPv4, a subnet's primary address is before its secondary ones; of
+    /// IPv6, the newest of a scope is first, so they are made in reverse. The IPv6 link-local address is among them.
+    /// Those made of router advertisements are not.
     pub addresses: Vec<Address>,
 }
 

@@ -1,11 +1,11 @@
-//! What goes wrong between a network namespace and its TAP interfaces.
+//! What goes wrong between a network namespace and its TAP interfaces, and in the guest.
 
 use std::io;
 use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Why a namespace could not be mirrored, looked at or left as it was.
+/// Why a namespace could not be mirrored, looked at or left as it was, or why a guest does not get its network.
 #[derive(Debug, Error)]
 pub enum Error {
     /// A network namespace.
@@ -74,7 +74,30 @@ pub enum Error {
         /// Why, and what would be right.
         why: String,
     },
+    /// What a guest's network cannot be by its description.
+    #[error("Cannot configure {what}: {why}")]
+    Configure {
+        /// An interface or a route.
+        what: String,
+        /// Why, and what would be right.
+        why: String,
+    },
+    /// An IPv6 address for a kernel that has none.
+    #[error(
+        "Cannot add the address {address} to {interface}: the kernel has no IPv6, or it is disabled; boot one that has it \
+         (CONFIG_IPV6, without ipv6.disable=1), or leave IPv6 addresses out of the network"
+    )]
+    NoIpv6 {
+        /// The address and the bits of its network.
+        address: String,
+        /// The interface's name.
+        interface: String,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
     /// A TAP interface.
+    #[cfg(feature = "host")]
     #[error(transparent)]
     Tap(#[from] nacre_vmm::virtio::net::Error),
     /// What was to be made could not be written down, so nothing was made.

@@ -1,4 +1,7 @@
-//! Interfaces: which there are, which of them a guest can have, and changes to our own.
+//! Interfaces: which there are, and changes to our own.
+
+#[cfg(feature = "host")]
+mod fit;
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
@@ -6,11 +9,10 @@ use netlink_packet_route::link::{
     LinkLayerType, LinkMessage,
 };
 
+#[cfg(feature = "host")]
+pub(crate) use self::fit::Fit;
+use crate::Error;
 use crate::netlink::{Socket, says};
-use crate::{Error, LinkState};
-
-/// Bytes of packet that a TAP interface can take: 64 KiB less one and the Ethernet header, which the kernel counts.
-const MTU: std::ops::RangeInclusive<u32> = 68..=65_521;
 
 /// An interface as far as it matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,16 +29,6 @@ pub(crate) struct Link {
     controller: Option<u32>,
     /// The interface below it, if that is in the same namespace.
     lower: Option<u32>,
-}
-
-/// Whether a guest can have an interface.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Fit {
-    Yes,
-    /// It is not for a guest; why.
-    Skipped(&'static str),
-    /// The workload would miss it; why it cannot have it.
-    Refused(String),
 }
 
 impl Link {
@@ -77,83 +69,17 @@ impl Link {
         link
     }
 
-    fn is_up(&self) -> bool {
+    pub fn is_up(&self) -> bool {
         self.flags.contains(LinkFlags::Up)
     }
 
-    pub fn state(&self) -> LinkState {
-        if self.flags.contains(LinkFlags::Up | LinkFlags::LowerUp) {
-            LinkState::Up
-        } else {
-            LinkState::Down
-        }
+    /// Whether frames can go through it.
+    pub fn has_carrier(&self) -> bool {
+        self.flags.contains(LinkFlags::Up | LinkFlags::LowerUp)
     }
 
-    /// Whether it is one that `/dev/net/tun` makes.
-    pub fn is_tap(&self) -> bool {
-        self.kind == Some(InfoKind::Tun)
-    }
-
-    fn is_candidate(&self) -> bool {
-        self.is_up() && !self.flags.contains(LinkFlags::Loopback) && self.controller.is_none()
-    }
-
-    /// Whether a guest can have it, among all that are there.
-    pub fn fit(&self, all: &[Link]) -> Fit {
-        if self.flags.contains(LinkFlags::Loopback) {
-            return Fit::Skipped("the guest has a loopback interface of its own");
-        }
-        if !self.is_up() {
-            return Fit::Skipped("it is down");
-        }
-        if self.controller.is_some() {
-            return Fit::Skipped("it is a port of another, which has its frames");
-        }
-        let kind = self.kind.as_ref().map(InfoKind::to_string);
-        let why = match &self.kind {
-            Some(InfoKind::Tun) => {
-                "it is a TUN or TAP interface, whose frames are for the program that made it; if it is left of another \
-                 VM, remove what that made"
-            }
-            Some(InfoKind::IpVlan) => {
-                "ipvlan shares its parent's MAC address and sorts by IP addresses, which the guest may change; use macvlan, \
-                 veth or ptp"
-            }
-            Some(InfoKind::MacVtap | InfoKind::IpVtap) => {
-                "its frames are for the program that opens its character device; use macvlan or veth"
-            }
-            Some(InfoKind::Vrf) => {
-                "a VRF's routes are in a table of its own, and only main is mirrored"
-            }
-            _ if self.layer != LinkLayerType::Ether || self.mac.is_none() => {
-                return Fit::Refused(format!(
-                    "it carries no Ethernet frames (kind {})",
-                    kind.as_deref().unwrap_or("unknown")
-                ));
-            }
-            _ if !MTU.contains(&self.mtu) => {
-                return Fit::Refused(format!(
-                    "its MTU is {} bytes; {} to {} are possible",
-                    self.mtu,
-                    MTU.start(),
-                    MTU.end()
-                ));
-            }
-            _ => {
-                let below = all
-                    .iter()
-                    .find(|link| Some(link.index) == self.lower && link.is_candidate());
-                let Some(below) = below else {
-                    return Fit::Yes;
-                };
-                return Fit::Refused(format!(
-                    "it is on top of {:?} in the same network namespace, whose frames would go to the guest before \
-                     this one sees them; take {:?} down or make this one in the guest",
-                    below.name, below.name
-                ));
-            }
-        };
-        Fit::Refused(why.to_owned())
+    pub fn is_loopback(&self) -> bool {
+        self.flags.contains(LinkFlags::Loopback)
     }
 }
 
@@ -179,25 +105,56 @@ fn of(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
     message
 }
 
-/// Brings our TAP interface up with an MTU in bytes and without addresses of its own.
+fn change(
+    socket: &mut Socket,
+    doing: &'static str,
+    name: &str,
+    message: LinkMessage,
+) -> Result<(), Error> {
+    let message = RouteNetlinkMessage::SetLink(message);
+    socket.change((doing, &name), message, 0)
+}
+
+/// Sets an interface's MTU in bytes and brings it up, without addresses of its own.
 pub(crate) fn bring_up(socket: &mut Socket, name: &str, index: u32, mtu: u16) -> Result<(), Error> {
-    let set = |message| RouteNetlinkMessage::SetLink(message);
+    // First the MTU: one that is too small for IPv6 takes what IPv6 knows of the interface away.
+    let mtu = of(index, vec![LinkAttribute::Mtu(mtu.into())]);
+    change(socket, "set the MTU of", name, mtu)?;
     let inet6 = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
     let quiet = of(index, vec![LinkAttribute::AfSpecUnspec(vec![inet6])]);
-    match socket.change(("keep IPv6 addresses off", &name), set(quiet), 0) {
+    match change(socket, "keep IPv6 addresses off", name, quiet) {
         // A kernel without IPv6 gives none.
         Err(error) if says(&error, libc::EAFNOSUPPORT) => {}
         result => result?,
     }
-    let mtu = of(index, vec![LinkAttribute::Mtu(mtu.into())]);
-    socket.change(("set the MTU of", &name), set(mtu), 0)?;
-    let mut up = of(index, Vec::new());
-    up.header.flags = LinkFlags::Up;
-    up.header.change_mask = LinkFlags::Up;
-    socket.change(("bring up", &name), set(up), 0)
+    set_up(socket, name, index, true)
+}
+
+/// Brings an interface up or takes it down, as it is.
+pub(crate) fn set_up(socket: &mut Socket, name: &str, index: u32, up: bool) -> Result<(), Error> {
+    let mut message = of(index, Vec::new());
+    message.header.change_mask = LinkFlags::Up;
+    let doing = if up {
+        message.header.flags = LinkFlags::Up;
+        "bring up"
+    } else {
+        "take down"
+    };
+    change(socket, doing, name, message)
+}
+
+/// Gives an interface that is down another name.
+pub(crate) fn rename(socket: &mut Socket, link: &mut Link, name: &str) -> Result<(), Error> {
+    let message = of(link.index, vec![LinkAttribute::IfName(name.to_owned())]);
+    let message = RouteNetlinkMessage::SetLink(message);
+    let what = format!("{} to {name}", link.name);
+    socket.change(("rename", &what), message, 0)?;
+    name.clone_into(&mut link.name);
+    Ok(())
 }
 
 /// Deletes an interface. That it is gone already is well.
+#[cfg(feature = "host")]
 pub(crate) fn delete(socket: &mut Socket, name: &str, index: u32) -> Result<(), Error> {
     let message = RouteNetlinkMessage::DelLink(of(index, Vec::new()));
     match socket.change(("delete the interface", &name), message, 0) {

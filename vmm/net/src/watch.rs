@@ -104,6 +104,16 @@ pub fn watch(
     })
 }
 
+impl Link {
+    pub(crate) fn state(&self) -> LinkState {
+        if self.has_carrier() {
+            LinkState::Up
+        } else {
+            LinkState::Down
+        }
+    }
+}
+
 impl<F: FnMut(LinkChange)> Watcher<F> {
     fn run(&mut self, stop: &OwnedFd) -> Result<(), Error> {
         self.ask()?;

@@ -307,6 +307,13 @@ pub fn dump(netns: &Netns) -> Vec<String> {
     lines
 }
 
+/// Waits until detection of duplicates has ended, which shows in dumps.
+pub fn settled(netns: &Netns) {
+    until("settled addresses", || {
+        !dump(netns).iter().any(|line| line.contains("Tentative"))
+    });
+}
+
 /// A socket that sees an interface's frames and sends some.
 pub struct Packets(OwnedFd);
 

@@ -13,8 +13,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::bench::*;
-use crate::describe::Network;
-use crate::{Netns, mirror};
+use crate::{Netns, apply, mirror};
 
 const BYTES: usize = 3 << 20;
 
@@ -50,36 +49,6 @@ fn carry(taps: [&Tap; 2], mtu: usize, over: &AtomicBool) -> bool {
         }
     }
     long
-}
-
-/// As an agent would, by the description alone.
-fn configure(guest: &Netns, network: &Network) {
-    for interface in &network.interfaces {
-        let mut message = LinkMessage::default();
-        message.header.index = find(guest, &interface.name).index;
-        message.attributes = vec![
-            LinkAttribute::Address(interface.mac.to_vec()),
-            LinkAttribute::Mtu(interface.mtu.into()),
-        ];
-        change(guest, RouteNetlinkMessage::SetLink(message), 0);
-        set_up(guest, &interface.name, true);
-        // The kernel makes the link-local one by itself, of the same MAC address.
-        let global = interface.addresses.iter().filter(|found| found.scope == 0);
-        for found in global {
-            let text = found.address.to_string();
-            address(guest, &interface.name, &text, found.prefix);
-        }
-    }
-    for found in network.routes.iter().filter(|found| found.protocol != 2) {
-        let (destination, hop) = (found.destination.to_string(), &found.hops[0]);
-        let gateway = hop.gateway.map(|gateway| gateway.to_string());
-        let new = NewRoute {
-            gateway: gateway.as_deref(),
-            interface: Some(&hop.interface),
-            ..to(&destination, found.prefix)
-        };
-        route(guest, new);
-    }
 }
 
 /// Sends and gets back what is larger than any buffer on the way.
@@ -136,11 +105,15 @@ fn a_guest_talks_over_what_is_described_and_sends_large_segments() {
     }
     let mut mirror = mirror(&here, &mut |_| Ok(())).unwrap();
     let device = mirror.take_ports().remove(0).tap;
-    let driver = guest.enter(|| Ok(Tap::open("eth0")?)).unwrap();
+    let driver = guest.enter(|| Ok(Tap::open("tap0")?)).unwrap();
     for tap in [&device, &driver] {
         take_offloads(tap);
     }
-    configure(&guest, mirror.network());
+    let mut message = LinkMessage::default();
+    message.header.index = find(&guest, "tap0").index;
+    message.attributes = vec![LinkAttribute::Address(MAC.to_vec())];
+    change(&guest, RouteNetlinkMessage::SetLink(message), 0);
+    guest.enter(|| apply(mirror.network())).unwrap();
     let over = Arc::new(AtomicBool::new(false));
     let carrier = std::thread::spawn({
         let over = Arc::clone(&over);

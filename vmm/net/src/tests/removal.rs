@@ -27,13 +27,6 @@ fn configured() -> (Netns, Netns) {
     (here, there)
 }
 
-/// Waits until detection of duplicates has ended, which shows in dumps.
-fn settled(netns: &Netns) {
-    until("settled addresses", || {
-        !dump(netns).iter().any(|line| line.contains("Tentative"))
-    });
-}
-
 fn add_discipline(netns: &Netns, name: &str, kind: &str, major: u16, parent: TcHandle) {
     let mut message = TcMessage::with_index(find(netns, name).index.cast_signed());
     message.header.handle = TcHandle { major, minor: 0 };
