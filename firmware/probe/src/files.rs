@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use nacre_probe::lots::Lots;
 
 use crate::measure::{Outcome, ns};
 
@@ -16,26 +17,6 @@ const MIB: usize = 1 << 20;
 const IN_FOLDER: u64 = 100;
 /// Files of the tree have from 100 bytes to just below this.
 const LARGEST: u64 = 4096;
-
-/// Numbers by lot, the same for the same beginning (SplitMix64).
-pub struct Lots(pub u64);
-
-impl Lots {
-    /// The next.
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn fill(&mut self, bytes: &mut [u8]) {
-        for piece in bytes.chunks_mut(8) {
-            piece.copy_from_slice(&self.next().to_le_bytes()[..piece.len()]);
-        }
-    }
-}
 
 /// Makes `file`, `tree` and `tree.tar` in a folder.
 ///
@@ -85,7 +66,7 @@ fn tree(folder: &Path, files: u64) -> Result<u64> {
             let mut header = header(tar::EntryType::Directory, 0o755, 0);
             tar.append_data(&mut header, format!("{name}/"), std::io::empty())?;
         }
-        let length = (100 + lots.next() % (LARGEST - 100)) as usize;
+        let length = (100 + lots.draw() % (LARGEST - 100)) as usize;
         let content = &mut content[..length];
         lots.fill(content);
         let file = format!("f{:02}", number % IN_FOLDER);

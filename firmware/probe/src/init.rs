@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, ensure};
 use clap::Parser;
+use nacre_probe::net;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -123,13 +124,12 @@ fn answer(words: &str) -> String {
     let outcome = Cli::try_parse_from(command)
         .map_err(|error| anyhow::anyhow!("{}", error.to_string().replace('\n', " ")))
         .and_then(|cli| match cli.command {
-            Command::Init | Command::Idle => Err(anyhow::anyhow!("{words} is not for a console")),
+            Command::Init | Command::Idle | Command::Net(net::Command::Serve { .. }) => {
+                Err(anyhow::anyhow!("{words} is not for a console"))
+            }
             command => command.run(),
         });
-    match outcome.and_then(|outcome| Ok(serde_json::to_string(&outcome)?)) {
-        Ok(line) => line,
-        Err(error) => failure(&error),
-    }
+    outcome.unwrap_or_else(|error| failure(&error))
 }
 
 fn failure(error: &Error) -> String {

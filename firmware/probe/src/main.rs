@@ -1,8 +1,9 @@
-//! `nacre-probe`: measures files from within a container or a guest, for `nacre-bench storage`. A static program, so that one
-//! and the same runs everywhere. It prints one line of JSON, and an error where what it read is not what it made.
+//! `nacre-probe`: measures files and the network from within a container or a guest, for `nacre-bench storage` and `net`. A static
+//! program, so that one and the same runs everywhere. It prints one line of JSON, and an error where what it read is not what it
+//! made, or what came is not what was sent.
 //!
 //! `files` is what is measured on, `measure` reads, walks and untars, `random` reads at random, `init` is a guest's first
-//! process.
+//! process. What is measured of the network is in the library.
 
 mod files;
 mod init;
@@ -15,8 +16,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use measure::Outcome;
+use nacre_probe::net;
 
-/// Measures files from within: prints one line of JSON. `nacre-bench storage` runs it.
+/// Measures files and the network from within: prints one line of JSON. `nacre-bench` runs it.
 #[derive(Debug, Parser)]
 #[command(name = "nacre-probe", version)]
 struct Cli {
@@ -71,6 +73,9 @@ enum Command {
         /// Where to; must not be there
         folder: PathBuf,
     },
+    /// Measure the network: a server, and what sends to it, receives from it, or asks it
+    #[command(subcommand)]
+    Net(net::Command),
     /// Do nothing until killed
     Idle,
     /// Be the first process of a guest: mount /disk and /share, and do what lines on the console say
@@ -78,24 +83,26 @@ enum Command {
 }
 
 impl Command {
-    fn run(&self) -> Result<Outcome> {
-        match self {
+    /// What came of it, as one line of JSON.
+    fn run(&self) -> Result<String> {
+        let outcome = match self {
             Self::Make { folder, mib, files } => files::make(folder, *mib, *files),
             Self::Read { file, cold } => measure::read(file, *cold),
             Self::Random { file, depth, reads } => random::read(file, *depth, *reads),
             Self::Walk { folder, cold } => measure::walk(folder, *cold),
             Self::Untar { archive, folder } => measure::untar(archive, folder),
+            Self::Net(command) => return command.run(),
             Self::Idle => loop {
                 nix::unistd::pause();
             },
             Self::Init => Err(init::run()),
-        }
+        };
+        Ok(serde_json::to_string::<Outcome>(&outcome?)?)
     }
 }
 
 fn main() -> ExitCode {
-    let outcome = Cli::parse().command.run();
-    match outcome.and_then(|outcome| Ok(serde_json::to_string(&outcome)?)) {
+    match Cli::parse().command.run() {
         Ok(line) => {
             println!("{line}");
             ExitCode::SUCCESS
@@ -127,6 +134,10 @@ mod tests {
             "p random /f --depth 0 --reads 9",
             "p random /f --depth 1 --reads 0",
             "p untar /f",
+            "p net send --to 10.0.0.1 --bytes 1",
+            "p net send --to 10.0.0.1:80 --bytes 1 --streams 0",
+            "p net ask --to vsock:2:80 --count 1 --size 0",
+            "p net serve",
             "p",
         ] {
             assert!(Cli::try_parse_from(words.split(' ')).is_err(), "{words}");

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use io_uring::{IoUring, opcode, types};
+use nacre_probe::lots::Lots;
 
-use crate::files::{BLOCK, Lots, check};
+use crate::files::{BLOCK, check};
 use crate::measure::{Outcome, drop_caches, ns};
 
 /// Before the ring is asked again for what it refused to say.
@@ -29,7 +30,7 @@ pub fn read(path: &Path, depth: u16, reads: u32) -> Result<Outcome> {
     let blocks = file.metadata()?.len() / BLOCK as u64;
     ensure!(blocks > 0, "{} has no block", path.display());
     let mut lots = Lots(3);
-    let wanted: Vec<u64> = (0..reads).map(|_| lots.next() % blocks).collect();
+    let wanted: Vec<u64> = (0..reads).map(|_| lots.draw() % blocks).collect();
     let dropped = drop_caches(&file)?;
     let ring = Ring::new(depth);
     let began = Instant::now();
