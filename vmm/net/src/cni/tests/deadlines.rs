@@ -240,7 +240,7 @@ fn a_process_that_is_killed_takes_its_plugin_with_it_and_leaves_a_note() {
         let directory = PathBuf::from(directory);
         let network = Conflist::load(directory.join("net.d/10-db.conflist")).unwrap();
         let dirs = vec![directory.join("bin")];
-        let mut attachment = Attachment::new(network, dirs, "c1", "eth0", NETNS);
+        let mut attachment = Attachment::new(network, dirs, "c1", INTERFACE, NETNS);
         let note = &mut |noted: &Attachment| {
             std::fs::write(directory.join("note"), serde_json::to_vec(noted)?)
         };
