@@ -80,6 +80,46 @@ fn output_without_end_is_cut_off() {
 }
 
 #[test]
+fn more_than_a_mebibyte_is_cut_off_there() {
+    let host = Host::new();
+    let finished = host.path("finished");
+    host.silent_plugin(
+        "only",
+        &format!("head -c 4194304 /dev/zero && echo >{}", finished.display()),
+    );
+    let attachment = one(&host, json!({}));
+    assert_eq!(
+        add(&mut attachment.clone()).unwrap_err().kind(),
+        Kind::Output
+    );
+    assert_eq!(attachment.del().unwrap_err().kind(), Kind::Output);
+    assert!(!finished.exists());
+    let mut most = result();
+    most["filling"] = json!("");
+    let room = process::STDOUT - most.to_string().len();
+    most["filling"] = json!("x".repeat(room));
+    std::fs::write(host.path("most"), most.to_string()).unwrap();
+    host.silent_plugin("only", &format!("exec cat {}", host.path("most").display()));
+    assert_eq!(add(&mut attachment.clone()).unwrap().raw(), &most);
+}
+
+#[test]
+fn the_last_words_of_a_plugin_that_ends_at_once_are_heard() {
+    let host = Host::new();
+    let mut long = result();
+    long["filling"] = json!("x".repeat(60 << 10));
+    std::fs::write(host.path("result"), long.to_string()).unwrap();
+    host.silent_plugin(
+        "only",
+        &format!("exec cat {}", host.path("result").display()),
+    );
+    let attachment = one(&host, json!({}));
+    for _ in 0..100 {
+        assert_eq!(add(&mut attachment.clone()).unwrap().raw(), &long);
+    }
+}
+
+#[test]
 fn a_plugin_that_reads_nothing_of_much_is_fine() {
     let host = Host::new();
     host.silent_plugin("only", &format!("exec <&-\n{}", says(&result())));
