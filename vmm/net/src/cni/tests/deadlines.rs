@@ -31,15 +31,15 @@ fn a_slow_plugin_is_killed_with_its_children_at_the_deadline() {
         ),
     );
     let mut attachment = one(&host, json!({}));
-    attachment.timeout = Duration::from_millis(700);
+    attachment.timeout = Duration::from_secs(4);
     let start = Instant::now();
     let error = add(&mut attachment).unwrap_err();
-    assert!(start.elapsed() >= Duration::from_millis(700));
-    assert!(start.elapsed() < Duration::from_secs(20));
+    assert!(start.elapsed() >= Duration::from_secs(4));
+    assert!(start.elapsed() < Duration::from_secs(60));
     assert_eq!(error.kind(), Kind::Timeout);
     let words = error.to_string();
     assert!(
-        words.contains("700ms") && words.contains("waits for a lock"),
+        words.contains("4s") && words.contains("waits for a lock"),
         "{words}"
     );
     // Reaped, not only dead.
@@ -56,7 +56,7 @@ fn a_plugin_that_is_slow_in_del_holds_up_no_other() {
     host.silent_plugin("slow", "exec sleep 300");
     let plugins = json!([{"type": "first"}, {"type": "slow"}]);
     let mut attachment = host.attachment("1.0.0", plugins);
-    attachment.timeout = Duration::from_millis(500);
+    attachment.timeout = Duration::from_secs(5);
     assert_eq!(attachment.del().unwrap_err().kind(), Kind::Timeout);
     assert_eq!(host.order(), ["DEL first"]);
 }
