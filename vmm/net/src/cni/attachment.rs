@@ -92,7 +92,8 @@ impl Attachment {
     }
 
     /// Sets what a plugin's process does before it executes the program, such as to go back to the host's namespaces. It is
-    /// not part of what is serialised.
+    /// not part of what is serialised. Programs are looked for, and the network namespace is looked at, where the calling
+    /// thread is.
     ///
     /// # Safety
     ///

@@ -117,6 +117,16 @@ fn the_environment_is_what_cni_says_and_path() {
 }
 
 #[test]
+fn a_plugin_holds_no_directory_of_the_callers() {
+    let host = Host::new();
+    let body = format!("pwd >{}\n{}", host.path("cwd").display(), says(&result()));
+    host.plugin("first", &body);
+    add(&mut host.attachment("1.0.0", json!([{"type": "first"}]))).unwrap();
+    let cwd = std::fs::read_to_string(host.path("cwd")).unwrap();
+    assert_eq!(cwd, "/\n");
+}
+
+#[test]
 fn port_mappings_reach_those_that_ask() {
     let host = Host::new();
     let mut attachment = two(&host, "1.0.0");
