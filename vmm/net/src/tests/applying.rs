@@ -325,6 +325,30 @@ fn it_is_well_a_second_time() {
     assert_has(&guest, everything());
 }
 
+/// A device's carrier may come later than its driver.
+#[test]
+fn an_interface_without_a_carrier_is_configured_too() {
+    let (guest, wire) = guest(&[("eth0", 2), ("eth1", 1)]);
+    for name in ["peer-eth0", "peer-eth1"] {
+        set_up(&wire, name, false);
+    }
+    applied(&guest, &everything());
+    let mut without = everything();
+    for interface in &mut without.interfaces {
+        interface.carrier = false;
+    }
+    assert_has(&guest, without);
+    for name in ["peer-eth0", "peer-eth1"] {
+        set_up(&wire, name, true);
+    }
+    until("carriers", || {
+        ["eth0", "net1"]
+            .iter()
+            .all(|name| find(&guest, name).has_carrier())
+    });
+    assert_has(&guest, everything());
+}
+
 /// As the host tells it, which the kernel and not these tests' own description says.
 #[test]
 fn what_one_namespace_has_another_gets() {
