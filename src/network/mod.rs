@@ -387,3 +387,33 @@ async fn blocking<T: Send + 'static>(
         Err(error) => Err(Error::BrokeOff(error.to_string())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plugins_know_a_vm_by_a_name_that_cni_allows() {
+        for (namespace, id, known) in [
+            ("default", "web-1", "default-web-1"),
+            ("k8s.io", "a_b", "k8s.io-a_b"),
+            ("_", "x", "vm_-x"),
+            ("a/b", "ä", "a_b-_"),
+        ] {
+            assert_eq!(cni_id(namespace, id), known);
+        }
+    }
+
+    #[test]
+    fn a_list_is_a_path_or_a_name() {
+        let directory = Path::new("/etc/cni/net.d");
+        assert_eq!(
+            List::of("./a.conflist", directory),
+            List::File("./a.conflist".into())
+        );
+        assert_eq!(
+            List::of("demo", directory),
+            List::Named(directory.to_owned(), "demo".to_owned())
+        );
+    }
+}
