@@ -161,8 +161,8 @@ pub struct Share {
 #[serde(default, deny_unknown_fields, expecting = "a table, [network]")]
 pub struct Network {
     /// Directory with CNI network lists, such as /etc/cni/net.d; empty: none. A container with a network namespace of
-    /// its own, which nobody has filled by its Start, gets the network of the first list in it by file name.
-    /// Otherwise it has loopback only. An absolute path.
+    /// its own, which nobody has filled by its Start, gets the network of the first list in it by file name, also where it
+    /// is empty on purpose. Not those of CRI. Otherwise it has loopback only. An absolute path.
     #[serde(deserialize_with = "value::file_or_none")]
     pub cni_conf_dir: PathBuf,
     /// Directories in which CNI plugins are looked for, in this order. Absolute paths.

@@ -3,10 +3,11 @@
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use nacre_net::Made;
-use nacre_net::cni::Attachment;
+use nacre_net::cni::{self, AddResult, Attachment};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -14,7 +15,7 @@ use crate::origin;
 use crate::record::{Record, Resource};
 use crate::sandbox::chain;
 
-/// How long a plugin's DEL may take, whatever is configured: containerd waits five seconds for all that is to be freed.
+/// How long DEL may take, its plugins together, whatever is configured: containerd waits five seconds for all that is to be freed.
 const LONGEST_DEL: Duration = Duration::from_secs(4);
 
 /// What a file says that was made.
@@ -29,10 +30,25 @@ impl Kept for Made {
     }
 }
 
+/// Held while ADD runs: another thread of this process that undoes it waits for that.
+static ADDING: Mutex<()> = Mutex::new(());
+
+/// Runs ADD.
+pub(super) fn add(
+    attachment: &mut Attachment,
+    note: &mut dyn FnMut(&Attachment) -> io::Result<()>,
+) -> Result<AddResult, cni::Error> {
+    let _adding = ADDING.lock().unwrap_or_else(PoisonError::into_inner);
+    run_on_the_host(attachment);
+    attachment.add(note)
+}
+
 impl Kept for Attachment {
     fn undo(&self) -> Result<(), String> {
+        let _adding = ADDING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut attachment = self.clone();
-        attachment.timeout = attachment.timeout.min(LONGEST_DEL);
+        let plugins = u32::try_from(attachment.network.types().count()).unwrap_or(u32::MAX);
+        attachment.timeout = attachment.timeout.min(LONGEST_DEL / plugins.max(1));
         run_on_the_host(&mut attachment);
         attachment.del().map_err(|error| chain(&error))
     }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nacre_net::cni::{AddResult, Attachment, Conflist, PortMapping};
+use nacre_net::cni::{AddResult, Attachment, Conflist, PortMapping, Stop};
 use nacre_net::{LinkState, Mirror, Netns, Watch};
 
 use oci_spec::runtime::Spec;
@@ -133,18 +133,20 @@ impl Cni {
     }
 }
 
-/// By what CNI plugins know a VM: letters, digits, `_`, `.` and `-`, the first none of the last three.
+/// By what CNI plugins know a VM, and no other: letters, digits, `.` and `-` as they are, other bytes as `_` and two hexadecimal
+/// digits, and `__` between the two.
 pub fn cni_id(namespace: &str, id: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-    let text = format!("{namespace}-{id}");
-    let text: String = text
-        .chars()
-        .map(|c| if plain(c) { c } else { '_' })
-        .collect();
-    match text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-        true => text,
-        false => format!("vm{text}"),
+    let mut known = "nacre-".to_owned();
+    for (text, end) in [(namespace, "__"), (id, "")] {
+        for byte in text.bytes() {
+            match byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-') {
+                true => known.push(char::from(byte)),
+                false => known.push_str(&format!("_{byte:02x}")),
+            }
+        }
+        known.push_str(end);
     }
+    known
 }
 
 /// The network of one VM.
@@ -155,6 +157,8 @@ pub struct Network {
     /// Used where the namespace is empty.
     cni: Option<Cni>,
     names: Option<Names>,
+    /// Ends an ADD that is under way.
+    stop: Option<Stop>,
     up: tokio::sync::Mutex<Option<Up>>,
 }
 
@@ -176,6 +180,7 @@ impl Network {
             netns,
             cni: None,
             names: None,
+            stop: None,
             up: tokio::sync::Mutex::default(),
         }
     }
@@ -184,6 +189,8 @@ impl Network {
     #[must_use]
     pub fn filled_by(mut self, cni: Cni, names: Option<Names>) -> Self {
         self.cni = Some(cni);
+        // Without one an end waits for what is under way.
+        self.stop = Stop::new().ok();
         self.names = names;
         self
     }
@@ -218,11 +225,9 @@ impl Network {
         let this = Arc::clone(&self);
         if let Some(up) = &*up {
             let kept = up.kept.clone();
-            return blocking(move || {
-                check(&kept);
-                Ok(())
-            })
-            .await;
+            // Nobody waits for it: what it finds is said to the log.
+            tokio::task::spawn_blocking(move || check(&kept));
+            return Ok(());
         }
         let (mut mirror, kept) = blocking(move || this.make()).await?;
         let attached = sandbox.attach_network(&mut mirror, id).await;
@@ -240,6 +245,10 @@ impl Network {
                 return Err(error.into());
             }
         };
+        if nics.is_empty() {
+            // Whoever fills the namespace may come before the next container.
+            return Ok(());
+        }
         let tell = nics.link_setter();
         let watch = mirror.watch(move |change| {
             tell(&change.interface, change.state == LinkState::Up);
@@ -255,12 +264,6 @@ impl Network {
 
     /// What the host has to make. Blocks.
     fn make(&self) -> Result<(Mirror, Vec<Resource>), Error> {
-        if origin::network().is_ok_and(|host| host.id() == self.netns.id()) {
-            return Err(nacre_net::Error::Hosts {
-                what: self.netns.to_string(),
-            }
-            .into());
-        }
         let mut kept = Vec::new();
         let found = self.mirror(&mut kept)?;
         let Some(cni) = &self.cni else {
@@ -285,7 +288,8 @@ impl Network {
 
     fn mirror(&self, kept: &mut Vec<Resource>) -> Result<Mirror, Error> {
         let mut noted = None;
-        let mirror = nacre_net::mirror(&self.netns, &mut |made| {
+        let host = origin::network()?;
+        let mirror = nacre_net::mirror_from(&self.netns, &host, &mut |made| {
             let resource = Resource::Mirror(self.record.directory().join("mirror.json"));
             kept::note(&self.record, &resource, made)?;
             noted = Some(resource);
@@ -314,10 +318,13 @@ impl Network {
         );
         attachment.port_mappings.clone_from(&cni.ports);
         attachment.timeout = cni.timeout;
-        kept::run_on_the_host(&mut attachment);
+        if let Some(stop) = &self.stop {
+            attachment.stop_by(stop.clone());
+        }
         let resource = Resource::Cni(self.record.directory().join("cni.json"));
-        let added =
-            attachment.add(&mut |attachment| kept::note(&self.record, &resource, attachment));
+        let added = kept::add(&mut attachment, &mut |attachment| {
+            kept::note(&self.record, &resource, attachment)
+        });
         kept.push(resource.clone());
         match added {
             Ok(result) => Ok(result),
@@ -339,8 +346,12 @@ impl Network {
         }
     }
 
-    /// Takes the network from a guest that goes on, and leaves the host as it was found.
+    /// Takes the network from a guest that goes on, and leaves the host as it was found. Without a guest it does not come up again, and
+    /// what is under way is stopped.
     pub async fn take_down(&self, sandbox: Option<&Sandbox>) -> Result<(), Error> {
+        if let (None, Some(stop)) = (sandbox, &self.stop) {
+            stop.stop();
+        }
         let mut up = self.up.lock().await;
         let Some(Up { watch, nics, kept }) = up.take() else {
             return Ok(());
@@ -395,10 +406,11 @@ mod tests {
     #[test]
     fn plugins_know_a_vm_by_a_name_that_cni_allows() {
         for (namespace, id, known) in [
-            ("default", "web-1", "default-web-1"),
-            ("k8s.io", "a_b", "k8s.io-a_b"),
-            ("_", "x", "vm_-x"),
-            ("a/b", "ä", "a_b-_"),
+            ("default", "web-1", "nacre-default__web-1"),
+            ("k8s.io", "a_b", "nacre-k8s.io__a_5fb"),
+            ("a-b", "c", "nacre-a-b__c"),
+            ("a", "b-c", "nacre-a__b-c"),
+            ("a/b", "ä", "nacre-a_2fb___c3_a4"),
         ] {
             assert_eq!(cni_id(namespace, id), known);
         }

@@ -33,9 +33,9 @@ impl NameFiles {
     pub fn missing_in(spec: &Spec) -> Self {
         let mounts = spec.mounts().as_deref().unwrap_or_default();
         let lacks = |file: &str| {
-            mounts
-                .iter()
-                .all(|mount| mount.destination() != Path::new(file))
+            mounts.iter().all(|mount| {
+                mount.destination() != Path::new(file) && mount.destination() != Path::new("/etc")
+            })
         };
         Self {
             resolv_conf: lacks("/etc/resolv.conf"),

@@ -103,7 +103,8 @@ impl Sandbox {
         let names: Vec<&str> = nics.links.iter().map(|(name, _)| name.as_str()).collect();
         let name = format!("configuring the network of {id} ({})", names.join(", "));
         agent
-            .call(name, self.0.timeouts.agent, |client, context| async move {
+            // Devices come one after another, and detection of duplicates takes its time.
+            .call(name, self.0.timeouts.create, |client, context| async move {
                 client.configure_network(context, &request).await
             })
             .await

@@ -42,6 +42,8 @@ const PREDECESSOR_ENDS: Duration = Duration::from_secs(8);
 const ENDS_BY_FORCE: Duration = Duration::from_secs(5);
 /// For the answer to Shutdown to be on its way before the process goes.
 const LAST_ANSWER: Duration = Duration::from_millis(20);
+/// Annotation of all containers that CRI makes.
+const CRI_CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// Threads of the runtime; the VM has its own.
 const WORKERS: usize = 2;
 
@@ -123,7 +125,7 @@ fn take_place(
     let spec = bootstrap::load_spec(bundle)?;
     let overrides =
         Overrides::of(&spec, &config.allowed_annotations).map_err(|error| error.to_string())?;
-    let wanted = Network::of(&spec);
+    let wanted = Network::of(&spec).known();
     namespaces::enter(&wanted).map_err(|error| error.to_string())?;
 
     let socket = listener
@@ -208,7 +210,10 @@ fn find_network(
     };
     let netns = netns.map_err(|error| chain(&error))?;
     let network = network::Network::of(Arc::clone(record), netns);
-    if *wanted != Network::Fresh {
+    // CRI fills by itself, in its own time.
+    let annotations = spec.annotations().as_ref();
+    let is_cris = annotations.is_some_and(|all| all.contains_key(CRI_CONTAINER_TYPE));
+    if *wanted != Network::Fresh || is_cris {
         return Ok(Some(Arc::new(network)));
     }
     let path = PathBuf::from(format!("/proc/{pid}/ns/net"));

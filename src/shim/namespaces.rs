@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use nacre_net::Netns;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::{Mode, umask};
@@ -39,6 +40,19 @@ pub enum Network {
 }
 
 impl Network {
+    /// The same, with the host's by its path known as such.
+    #[must_use]
+    pub fn known(self) -> Self {
+        let Self::At(path) = &self else {
+            return self;
+        };
+        let hosts = origin::network().map(|host| host.id());
+        match (Netns::open(path).map(|netns| netns.id()), hosts) {
+            (Ok(found), Ok(hosts)) if found == hosts => Self::Host,
+            _ => self,
+        }
+    }
+
     /// Reads it from a spec.
     pub fn of(spec: &Spec) -> Self {
         let namespaces = spec

@@ -222,7 +222,14 @@ fn network(
     publish: &[PortMapping],
 ) -> anyhow::Result<Arc<Network>> {
     // What is wrong with it is better known before the boot.
-    list.load()?;
+    let known = list.load()?;
+    if !publish.is_empty() && !known.wants("portMappings") {
+        bail!(
+            "--publish: no plugin of the network {:?} publishes ports; add portmap with the capability portMappings to {}",
+            known.name(),
+            known.path().display()
+        );
+    }
     let netns = Netns::create()?;
     // The plugins are other processes.
     let path = format!(

@@ -130,7 +130,9 @@ pub enum Error {
     #[error("virtio-mmio window {0} has no device")]
     EmptyWindow(u8),
     /// The device is not one that can be taken out.
-    #[error("the {kind} device in virtio-mmio window {window} cannot be unplugged, only disks can")]
+    #[error(
+        "the {kind} device in virtio-mmio window {window} cannot be unplugged, only disks and network devices can"
+    )]
     NotUnpluggable {
         /// The window.
         window: u8,
@@ -484,11 +486,11 @@ impl Machine {
         }
     }
 
-    /// Takes the disk out of a window.
+    /// Takes the disk or the network device out of a window.
     ///
     /// # Errors
     ///
-    /// If there is no such window, it is spare, or what is in it is not a disk.
+    /// If there is no such window, it is spare, or what is in it is for good.
     pub fn unplug(&mut self, window: u8) -> Result<(), Error> {
         let windows = self.windows.len() as u8;
         let place = self
@@ -497,7 +499,7 @@ impl Machine {
             .ok_or(Error::UnknownWindow { window, windows })?;
         match place.slot.lock().kind() {
             None => return Err(Error::EmptyWindow(window)),
-            Some("block") => {}
+            Some("block" | "net") => {}
             Some(kind) => return Err(Error::NotUnpluggable { window, kind }),
         }
         place.wires = None;

@@ -12,6 +12,7 @@ use nacre_vmm::memory::layout::{
     CMDLINE, I8042_PORT, LAPIC, PHASE_PORT, PVPANIC_PORT, RESET_VECTOR, SERIAL_PORT, START_INFO,
     window_address,
 };
+use nacre_vmm::virtio::net::{NetConfig, Tap};
 use nacre_vmm::{DiskConfig, ExitReason, Vm};
 
 const MAGIC: u32 = 0x7472_6976;
@@ -385,6 +386,13 @@ fn a_disk_comes_and_goes_in_a_spare_window() {
     let (_third_file, third) = disk();
     let error = vm.plug_disk(third.clone()).expect_err("no window");
     assert!(error.to_string().contains("all 2"), "{error}");
+    // A network device comes and goes likewise, and gives its window back.
+    vm.unplug(1).expect("unplugs");
+    for _ in 0..3 {
+        let (window, _) = vm.plug_net(nic(), frames()).expect("plugs");
+        assert_eq!(window, 1);
+        vm.unplug(1).expect("unplugs");
+    }
     vm.unplug(0).expect("unplugs");
     output.wait_for(b"U");
     assert_eq!(vm.plug_disk(first).expect("plugs again"), 0);
@@ -393,6 +401,21 @@ fn a_disk_comes_and_goes_in_a_spare_window() {
     expected.extend_from_slice(b"PU");
     assert_eq!(output.bytes(), expected);
     assert!(matches!(vm.plug_disk(third), Err(Error::Ended(_))));
+}
+
+fn nic() -> NetConfig {
+    NetConfig {
+        name: "eth0".to_owned(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: None,
+        link: true,
+    }
+}
+
+/// An interface whose other end is gone.
+fn frames() -> Tap {
+    let (ours, _) = std::os::unix::net::UnixDatagram::pair().expect("a pair");
+    Tap::of_frames(ours.into())
 }
 
 #[test]

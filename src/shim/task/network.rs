@@ -4,14 +4,15 @@
 use nacre_net::Netns;
 use oci_spec::runtime::Spec;
 
-use super::{Error, Shim};
-use crate::sandbox::{Sandbox, chain};
-use crate::shim::namespaces;
+use super::{AGENT_PATIENCE, Container, Error, Shim};
+use crate::network;
+use crate::sandbox::{self, Sandbox, chain};
+use crate::shim::{lifecycle, namespaces};
 
 impl Shim {
     /// Whether the network that a spec wants is the VM's; takes note whether it wants one.
     pub(super) fn check_network(&self, id: &str, spec: &Spec) -> Result<(), Error> {
-        let wanted = namespaces::Network::of(spec);
+        let wanted = namespaces::Network::of(spec).known();
         if let Some(container) = self.lock().containers.get_mut(id) {
             container.has_network = wanted != namespaces::Network::Host;
         }
@@ -53,6 +54,14 @@ impl Shim {
             return Ok(());
         };
         network.bring_up(sandbox, id).await.map_err(|error| {
+            if let network::Error::Guest(sandbox::Error::Timeout { .. }) = &error {
+                // It may still do it, in a device that is gone.
+                tracing::error!(
+                    container = id,
+                    "the guest does not configure its network; the VM is stopped"
+                );
+                sandbox.stop();
+            }
             Error::Failed(format!(
                 "Container {id:?} is not started, since its VM has no network: {}",
                 chain(&error)
@@ -62,11 +71,26 @@ impl Shim {
 
     /// With the last container its network goes, so that the addresses are free when Delete answers.
     pub(super) async fn end_network_of_the_last(&self, id: &str) {
-        if self.lock().containers.len() > 1 {
+        let stays = |container: &Container| container.life != lifecycle::Container::Deleting;
+        if self.lock().containers.values().any(stays) {
             return;
         }
-        let sandbox = self.sandbox_now();
-        if let Err(error) = self.take_network_down(sandbox.as_ref()).await {
+        let Some(sandbox) = self.sandbox_now() else {
+            return;
+        };
+        let mut down = std::pin::pin!(self.take_network_down(Some(&sandbox)));
+        let down = match tokio::time::timeout(AGENT_PATIENCE, &mut down).await {
+            Ok(down) => down,
+            Err(_) => {
+                tracing::error!(
+                    container = id,
+                    "the guest does not let go of its network; the VM is stopped"
+                );
+                sandbox.stop();
+                down.await
+            }
+        };
+        if let Err(error) = down {
             tracing::warn!(container = id, error, "the network is not quite gone");
         }
     }

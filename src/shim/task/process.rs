@@ -165,7 +165,10 @@ impl Shim {
                             let state = self.lock();
                             let process =
                                 state.containers.get(&id).and_then(|c| c.process(&exec_id));
-                            process.is_some_and(|process| process.life.is_live())
+                            // One whose exit is known already waits for its Start to be over.
+                            process.is_some_and(|process| {
+                                process.life.is_live() && process.held.is_none()
+                            })
                         };
                         if gone.is_err() && living() {
                             tracing::error!(

@@ -38,6 +38,8 @@ pub struct Suite {
     pub time_limit: Duration,
     /// Where cases put their logs.
     pub out: PathBuf,
+    /// CPUs of the testbed's machine.
+    pub cpus: u32,
 }
 
 /// What came of a suite.
@@ -245,6 +247,7 @@ impl Shard<'_> {
             }
             let mut request = Request::new(self.command(&report.cases));
             request.memory = memory;
+            request.cpus = self.suite.cpus;
             request.time_limit = Some(left);
             request.out = self.suite.out.join(self.bed);
             request.keep_out = true;

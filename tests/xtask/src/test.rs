@@ -85,6 +85,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
         except: Vec::new(),
         time_limit: Duration::from_secs(60 * 60),
         out: fresh_folder(&paths::cache("test/logs"))?,
+        cpus: testbed::CPUS,
     };
     let _ = image.map(std::thread::JoinHandle::join);
     match suite::build().and_then(|()| suite.run(Default::default(), |_, _| Ok(()))) {

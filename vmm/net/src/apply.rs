@@ -1,13 +1,14 @@
 //! The guest's half: what is described becomes what is configured.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::RouteMessage;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::Error;
 use crate::describe::{Address, Interface, Neighbour, Network, Route, RouteKind};
@@ -18,6 +19,9 @@ use crate::requests;
 
 /// How long detection of duplicates may take where routes need its end; the kernel's own defaults give 1 to 2 s.
 const SETTLE: Duration = Duration::from_secs(4);
+/// What the kernel has of IPv6 and its interfaces, in the reader's network namespace.
+const IPV6: &str = "/proc/sys/net/ipv6/conf";
+
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -32,6 +36,9 @@ const RTPROT_KERNEL: u8 = 2;
 /// removed if it is not described. An interface that has to be renamed is taken down first, by which it loses its IPv6
 /// addresses and its routes. After an error, what was done stays.
 ///
+/// Where IPv6 is disabled for an interface (`disable_ipv6`), what is described of it is left out; where the kernel has none, what is of the
+/// link alone. An interface with a carrier and no IPv6 address has it disabled, as where the description comes from.
+///
 /// It waits up to 4 s for detection of duplicates where its end must be known: an IPv6 address that may not be unique
 /// is a route's source or has a peer.
 ///
@@ -44,6 +51,7 @@ const RTPROT_KERNEL: u8 = 2;
 pub fn apply(network: &Network) -> Result<(), Error> {
     let mut socket = Socket::open()?;
     let links = interfaces(&mut socket, &network.interfaces)?;
+    let network = &possible(network);
     addresses(&mut socket, network, &links)?;
     routes(&mut socket, network, &links)?;
     for neighbour in &network.neighbours {
@@ -80,6 +88,10 @@ fn interfaces(socket: &mut Socket, interfaces: &[Interface]) -> Result<Vec<Link>
     let mut links = found.collect::<Result<Vec<_>, _>>()?;
     name(socket, interfaces, &mut links, &all)?;
     for (interface, link) in interfaces.iter().zip(&links) {
+        if interface.carrier && !interface.addresses.iter().any(|one| one.address.is_ipv6()) {
+            // A kernel without it needs no word.
+            let _ = fs::write(disabled(&interface.name), "1");
+        }
         link::bring_up(socket, &interface.name, link.index, interface.mtu)?;
     }
     for loopback in all
@@ -89,6 +101,57 @@ fn interfaces(socket: &mut Socket, interfaces: &[Interface]) -> Result<Vec<Link>
         link::set_up(socket, &loopback.name, loopback.index, true)?;
     }
     Ok(links)
+}
+
+/// Whether IPv6 is off for an interface.
+fn disabled(interface: &str) -> PathBuf {
+    Path::new(IPV6).join(interface).join("disable_ipv6")
+}
+
+/// Without what is of IPv6 where there can be none.
+fn possible(network: &Network) -> Network {
+    let none = !Path::new(IPV6).exists();
+    let is_off = |interface: &Interface| {
+        let wanted = |address: &Address| address.address.is_ipv6() && address.scope == 0;
+        match none {
+            // What others are to reach is not left out in silence.
+            true => !interface.addresses.iter().any(wanted),
+            false => {
+                fs::read_to_string(disabled(&interface.name)).is_ok_and(|value| value.trim() == "1")
+            }
+        }
+    };
+    let off: Vec<&Interface> = network
+        .interfaces
+        .iter()
+        .filter(|one| is_off(one))
+        .collect();
+    let without = |name: &str| off.iter().any(|interface| interface.name == name);
+    let mut possible = network.clone();
+    for interface in &mut possible.interfaces {
+        if without(&interface.name) {
+            let before = interface.addresses.len();
+            interface.addresses.retain(|one| one.address.is_ipv4());
+            if interface.addresses.len() < before {
+                warn!(
+                    interface = interface.name,
+                    "IPv6 is off: its addresses are left out"
+                );
+            }
+        }
+    }
+    possible.routes.retain_mut(|route| {
+        let (six, before) = (route.destination.is_ipv6(), route.hops.len());
+        route.hops.retain(|hop| {
+            let over_six = six || hop.gateway.is_some_and(|gateway| gateway.is_ipv6());
+            !(over_six && without(&hop.interface))
+        });
+        before == 0 || !route.hops.is_empty()
+    });
+    possible
+        .neighbours
+        .retain(|neighbour| neighbour.address.is_ipv4() || !without(&neighbour.interface));
+    possible
 }
 
 fn find<'a>(

@@ -142,7 +142,7 @@ pub(crate) fn survey(socket: &mut Socket, link: &Link, prefix: &str) -> Result<b
         "tc filters of someone else's, and either they or the guest would miss frames; remove them, or move them to the other \
          end of the link"
     } else {
-        "a tc filter that leads to a guest already; remove what was made for that"
+        "a tc filter that leads to a guest already: another VM may have this namespace, and containers that share one are to be in one VM; if that VM is gone, remove what was made for it"
     };
     Err(Error::Interface {
         interface: link.name.clone(),

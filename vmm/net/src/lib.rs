@@ -60,7 +60,7 @@ pub use self::{
 #[cfg(feature = "host")]
 pub use self::{
     made::{Made, MadePort},
-    mirror::{Mirror, Port, mirror, try_out},
+    mirror::{Mirror, Port, mirror, mirror_from, try_out},
     netns::{Netns, NetnsId},
     watch::{LinkChange, LinkState, Watch, watch},
 };

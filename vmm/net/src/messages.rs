@@ -81,7 +81,9 @@ fn address(message: &AddressMessage, interface: &str) -> Option<Address> {
     let peer = of.filter(|of| *of != address);
     let temporary = address.is_ipv6()
         && flags.intersects(AddressFlags::Secondary | AddressFlags::Managetempaddr);
-    if advertised || temporary {
+    // Kernels before 5.18 do not say who made it, but that it ends.
+    let ends = address.is_ipv6() && !flags.contains(AddressFlags::Permanent);
+    if advertised || temporary || ends {
         debug!(interface, %address, "an address of router advertisements is left to the guest");
         return None;
     }

@@ -39,7 +39,7 @@ pub struct Mirror {
 ///
 /// # Errors
 ///
-/// [`Error::Hosts`] if the namespace is init's: the host would hear nothing any more.
+/// [`Error::Hosts`] if the namespace is init's or the caller's own: the host would hear nothing any more.
 /// [`Error::Interface`] names an interface that no guest can have: one without Ethernet frames, TUN and TAP, ipvlan, macvtap,
 /// VRF, one on top of another in the same namespace, an MTU that is too large, or someone else's filters on what comes in.
 /// [`Error::Route`] names such a route. Others tell what the system refused. After any of them all is as it was.
@@ -47,7 +47,20 @@ pub fn mirror(
     netns: &Netns,
     note: &mut dyn FnMut(&Made) -> io::Result<()>,
 ) -> Result<Mirror, Error> {
-    if is_hosts(netns) {
+    mirror_from(netns, &Netns::open("/proc/self/ns/net")?, note)
+}
+
+/// As [`mirror`], for a process that has left the host's namespace, `host`, and may be in the one that it mirrors.
+///
+/// # Errors
+///
+/// As [`mirror`]; [`Error::Hosts`] if the namespace is init's or `host`.
+pub fn mirror_from(
+    netns: &Netns,
+    host: &Netns,
+    note: &mut dyn FnMut(&Made) -> io::Result<()>,
+) -> Result<Mirror, Error> {
+    if netns.id() == host.id() || is_inits(netns) {
         return Err(Error::Hosts {
             what: netns.to_string(),
         });
@@ -77,7 +90,7 @@ pub fn mirror(
     Ok(mirror)
 }
 
-fn is_hosts(netns: &Netns) -> bool {
+fn is_inits(netns: &Netns) -> bool {
     Netns::of_process(1).is_ok_and(|init| init.id() == netns.id())
 }
 

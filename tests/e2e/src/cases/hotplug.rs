@@ -171,7 +171,7 @@ const GROWN_MIB: u64 = 1024;
 /// Enough that all of what was plugged is touched: the kernel gives programs movable memory first.
 const TOUCHED_MIB: u64 = 620;
 /// Too much for what would be left.
-const IN_USE_MIB: u64 = 780;
+const IN_USE_MIB: u64 = 720;
 
 /// Has a program of the guest hold memory until [`let_go`]. One read of /dev/zero may come short; then it is tried again.
 fn hold(shell: &mut Shell<'_>, mib: u64) -> Result<()> {
@@ -351,7 +351,8 @@ fn reporting(context: &Context) -> Result<()> {
     let (full, given_before) = (Resident::rollup(shell.pid())?, given(&shell)?);
     let_go(&mut shell)?;
     let began = Instant::now();
-    let wanted = full.saturating_sub(MIB * 1024 * 9 / 10);
+    // What is free in pieces of less than 2 MiB is not reported.
+    let wanted = full.saturating_sub(MIB * 1024 * 3 / 4);
     // The driver reports every 2 s, and no more than 64 MiB of a free list at a time.
     let left = poll::until(
         "memory that was freed is the host's",

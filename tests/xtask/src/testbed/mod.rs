@@ -47,8 +47,9 @@ pub struct Request {
 }
 
 /// CPUs of the emulated machine. With several, each in a thread of QEMU's, registers of the machine and of the guests in it are lost now
-/// and then, in QEMU's own guests too: kernels panic, guests take triple faults or stand still.
-pub const CPUS: u32 = 1;
+/// and then, in QEMU's own guests too: kernels panic, guests take triple faults or stand still. With one, a host has one CPU, and a VM
+/// without limits no more.
+pub const CPUS: u32 = 2;
 
 impl Request {
     /// A command with the usual size and surroundings.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::conflist::{is_name, plugin_type};
-use super::process::{self, BeforeExec, End, Program, Run};
+use super::process::{self, BeforeExec, End, Program, Run, Stop};
 use super::request::{PortMapping, request};
 use super::{AddResult, Conflist, Error, Kind, Version, classify};
 use crate::netlink::Socket;
@@ -47,6 +47,8 @@ pub struct Attachment {
     result: Option<AddResult>,
     #[serde(skip)]
     before_exec: Option<BeforeExec>,
+    #[serde(skip)]
+    stop: Option<Stop>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +90,7 @@ impl Attachment {
             was_there: false,
             result: None,
             before_exec: None,
+            stop: None,
         }
     }
 
@@ -102,6 +105,11 @@ impl Attachment {
     /// allocate nor take locks.
     pub unsafe fn before_exec(&mut self, prepare: fn() -> io::Result<()>) {
         self.before_exec = Some(prepare);
+    }
+
+    /// Has ADD and CHECK end by [`Stop::stop`]. What an ADD that is stopped has made is undone as after any failure: DEL is not stopped.
+    pub fn stop_by(&mut self, stop: Stop) {
+        self.stop = Some(stop);
     }
 
     /// What ADD resulted in, if it has ended well.
@@ -232,6 +240,7 @@ impl Attachment {
             stdin: &stdin,
             timeout: self.timeout,
             before_exec: self.before_exec,
+            stop: self.stop.as_ref().filter(|_| command != Command::Del),
         };
         tracing::debug!(container_id = self.container_id, %command, plugin = %path.display(), "a plugin runs");
         let run = process::run(&program).map_err(|source| {

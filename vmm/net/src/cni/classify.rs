@@ -105,6 +105,11 @@ pub(super) fn meaning(run: &Run, timeout: Duration) -> Meaning {
             why: format!("it did not end within {timeout:?} and was killed"),
             answer: None,
         },
+        End::Stopped => Meaning {
+            kind: Kind::Stopped,
+            why: "it was stopped, since the network is not wanted any more".to_owned(),
+            answer: None,
+        },
         End::Loud => Meaning {
             kind: Kind::Output,
             why: format!("it wrote more than {STDOUT} bytes on stdout and was killed"),

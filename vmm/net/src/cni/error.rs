@@ -25,6 +25,8 @@ pub enum Kind {
     Namespace,
     /// A plugin was killed at its deadline.
     Timeout,
+    /// A plugin was killed since the caller wants no more of it.
+    Stopped,
     /// It may go well later (codes 11, 50 and 51).
     TryAgain,
     /// A plugin failed for another reason: [`Error::answer`] has it.

@@ -26,6 +26,7 @@ pub use self::{
     attachment::{Attachment, TIMEOUT},
     conflist::{Conflist, Version},
     error::{Answer, Error, Kind},
+    process::Stop,
     request::{PortMapping, Protocol},
     result::{AddResult, Dns, Interface, Ip, Route},
 };

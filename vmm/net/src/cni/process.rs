@@ -6,9 +6,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 /// What a plugin may write on stdout, bytes.
@@ -27,6 +28,29 @@ pub(super) struct Program<'a> {
     pub stdin: &'a [u8],
     pub timeout: Duration,
     pub before_exec: Option<BeforeExec>,
+    pub stop: Option<&'a Stop>,
+}
+
+/// Has plugins that run for an attachment killed, and those that would follow, from any thread.
+#[derive(Debug, Clone)]
+pub struct Stop(Arc<OwnedFd>);
+
+impl Stop {
+    /// One that says nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// The process has no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Self(Arc::new(rustix::event::eventfd(0, flags)?)))
+    }
+
+    /// Says it, for good.
+    pub fn stop(&self) {
+        // A full counter is readable, too.
+        let _ = rustix::io::write(&*self.0, &1_u64.to_ne_bytes());
+    }
 }
 
 /// How it ended.
@@ -37,6 +61,8 @@ pub(super) enum End {
     Late,
     /// Killed since it wrote too much.
     Loud,
+    /// Killed by [`Stop`].
+    Stopped,
 }
 
 pub(super) struct Run {
@@ -58,7 +84,7 @@ pub(super) fn run(program: &Program<'_>) -> io::Result<Run> {
         stderr: child.stderr.take(),
         said: Vec::new(),
     };
-    let end = follow(&mut child, &mut pipes, deadline);
+    let end = follow(&mut child, &mut pipes, deadline, program.stop);
     if end.is_err() {
         let _ = kill_group(&child);
         child.wait()?;
@@ -134,13 +160,18 @@ struct Pipes<'a> {
     said: Vec<u8>,
 }
 
-fn follow(child: &mut Child, pipes: &mut Pipes<'_>, deadline: Option<Instant>) -> io::Result<End> {
+fn follow(
+    child: &mut Child,
+    pipes: &mut Pipes<'_>,
+    deadline: Option<Instant>,
+    stop: Option<&Stop>,
+) -> io::Result<End> {
     let pidfd = rustix::process::pidfd_open(pid(child)?, PidfdFlags::empty())?;
     if let Some(stdin) = &pipes.stdin {
         rustix::io::ioctl_fionbio(stdin, true)?;
     }
     loop {
-        let ready = pipes.wait(&pidfd, deadline)?;
+        let ready = pipes.wait(&pidfd, stop, deadline)?;
         if ready.stdin {
             pipes.write();
         }
@@ -161,6 +192,11 @@ fn follow(child: &mut Child, pipes: &mut Pipes<'_>, deadline: Option<Instant>) -
         if ready.ended && !ready.stdout && !ready.stderr {
             return Ok(End::Exited(child.wait()?));
         }
+        if ready.stopped {
+            kill_group(child)?;
+            child.wait()?;
+            return Ok(End::Stopped);
+        }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             kill_group(child)?;
             child.wait()?;
@@ -172,13 +208,19 @@ fn follow(child: &mut Child, pipes: &mut Pipes<'_>, deadline: Option<Instant>) -
 #[derive(Default)]
 struct Ready {
     ended: bool,
+    stopped: bool,
     stdin: bool,
     stdout: bool,
     stderr: bool,
 }
 
 impl Pipes<'_> {
-    fn wait(&self, pidfd: &OwnedFd, deadline: Option<Instant>) -> io::Result<Ready> {
+    fn wait(
+        &self,
+        pidfd: &OwnedFd,
+        stop: Option<&Stop>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Ready> {
         let left = deadline.map(|deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             Timespec {
@@ -187,8 +229,10 @@ impl Pipes<'_> {
             }
         });
         let mut ready = Ready::default();
-        let pipes: [(Option<BorrowedFd<'_>>, PollFlags, &mut bool); 4] = [
+        let stop = stop.map(|stop| stop.0.as_fd());
+        let pipes: [(Option<BorrowedFd<'_>>, PollFlags, &mut bool); 5] = [
             (Some(pidfd.as_fd()), PollFlags::IN, &mut ready.ended),
+            (stop, PollFlags::IN, &mut ready.stopped),
             (fd(&self.stdin), PollFlags::OUT, &mut ready.stdin),
             (fd(&self.stdout), PollFlags::IN, &mut ready.stdout),
             (fd(&self.stderr), PollFlags::IN, &mut ready.stderr),

@@ -635,27 +635,56 @@ fn what_the_kernel_refuses_is_named_with_what_it_says() {
     assert!(cause(&error).contains("File exists"), "{error:?}");
 }
 
+fn ipv6_disabled(guest: &Netns, interface: &str) -> String {
+    let file = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+    let read = || Ok(std::fs::read_to_string(&file).unwrap().trim().to_owned());
+    guest.enter(read).unwrap()
+}
+
 #[test]
-fn an_ipv6_address_where_ipv6_is_disabled_is_refused_with_the_remedy() {
-    let (guest, _wire) = guest(&[("eth0", 1)]);
-    let file = Path::new("/proc/sys/net/ipv6/conf/eth0/disable_ipv6");
+fn where_ipv6_is_disabled_what_is_described_of_it_is_left_out() {
+    let (guest, _wire) = guest(&[("eth0", 2), ("eth1", 1)]);
+    let file = Path::new("/proc/sys/net/ipv6/conf/all/disable_ipv6");
     guest
         .enter(|| {
             std::fs::write(file, "1").unwrap();
             Ok(())
         })
         .unwrap();
-    let mut network = Network {
-        interfaces: vec![interface("eth0", 1, 1500, vec![addr("10.1.1.2/24")])],
+    applied(&guest, &everything());
+    let mut without = everything();
+    for interface in &mut without.interfaces {
+        interface.addresses.retain(|one| one.address.is_ipv4());
+    }
+    let there = describe(&guest);
+    assert_eq!(there.interfaces, without.interfaces);
+    // Those of IPv4 are all there but for the one over a gateway of IPv6.
+    let fours = |routes: &[Route]| {
+        routes
+            .iter()
+            .filter(|one| one.destination.is_ipv4())
+            .count()
+    };
+    assert_eq!(fours(&there.routes), fours(&everything().routes) - 1);
+    assert!(
+        there
+            .routes
+            .iter()
+            .all(|route| route.destination.is_ipv4() || route.hops.is_empty())
+    );
+}
+
+#[test]
+fn an_interface_without_ipv6_has_it_disabled() {
+    let (guest, _wire) = guest(&[("eth0", 1), ("eth1", 2)]);
+    let network = Network {
+        interfaces: vec![
+            interface("eth0", 1, 1500, vec![addr("10.1.1.2/24")]),
+            interface("eth1", 2, 1500, vec![addr("fd00:1::2/64")]),
+        ],
         ..Network::default()
     };
     applied(&guest, &network);
-    network.interfaces[0].addresses.push(addr("fd00:1::2/64"));
-    let error = refused(&guest, &network);
-    assert!(matches!(error, Error::NoIpv6 { .. }), "{error:?}");
-    let said = error.to_string();
-    assert!(
-        said.starts_with("Cannot add the address fd00:1::2/64 to eth0: the kernel has no IPv6"),
-        "{said}"
-    );
+    assert_eq!(ipv6_disabled(&guest, "eth0"), "1");
+    assert_eq!(ipv6_disabled(&guest, "eth1"), "0");
 }

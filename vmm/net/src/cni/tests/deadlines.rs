@@ -50,6 +50,39 @@ fn a_slow_plugin_is_killed_with_its_children_at_the_deadline() {
 }
 
 #[test]
+fn an_add_that_is_stopped_ends_at_once_and_is_undone() {
+    let host = Host::new();
+    let child = host.path("child");
+    host.plugin("first", "echo '{\"cniVersion\": \"1.0.0\"}'");
+    host.silent_plugin(
+        "slow",
+        &format!(
+            "test $CNI_COMMAND = DEL && exit 0\nsleep 300 &\necho $! >{}\nwait",
+            child.display()
+        ),
+    );
+    let plugins = json!([{"type": "first"}, {"type": "slow"}]);
+    let mut attachment = host.attachment("1.0.0", plugins);
+    attachment.timeout = Duration::from_secs(120);
+    let stop = crate::cni::Stop::new().unwrap();
+    attachment.stop_by(stop.clone());
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            until("a plugin that waits", || child.exists());
+            stop.stop();
+        });
+        let error = add(&mut attachment).unwrap_err();
+        assert_eq!(error.kind(), Kind::Stopped);
+        assert!(error.also().is_empty(), "{error}");
+    });
+    assert!(start.elapsed() < Duration::from_secs(60));
+    assert_eq!(host.order(), ["ADD first", "DEL first"]);
+    let child = host.pid("child");
+    until("end of the child", || !runs(child));
+}
+
+#[test]
 fn a_plugin_that_is_slow_in_del_holds_up_no_other() {
     let host = Host::new();
     host.plugin("first", "");
