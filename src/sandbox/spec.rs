@@ -72,6 +72,29 @@ pub struct GuestSpec {
     pub warnings: Vec<String>,
 }
 
+/// The first container of a VM, whose namespaces others may share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct First {
+    /// The pid that the host's programs were told for it.
+    pub host_pid: u32,
+    /// Its init in the guest.
+    pub guest_pid: u32,
+}
+
+impl First {
+    /// Where the guest has the namespace that is at `path` on the host, if it is one that can be shared.
+    fn namespace(self, kind: LinuxNamespaceType, path: &Path) -> Option<PathBuf> {
+        let name = match kind {
+            LinuxNamespaceType::Ipc => "ipc",
+            LinuxNamespaceType::Uts => "uts",
+            LinuxNamespaceType::Pid => "pid",
+            _ => return None,
+        };
+        let of = |pid: u32| PathBuf::from(format!("/proc/{pid}/ns/{name}"));
+        (path == of(self.host_pid) && self.guest_pid > 0).then(|| of(self.guest_pid))
+    }
+}
+
 /// A directory or file of the host that a container mounts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
@@ -144,6 +167,17 @@ const COMMON_DEVICES: [(i64, i64); 9] = [
 /// score and the seccomp profile are kept. What is to be shared for its bind mounts gets names that begin with
 /// `prefix`, which no other container of the guest has.
 pub fn for_guest(spec: &Spec, id: &str, prefix: &str) -> Result<GuestSpec, Error> {
+    for_guest_beside(spec, id, prefix, None)
+}
+
+/// As [`for_guest`], in a VM that has a container already: the namespaces of the host's process that was told for that – as CRI names those of
+/// its pods – are those of the container.
+pub fn for_guest_beside(
+    spec: &Spec,
+    id: &str,
+    prefix: &str,
+    first: Option<First>,
+) -> Result<GuestSpec, Error> {
     let mut spec = spec.clone();
     let mut warnings = Vec::new();
     let mut binds = Vec::new();
@@ -182,7 +216,7 @@ pub fn for_guest(spec: &Spec, id: &str, prefix: &str) -> Result<GuestSpec, Error
         process.set_exec_cpu_affinity(None);
     }
     let mut linux = spec.linux().clone().unwrap_or_default();
-    adapt_linux(&mut linux, id, &mut warnings)?;
+    adapt_linux(&mut linux, id, first, &mut warnings)?;
     spec.set_linux(Some(linux));
     Ok(GuestSpec {
         json: serde_json::to_vec(&spec)?,
@@ -268,7 +302,12 @@ fn adapt_mount(mount: &mut Mount, name: String) -> Result<Option<Bind>, Error> {
     }))
 }
 
-fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Result<(), Error> {
+fn adapt_linux(
+    linux: &mut Linux,
+    id: &str,
+    first: Option<First>,
+    warnings: &mut Vec<String>,
+) -> Result<(), Error> {
     linux.set_cgroups_path(Some(format!("/nacre/{id}").into()));
     // The guest's runtime knows these by the names of their recursive kin, and makes them recursive.
     let propagation = linux.rootfs_propagation().as_deref();
@@ -286,6 +325,9 @@ fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Resul
         if namespace.typ() == LinuxNamespaceType::Network || path.as_os_str().is_empty() {
             // The host's netns is the VM's; the container has the guest's. An empty path is a new namespace.
             namespace.set_path(None);
+        } else if let Some(shared) = first.and_then(|first| first.namespace(namespace.typ(), &path))
+        {
+            namespace.set_path(Some(shared));
         } else {
             let kind = namespace.typ().to_string();
             return Err(Error::Namespace {
@@ -412,6 +454,37 @@ mod tests {
         );
         assert_eq!(value["linux"]["cgroupsPath"], "/nacre/c1");
         assert_eq!(warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_first_containers_namespaces_can_be_shared() {
+        let first = Some(First {
+            host_pid: 4711,
+            guest_pid: 33,
+        });
+        let with = |kind: &str, path: &str| {
+            let spec = spec(|spec| {
+                spec["linux"]["namespaces"] = json!([{"type": kind, "path": path}]);
+            });
+            for_guest_beside(&spec, "c2", "1", first)
+        };
+        for kind in ["ipc", "uts", "pid"] {
+            let guest = with(kind, &format!("/proc/4711/ns/{kind}")).unwrap();
+            let value: Value = serde_json::from_slice(&guest.json).unwrap();
+            assert_eq!(
+                value["linux"]["namespaces"],
+                json!([{"type": kind, "path": format!("/proc/33/ns/{kind}")}])
+            );
+        }
+        for (kind, path) in [
+            ("ipc", "/proc/4712/ns/ipc"),
+            ("ipc", "/proc/4711/ns/uts"),
+            ("mount", "/proc/4711/ns/mnt"),
+            ("user", "/proc/4711/ns/user"),
+        ] {
+            let error = with(kind, path).unwrap_err().to_string();
+            assert!(error.contains(path), "{error}");
+        }
     }
 
     #[test]

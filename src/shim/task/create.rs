@@ -156,8 +156,8 @@ impl Shim {
         }
         let sandbox = self.sandbox().await?;
         let prefix = sandbox.share_prefix();
-        let guest =
-            spec::for_guest(&spec, id, &prefix).map_err(|error| Error::Invalid(chain(&error)))?;
+        let guest = spec::for_guest_beside(&spec, id, &prefix, self.first())
+            .map_err(|error| Error::Invalid(chain(&error)))?;
         for warning in &guest.warnings {
             tracing::warn!(container = id, "{warning}");
         }
@@ -257,6 +257,16 @@ impl Shim {
             storage,
             io,
             guest_pid,
+        })
+    }
+
+    /// The container that the VM was started for, once its init is there.
+    fn first(&self) -> Option<spec::First> {
+        let state = self.lock();
+        let first = state.containers.get(&self.identity.container)?;
+        Some(spec::First {
+            host_pid: self.identity.pid,
+            guest_pid: first.guest_pid,
         })
     }
 

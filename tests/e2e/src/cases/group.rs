@@ -1,6 +1,6 @@
 //! Several containers in one VM.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::context::{Context, Runtime};
 use crate::ctr::{Ctr, Output};
@@ -64,6 +64,7 @@ fn shares(context: &Context) -> Result<()> {
             .count();
         ensure!(others <= 1, "{id} sees {:?}", list.out());
     }
+    joins(&ctr, context, &one, &flags)?;
     // A third comes and goes with an exit code of its own.
     let third = context.id("three");
     ctr.script(
@@ -83,6 +84,28 @@ fn shares(context: &Context) -> Result<()> {
         .expect_code(0)?
         .expect_out("here\n")?;
     super::exec::end(&ctr, context, &two)
+}
+
+/// As CRI has it, a container of a pod names namespaces by the pid that was told for the first.
+fn joins(ctr: &Ctr<'_>, context: &Context, first: &str, flags: &[&str]) -> Result<()> {
+    let pid = ctr.task(first)?.map(|(pid, _)| pid).context("no task")?;
+    let namespace = |kind: &str| format!("{kind}:/proc/{pid}/ns/{kind}");
+    let (ipc, uts) = (namespace("ipc"), namespace("uts"));
+    let mut all = flags.to_vec();
+    all.extend(["--with-ns", &ipc, "--with-ns", &uts]);
+    let link = |id: &str, kind: &str| -> Result<String> {
+        let path = format!("/proc/self/ns/{kind}");
+        let output = ctr.exec(id, &format!("link-{kind}"), &[], &["readlink", &path])?;
+        output.expect_code(0)?;
+        Ok(output.out())
+    };
+    let id = context.id("joined");
+    ctr.detached(&id, &all, &["sleep", "1000"])?;
+    for (kind, shared) in [("ipc", true), ("uts", true), ("net", true), ("pid", false)] {
+        let same = link(&id, kind)? == link(first, kind)?;
+        ensure!(same == shared, "the {kind} namespace is shared: {same}");
+    }
+    super::exec::end(ctr, context, &id)
 }
 
 fn ends_last(context: &Context) -> Result<()> {
