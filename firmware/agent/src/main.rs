@@ -21,6 +21,7 @@ mod hotplug;
 mod init;
 mod log;
 mod modules;
+mod net;
 mod process;
 mod reaper;
 mod resources;

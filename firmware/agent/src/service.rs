@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nacre_protocol::agent::{
-    BindDiskRequest, BindDiskResponse, ClockRequest, ClockResponse, CreateContainerRequest,
-    CreateContainerResponse, DeleteContainerRequest, DeleteExecRequest, Empty, ExecRequest,
-    OfflineCpuRequest, OfflineCpuResponse, OfflineMemoryRequest, OfflineMemoryResponse,
-    OnlineCpuRequest, OnlineCpuResponse, OnlineMemoryRequest, OnlineMemoryResponse, PauseRequest,
-    PidsRequest, PidsResponse, Process, ResizePtyRequest, ResourcesRequest, ResourcesResponse,
-    ResumeRequest, ShutdownRequest, SignalRequest, StartRequest, StartResponse, StatsRequest,
-    StatsResponse, UnbindDiskRequest, UpdateRequest, WatchMemoryRequest,
+    BindDiskRequest, BindDiskResponse, ClockRequest, ClockResponse, ConfigureNetworkRequest,
+    CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, DeleteExecRequest,
+    Empty, ExecRequest, OfflineCpuRequest, OfflineCpuResponse, OfflineMemoryRequest,
+    OfflineMemoryResponse, OnlineCpuRequest, OnlineCpuResponse, OnlineMemoryRequest,
+    OnlineMemoryResponse, PauseRequest, PidsRequest, PidsResponse, Process, ReleaseNetworkRequest,
+    ResizePtyRequest, ResourcesRequest, ResourcesResponse, ResumeRequest, ShutdownRequest,
+    SignalRequest, StartRequest, StartResponse, StatsRequest, StatsResponse, UnbindDiskRequest,
+    UpdateRequest, WatchMemoryRequest,
 };
 use nacre_protocol::agent_ttrpc::Agent;
 use tokio::sync::watch;
@@ -21,11 +22,12 @@ use tracing::{debug, info, warn};
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::container::{Containers, blocking};
-use crate::devices;
+use crate::devices::{self, Tree};
 use crate::error::Error;
 use crate::hotplug::Hotplug;
 use crate::hotplug::pressure::MemoryWatch;
 use crate::init;
+use crate::net;
 use crate::shares;
 
 /// The longest grace that a shutdown gives to processes.
@@ -114,11 +116,34 @@ impl Agent for Service {
         request: UnbindDiskRequest,
     ) -> ttrpc::Result<Empty> {
         run("UnbindDisk", request.window.to_string(), async move {
-            tokio::task::spawn_blocking(move || devices::unbind_disk(request.window))
-                .await
-                .unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+            blocking(move || devices::unbind(&Tree::of_guest(), request.window)).await
         })
         .await?;
+        Ok(Empty::new())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        let this = self.clone();
+        let of = format!("{:?}", request.windows);
+        run("ConfigureNetwork", of, async move {
+            this.modules_loaded().await;
+            net::configure(request.windows, request.network_json).await
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn release_network(
+        &self,
+        _: &TtrpcContext,
+        request: ReleaseNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        let of = format!("{:?}", request.windows);
+        run("ReleaseNetwork", of, net::release(request.windows)).await?;
         Ok(Empty::new())
     }
 

@@ -16,6 +16,7 @@ mod image;
 mod initrd;
 mod leaks;
 mod lots;
+mod net;
 mod poll;
 mod processes;
 mod report;

@@ -18,6 +18,7 @@ mod hotplug_limits;
 mod inspect;
 mod lifecycle;
 mod mute;
+mod network;
 mod pause;
 mod races;
 mod refusals;
@@ -59,6 +60,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         volumes::CASES,
         inspect::CASES,
         clock::CASES,
+        network::CASES,
         bench::CASES,
         host_cgroup::CASES,
         hooks::CASES,
