@@ -3,16 +3,20 @@
 //! judges: a time is no test.
 //!
 //! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
-//! how one is driven, `storage` what is measured of files in them, `hotplug` what is
-//! measured of a VM, `memory` what a process holds, `report` how it is shown.
+//! how one is driven, `storage` what is measured of files in them (by `probed` and, in QEMU, `console`; `steady` has their VMs'
+//! configuration), `hotplug` what is measured of a VM, `memory` what a process
+//! holds, `report` how it is shown.
 
+mod console;
 mod hotplug;
 mod listeners;
 mod memory;
 mod peers;
+mod probed;
 mod report;
 mod scenarios;
 pub mod shim;
+mod steady;
 mod storage;
 
 use std::ffi::OsString;
