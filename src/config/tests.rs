@@ -1,7 +1,7 @@
 use super::reference::{path, sections};
 use super::*;
-use crate::network::{Cni, List};
 use crate::hotplug::{CpuPolicy, Host, MemoryPolicy, Room};
+use crate::network::{Cni, List};
 use crate::sandbox::annotations::Overrides;
 use crate::sandbox::cgroup::Wish;
 use crate::sandbox::{SandboxConfig, size};

@@ -3,15 +3,19 @@
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::time::Duration;
 
-use nacre_net::cni::Attachment;
 use nacre_net::Made;
+use nacre_net::cni::Attachment;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::origin;
 use crate::record::{Record, Resource};
 use crate::sandbox::chain;
+
+/// How long a plugin's DEL may take, whatever is configured: containerd waits five seconds for all that is to be freed.
+const LONGEST_DEL: Duration = Duration::from_secs(4);
 
 /// What a file says that was made.
 pub(crate) trait Kept: Serialize + DeserializeOwned {
@@ -28,6 +32,7 @@ impl Kept for Made {
 impl Kept for Attachment {
     fn undo(&self) -> Result<(), String> {
         let mut attachment = self.clone();
+        attachment.timeout = attachment.timeout.min(LONGEST_DEL);
         run_on_the_host(&mut attachment);
         attachment.del().map_err(|error| chain(&error))
     }
@@ -52,6 +57,19 @@ pub(super) fn note(record: &Record, resource: &Resource, what: &impl Kept) -> io
     std::fs::rename(&new, path)?;
     let directory = path.parent().unwrap_or(Path::new("/"));
     std::fs::File::open(directory)?.sync_all()
+}
+
+/// Has the plugins of a network check what they have made.
+pub(super) fn check(resource: &Resource) -> Result<(), String> {
+    let Resource::Cni(path) = resource else {
+        return Ok(());
+    };
+    let mut attachment: Attachment = std::fs::read(path)
+        .map_err(|error| error.to_string())
+        .and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()))
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    run_on_the_host(&mut attachment);
+    attachment.check().map_err(|error| chain(&error))
 }
 
 /// Undoes what a file says, and removes it; false if there is none.

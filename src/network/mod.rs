@@ -76,7 +76,7 @@ pub struct Cni {
     pub ports: Vec<PortMapping>,
 }
 
-/// Where a CNI network list comes from.
+/// Where a CNI network list comes from. It is read when the network comes up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum List {
     /// A file.
@@ -96,7 +96,11 @@ impl List {
         }
     }
 
-    fn load(&self) -> Result<Conflist, nacre_net::cni::Error> {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// It is not there, or cannot be.
+    pub fn load(&self) -> Result<Conflist, nacre_net::cni::Error> {
         match self {
             Self::File(path) => Conflist::load(path),
             Self::First(directory) => Conflist::first(directory),
@@ -211,10 +215,15 @@ impl Network {
 
     async fn up(self: Arc<Self>, sandbox: &Sandbox) -> Result<(), Error> {
         let mut up = self.up.lock().await;
-        if up.is_some() {
-            return Ok(());
-        }
         let this = Arc::clone(&self);
+        if let Some(up) = &*up {
+            let kept = up.kept.clone();
+            return blocking(move || {
+                check(&kept);
+                Ok(())
+            })
+            .await;
+        }
         let (mut mirror, kept) = blocking(move || this.make()).await?;
         let attached = sandbox.attach_network(&mut mirror).await;
         let nics = match attached {
@@ -307,8 +316,8 @@ impl Network {
         attachment.timeout = cni.timeout;
         kept::run_on_the_host(&mut attachment);
         let resource = Resource::Cni(self.record.directory().join("cni.json"));
-        let added = attachment
-            .add(&mut |attachment| kept::note(&self.record, &resource, attachment));
+        let added =
+            attachment.add(&mut |attachment| kept::note(&self.record, &resource, attachment));
         kept.push(resource.clone());
         match added {
             Ok(result) => Ok(result),
@@ -349,11 +358,23 @@ impl Network {
     }
 }
 
+/// Whether the plugins find what they have made. What is not there is for people to know: the guest has what it has.
+fn check(kept: &[Resource]) {
+    for resource in kept {
+        if let Err(error) = kept::check(resource) {
+            tracing::warn!(error, "the network is not as CNI made it");
+        }
+    }
+}
+
 /// Last made first. What fails stays in the record, where it is tried again.
 fn undo(record: &Record, kept: &[Resource]) {
     for resource in kept.iter().rev() {
         if let Err(error) = record.free(resource) {
-            tracing::warn!(error = chain(&error), "part of the network stays, and is recorded");
+            tracing::warn!(
+                error = chain(&error),
+                "part of the network stays, and is recorded"
+            );
         }
     }
 }

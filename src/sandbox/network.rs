@@ -159,6 +159,10 @@ impl Sandbox {
             .devices
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        devices.retain(|device| !device.window.is_some_and(|window| nics.windows.contains(&window)));
+        devices.retain(|device| {
+            !device
+                .window
+                .is_some_and(|window| nics.windows.contains(&window))
+        });
     }
 }

@@ -51,12 +51,12 @@ impl Phase {
     /// nothing that would be kept.
     pub const fn share(self) -> Duration {
         Duration::from_millis(match self {
-            Self::Stdio => 2900,
+            Self::Stdio => 2600,
             Self::Guest => 500,
             Self::Connections | Self::Vm | Self::Mounts => 200,
             Self::Events => 300,
             Self::Hotplug => 150,
-            Self::Network => 50,
+            Self::Network => 350,
         })
     }
 

@@ -216,8 +216,7 @@ fn find_network(
         return Ok(Some(Arc::new(network)));
     };
     let hostname = spec.hostname().clone().unwrap_or_else(|| id.to_owned());
-    let names =
-        Names::make(record.directory(), &hostname).map_err(|error| chain(&error))?;
+    let names = Names::make(record.directory(), &hostname).map_err(|error| chain(&error))?;
     Ok(Some(Arc::new(network.filled_by(cni, Some(names)))))
 }
 

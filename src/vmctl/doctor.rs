@@ -8,7 +8,7 @@ use nacre_vmm::kvm;
 use serde::Serialize;
 
 use super::probe;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::sandbox::chain;
 use crate::sandbox::size::meminfo_mib;
 use crate::sandbox::storage::find_tool;
@@ -124,6 +124,8 @@ pub(super) fn doctor(args: &Args) -> anyhow::Result<u8> {
     ));
     checks.push(share_check(Path::new("/")));
     checks.push(tool_check("mkfs.ext4", find_tool("mkfs.ext4")));
+    checks.push(network_check(nacre_net::try_out()));
+    checks.push(plugins_check(&config.network));
     checks.push(cgroup_check(Path::new("/sys/fs/cgroup")));
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     checks.push(memory_check(&meminfo, config.size.default_memory.mib()));
@@ -329,6 +331,42 @@ fn share_check(path: &Path) -> Check {
     }
 }
 
+/// Whether a network namespace can be a guest's.
+fn network_check(tried: Result<(), nacre_net::Error>) -> Check {
+    match tried {
+        Ok(()) => Check::ok(
+            "network",
+            "TAP interfaces and redirects between interfaces work",
+        ),
+        Err(error) => Check::warning(
+            "network",
+            chain(&error),
+            "guests have loopback only: run as root, and load the modules tun, sch_ingress, cls_u32 and act_mirred",
+        ),
+    }
+}
+
+/// Where the plugins are by which `vmctl run --net` and plain `ctr run` get a network.
+fn plugins_check(config: &config::Network) -> Check {
+    const CHECK: &str = "CNI plugins";
+    let mut found = config.cni_bin_dirs.iter();
+    match found.find(|directory| directory.join("bridge").is_file()) {
+        Some(directory) => Check::ok(CHECK, directory.display().to_string()),
+        None => {
+            let directories: Vec<_> = config
+                .cni_bin_dirs
+                .iter()
+                .map(|directory| directory.display().to_string())
+                .collect();
+            Check::warning(
+                CHECK,
+                format!("no bridge in {}", directories.join(", ")),
+                "install the package containernetworking-plugins, or set network.cni_bin_dirs: `vmctl run --net` needs them",
+            )
+        }
+    }
+}
+
 fn cgroup_check(root: &Path) -> Check {
     if root.join("cgroup.controllers").is_file() {
         return Check::ok("cgroups", "version 2");
@@ -366,6 +404,22 @@ fn memory_check(meminfo: &str, wanted_mib: u64) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plugins_are_where_one_is() {
+        let root = tempfile::tempdir().unwrap();
+        let config = config::Network {
+            cni_bin_dirs: vec!["/nowhere".into(), root.path().to_owned()],
+            ..config::Network::default()
+        };
+        let check = plugins_check(&config);
+        assert_eq!(check.status, Status::Warning);
+        assert!(check.found.contains("/nowhere"), "{}", check.found);
+        std::fs::write(root.path().join("bridge"), "").unwrap();
+        let check = plugins_check(&config);
+        assert_eq!(check.status, Status::Ok);
+        assert_eq!(check.found, root.path().display().to_string());
+    }
 
     #[test]
     fn the_backend_is_told_by_its_module() {

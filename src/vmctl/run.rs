@@ -221,6 +221,8 @@ fn network(
     list: List,
     publish: &[PortMapping],
 ) -> anyhow::Result<Arc<Network>> {
+    // What is wrong with it is better known before the boot.
+    list.load()?;
     let netns = Netns::create()?;
     // The plugins are other processes.
     let path = format!(

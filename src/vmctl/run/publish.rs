@@ -40,7 +40,9 @@ fn port(text: &str) -> Result<u16, String> {
 }
 
 fn address(text: &str) -> Result<IpAddr, String> {
-    let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+    let bracketed = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'));
     let parsed = match bracketed {
         Some(text) => text.parse().map(IpAddr::V6),
         None => text.parse().map(IpAddr::V4),
@@ -57,7 +59,13 @@ mod tests {
         for (text, host_ip, host_port, container_port, protocol) in [
             ("8080:80", None, 8080, 80, Protocol::Tcp),
             ("53:5353/udp", None, 53, 5353, Protocol::Udp),
-            ("127.0.0.1:1:65535/sctp", Some("127.0.0.1"), 1, 65535, Protocol::Sctp),
+            (
+                "127.0.0.1:1:65535/sctp",
+                Some("127.0.0.1"),
+                1,
+                65535,
+                Protocol::Sctp,
+            ),
             ("[fd00::1]:2:3/tcp", Some("fd00::1"), 2, 3, Protocol::Tcp),
         ] {
             let expected = PortMapping {

@@ -76,7 +76,8 @@ impl Network {
         if let Some(mtu) = wanted.mtu {
             bridge["mtu"] = json!(mtu);
         }
-        let portmap = json!({ "type": "portmap", "capabilities": { "portMappings": true }, "snat": true });
+        let portmap =
+            json!({ "type": "portmap", "capabilities": { "portMappings": true }, "snat": true });
         let text = json!({ "cniVersion": "1.0.0", "name": "e2e", "plugins": [bridge, portmap] });
         std::fs::write(&list, serde_json::to_vec_pretty(&text)?)?;
         Ok(Self {

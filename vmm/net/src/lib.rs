@@ -57,7 +57,7 @@ pub use self::{apply::apply, error::Error};
 #[cfg(feature = "host")]
 pub use self::{
     made::{Made, MadePort},
-    mirror::{Mirror, Port, mirror},
+    mirror::{Mirror, Port, mirror, try_out},
     netns::{Netns, NetnsId},
     watch::{LinkChange, LinkState, Watch, watch},
 };

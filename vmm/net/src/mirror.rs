@@ -151,6 +151,26 @@ fn make(links: &[Link], wanted: &[MadePort], ports: &mut Vec<Port>) -> Result<()
     Ok(())
 }
 
+/// Whether this host can do what [`mirror`] does, by a redirect between two TAP interfaces in a namespace that is gone afterwards.
+///
+/// # Errors
+///
+/// What the system refuses, or lacks: /dev/net/tun, and the kernel's sch_ingress, cls_u32 and act_mirred.
+pub fn try_out() -> Result<(), Error> {
+    Netns::create()?.enter(|| {
+        let names = [tap_name(), tap_name()];
+        let _taps = [Tap::open(&names[0])?, Tap::open(&names[1])?];
+        let mut socket = Socket::open()?;
+        let all = link::list(&mut socket)?;
+        let find = |name: &String| all.iter().find(|link| link.name == *name);
+        let [Some(from), Some(to)] = [find(&names[0]), find(&names[1])] else {
+            return Ok(());
+        };
+        filter::add_discipline(&mut socket, from)?;
+        filter::redirect(&mut socket, from, to, &names[0])
+    })
+}
+
 impl Mirror {
     /// What the guest has to configure.
     pub fn network(&self) -> &Network {

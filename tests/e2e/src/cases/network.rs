@@ -247,10 +247,18 @@ fn refusals(context: &Context) -> Result<()> {
     let network = Network::write(context, &wanted)?;
     let first = shell(context, "first", Kernel::Usual, &network, &[])?;
     let second = fails(context, "second", &network, &[], &network.config())?;
-    expect_words(&second, &["no", "address", "e2e", "host-local"])?;
+    let words = [
+        "no IP addresses available",
+        "\"e2e\"",
+        "enlarge",
+        "10-e2e.conflist",
+    ];
+    expect_words(&second, &words)?;
     first.end()?;
 
-    let other = network.config().replace("cni_bin_dirs = [", "cni_bin_dirs = [\"/nowhere\"]\n#");
+    let other = network
+        .config()
+        .replace("cni_bin_dirs = [", "cni_bin_dirs = [\"/nowhere\"]\n#");
     let missing = fails(context, "missing", &network, &[], &other)?;
     expect_words(&missing, &["bridge", "/nowhere"])?;
 
@@ -273,7 +281,9 @@ fn fails(
     let mut all = vec!["--net", &list];
     all.extend(options);
     let mut shell = Shell::launch(context, name, Kernel::Usual, &all, config)?;
-    let ended = poll::until("the end of vmctl run", context.seconds(60), || shell.ended())?;
+    let ended = poll::until("the end of vmctl run", context.seconds(60), || {
+        shell.ended()
+    })?;
     ensure!(ended.contains("125"), "vmctl run ended with {ended}");
     Ok(shell.errors())
 }
@@ -293,7 +303,10 @@ fn killed(context: &Context) -> Result<()> {
     one.tasks.start(one.id(), "")?;
     let leases = network.leases();
     ensure!(leases.len() == 2, "the leases are {leases:?}");
-    ensure!(net::ports_of_bridge().len() == 1, "nothing is on the bridge");
+    ensure!(
+        net::ports_of_bridge().len() == 1,
+        "nothing is on the bridge"
+    );
     one.bundle.kill()?;
     ensure!(
         network.leases() == leases,

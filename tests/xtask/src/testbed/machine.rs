@@ -354,8 +354,8 @@ fn iptables(stage: &mut Stage) -> Result<()> {
     )?;
     let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
     for folder in libraries.map(|folder| root.join(folder)) {
-        for entry in std::fs::read_dir(&folder)
-            .with_context(|| format!("reading {}", folder.display()))?
+        for entry in
+            std::fs::read_dir(&folder).with_context(|| format!("reading {}", folder.display()))?
         {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_owned();

@@ -13,7 +13,8 @@ use super::conflist::{is_name, plugin_type};
 use super::process::{self, BeforeExec, End, Program, Run};
 use super::request::{PortMapping, request};
 use super::{AddResult, Conflist, Error, Kind, Version, classify};
-use crate::{Netns, NetnsId};
+use crate::netlink::Socket;
+use crate::{Netns, NetnsId, link};
 
 /// How long a plugin may run if nothing else is said.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
@@ -41,6 +42,8 @@ pub struct Attachment {
     /// How long each plugin may run, in each of ADD, CHECK and DEL, before its process group is killed.
     pub timeout: Duration,
     netns_id: Option<NetnsId>,
+    /// The interface was there before ADD, so that it is another's unless ADD ends well.
+    was_there: bool,
     result: Option<AddResult>,
     #[serde(skip)]
     before_exec: Option<BeforeExec>,
@@ -82,13 +85,15 @@ impl Attachment {
             port_mappings: Vec::new(),
             timeout: TIMEOUT,
             netns_id: None,
+            was_there: false,
             result: None,
             before_exec: None,
         }
     }
 
     /// Sets what a plugin's process does before it executes the program, such as to go back to the host's namespaces. It is
-    /// not part of what is serialised.
+    /// not part of what is serialised. Programs are looked for, and the network namespace is looked at, where the calling
+    /// thread is.
     ///
     /// # Safety
     ///
@@ -123,7 +128,9 @@ impl Attachment {
         for plugin in self.network.plugins() {
             self.find(Command::Add, plugin)?;
         }
-        self.netns_id = Some(self.open_netns(Command::Add)?.id());
+        let netns = self.open_netns(Command::Add)?;
+        self.netns_id = Some(netns.id());
+        self.was_there = has_interface(&netns, &self.interface);
         self.write_down(note)?;
         let added = self.add_all().and_then(|result| {
             self.result = Some(result.clone());
@@ -134,8 +141,8 @@ impl Attachment {
             let undone = self.del();
             self.result = None;
             match undone {
-                Ok(()) => error,
-                Err(other) => error.and(&other),
+                Err(other) if !is_same_refusal(&error, &other) => error.and(&other),
+                _ => error,
             }
         })
     }
@@ -163,7 +170,8 @@ impl Attachment {
     }
 
     /// Runs DEL of all plugins in reverse, whichever of them fail. May be repeated, also when ADD has run in part or
-    /// not at all. If the namespace is gone, or another one has its path, the plugins are told that there is none.
+    /// not at all. If the namespace is gone, or another one has its path, the plugins are told that there is none. So they are
+    /// if ADD has not ended well and the interface was there before it, since that is another's.
     ///
     /// # Errors
     ///
@@ -247,7 +255,7 @@ impl Attachment {
             .iter()
             .map(|(name, value)| format!("{name}={value}"));
         let netns = match command {
-            Command::Del if self.netns_is_gone() => OsString::new(),
+            Command::Del if self.netns_is_anothers() => OsString::new(),
             _ => self.netns.clone().into_os_string(),
         };
         Ok(vec![
@@ -285,8 +293,12 @@ impl Attachment {
         })
     }
 
-    /// Whether what was attached is not at its path any more. What cannot be found out is for the plugins to say.
-    fn netns_is_gone(&self) -> bool {
+    /// Whether DEL has nothing to do in the namespace that is at the path: it is another one than that of ADD, or none, or what
+    /// has the interface's name there is not of this attachment. What cannot be found out is for the plugins to say.
+    fn netns_is_anothers(&self) -> bool {
+        if self.was_there && self.result.is_none() {
+            return true;
+        }
         match Netns::open(&self.netns) {
             Ok(netns) => self.netns_id.is_some_and(|id| id != netns.id()),
             Err(crate::Error::NoNamespace { .. }) => true,
@@ -421,6 +433,17 @@ impl Attachment {
             }
         }
     }
+}
+
+/// Not, if it cannot be found out: the plugins will say why.
+fn has_interface(netns: &Netns, name: &str) -> bool {
+    let links = netns.enter(|| link::list(&mut Socket::open()?));
+    links.is_ok_and(|links| links.iter().any(|link| link.name == name))
+}
+
+/// Whether a plugin has refused a version in ADD, so that it has made nothing, and again in DEL.
+fn is_same_refusal(add: &Error, del: &Error) -> bool {
+    add.kind() == Kind::Version && del.kind() == Kind::Version && del.also().is_empty()
 }
 
 fn is_plain(path: &Path) -> bool {

@@ -38,10 +38,7 @@ const TEXTS: &[(&str, Kind)] = &[
     // A program that a plugin runs, such as iptables.
     ("executable file not found in", Kind::MissingPlugin),
     ("failed to locate iptables", Kind::MissingPlugin),
-    (
-        "neither iptables nor ip6tables is usable",
-        Kind::MissingPlugin,
-    ),
+    ("neither iptables nor ip6tables", Kind::MissingPlugin),
     // The namespace's helper of all plugins.
     ("failed to open netns", Kind::Namespace),
     ("failed to statfs", Kind::Namespace),

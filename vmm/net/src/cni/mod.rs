@@ -4,7 +4,7 @@
 //! **What survives.** An [`Attachment`] is what a durable record holds. It is handed out to be written down before the
 //! first plugin runs, so that whoever finds it after a SIGKILL runs DEL with what ADD had.
 //!
-//! **How a plugin runs.** In a process group of its own, with nothing of the caller's environment but PATH, its
+//! **How a plugin runs.** In `/`, in a process group of its own, with nothing of the caller's environment but PATH, its
 //! configuration on stdin, and a deadline after which the group is killed. It is killed too if the thread that waits for it
 //! ends. What it leaves running in the background on purpose is left. It has the namespaces of the calling thread, which
 //! must be the host's: [`Attachment::before_exec`] is for a process that has left them.

@@ -81,6 +81,7 @@ fn spawn(program: &Program<'_>) -> io::Result<Child> {
                 .map(|(name, value)| (name, value)),
         )
         .process_group(0)
+        .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());

@@ -110,3 +110,8 @@ fn the_hosts_own_is_refused() {
         );
     }
 }
+
+#[test]
+fn what_a_mirror_needs_can_be_tried_without_one() {
+    crate::try_out().unwrap();
+}

@@ -69,6 +69,12 @@ const SAID: &[(u64, &str, &str, Kind)] = &[
     ),
     (
         999,
+        "container veth name provided (eth0) already exists",
+        "",
+        Kind::Conflict,
+    ),
+    (
+        999,
         "container veth name (\"eth0\") peer provided (\"veth1\") already exists",
         "",
         Kind::Conflict,
@@ -112,6 +118,12 @@ const SAID: &[(u64, &str, &str, Kind)] = &[
     (
         999,
         "failed to open iptables: exec: \"iptables\": executable file not found in $PATH",
+        "",
+        Kind::MissingPlugin,
+    ),
+    (
+        999,
+        "neither iptables nor ip6tables usable",
         "",
         Kind::MissingPlugin,
     ),

@@ -4,6 +4,7 @@ mod conflists;
 mod deadlines;
 mod meanings;
 mod order;
+mod real;
 mod results;
 
 use std::os::unix::fs::PermissionsExt;
@@ -16,6 +17,8 @@ use super::{AddResult, Attachment, Conflist, Error};
 
 /// What is opened as the container's namespace where it does not matter which.
 const NETNS: &str = "/proc/self/ns/net";
+/// What no interface there is called.
+const INTERFACE: &str = "nacre-test";
 
 struct Host(tempfile::TempDir);
 
@@ -67,7 +70,7 @@ impl Host {
 
     fn attachment_of(&self, config: &Value) -> Attachment {
         let network = Conflist::load(self.write("10-db.conflist", config)).unwrap();
-        Attachment::new(network, vec![self.path("bin")], "c1", "eth0", NETNS)
+        Attachment::new(network, vec![self.path("bin")], "c1", INTERFACE, NETNS)
     }
 
     /// Commands and plugins in the order in which they ran.

@@ -90,7 +90,7 @@ fn the_environment_is_what_cni_says_and_path() {
         ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAME=pod=1"),
         ("CNI_COMMAND", "ADD"),
         ("CNI_CONTAINERID", "c1"),
-        ("CNI_IFNAME", "eth0"),
+        ("CNI_IFNAME", INTERFACE),
         ("CNI_NETNS", NETNS),
         ("CNI_PATH", &path),
         ("PATH", &ours),
@@ -114,6 +114,16 @@ fn the_environment_is_what_cni_says_and_path() {
         host.variable("first.CHECK", "CNI_COMMAND").as_deref(),
         Some("CHECK")
     );
+}
+
+#[test]
+fn a_plugin_holds_no_directory_of_the_callers() {
+    let host = Host::new();
+    let body = format!("pwd >{}\n{}", host.path("cwd").display(), says(&result()));
+    host.plugin("first", &body);
+    add(&mut host.attachment("1.0.0", json!([{"type": "first"}]))).unwrap();
+    let cwd = std::fs::read_to_string(host.path("cwd")).unwrap();
+    assert_eq!(cwd, "/\n");
 }
 
 #[test]
@@ -489,4 +499,56 @@ fn what_cni_does_not_allow_is_refused_before_anything_runs() {
         a.interface = "fifteen-letters".to_owned();
     });
     add(&mut fine).unwrap();
+}
+
+#[test]
+fn an_interface_that_was_there_before_is_not_deleted_by_an_add_that_fails() {
+    let host = Host::new();
+    let mut attachment = two(&host, "1.0.0");
+    attachment.interface = "lo".to_owned();
+    let mut first_note = None;
+    let note = &mut |noted: &Attachment| {
+        first_note.get_or_insert(serde_json::to_string(noted)?);
+        Ok(())
+    };
+    attachment.add(note).unwrap();
+    attachment.del().unwrap();
+    let netns = || host.variable("first.DEL", "CNI_NETNS").unwrap();
+    assert_eq!(netns(), NETNS);
+    // Of a process that was killed at its first plugin.
+    let noted: Attachment = serde_json::from_str(&first_note.unwrap()).unwrap();
+    noted.del().unwrap();
+    assert_eq!(netns(), "");
+    let mut again = two(&host, "1.0.0");
+    host.plugin("second", &failing_at("ADD", "lo already exists", ""));
+    again.interface = "lo".to_owned();
+    add(&mut again).unwrap_err();
+    assert_eq!(netns(), "");
+    again.interface = INTERFACE.to_owned();
+    add(&mut again).unwrap_err();
+    assert_eq!(netns(), NETNS);
+}
+
+#[test]
+fn a_version_that_is_refused_twice_is_said_once() {
+    let host = Host::new();
+    let mut attachment = two(&host, "1.0.0");
+    let refused = says(&json!({"code": 1, "msg": "incompatible CNI versions"})) + "; exit 1";
+    host.plugin("second", &refused);
+    let error = add(&mut attachment).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.also().len()),
+        (Kind::Version, 0),
+        "{error}"
+    );
+    assert_eq!(
+        host.order(),
+        ["ADD first", "ADD second", "DEL second", "DEL first"]
+    );
+    host.plugin(
+        "first",
+        &failing_at("DEL", "the bridge is stuck", &says(&result())),
+    );
+    let error = add(&mut attachment).unwrap_err();
+    assert!(error.to_string().contains("the bridge is stuck"), "{error}");
 }
