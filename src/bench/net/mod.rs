@@ -200,51 +200,51 @@ impl<'o> Bench<'o> {
     fn network(&self, measured: &mut Measured) -> Result<()> {
         let bridge = Bridge::make(self.folder.path(), self.options.plugins(&self.config))?;
         let around = Surroundings::over(&self.root(), self.patience)?;
-        let mut sides = self.sides(&bridge, &around)?;
+        let mut sides = self.containers(&bridge, &around)?;
+        if let Some(program) = &self.options.qemu {
+            match self.qemu(program, &bridge) {
+                Ok(side) => sides.push(side),
+                Err(error) => measured.failed(format!("qemu is left out: {error:#}")),
+            }
+        }
         self.rounds(&bridge, &mut sides, measured)?;
         let mut lasting = sides.into_iter().filter(|side| !side.left_out);
         lasting.try_for_each(Side::end)
     }
 
-    /// Starts all that is measured.
-    fn sides<'s>(&self, bridge: &Bridge, around: &'s Surroundings) -> Result<Vec<Side<'s>>> {
-        let mut sides = Vec::new();
-        for peer in &self.peers {
+    fn containers<'s>(&self, bridge: &Bridge, around: &'s Surroundings) -> Result<Vec<Side<'s>>> {
+        let start = |peer: &Peer| {
             let joined = bridge.join(peer.name)?;
             let place = container(around, peer, &joined.path, &self.root())
                 .with_context(|| format!("starting a container of {}", peer.name))?;
-            sides.push(Side {
+            Ok(Side {
                 name: peer.name,
                 place: Place::Container(place),
                 _joined: joined,
                 left_out: false,
-            });
-        }
-        if let Some(program) = &self.options.qemu {
-            let joined = bridge.join(QEMU)?;
-            let initrd = self.options.qemu_initrd.as_ref();
-            let what = Booted {
-                program,
-                kernel: &self.config.kernel,
-                initrd: initrd.unwrap_or(&self.config.initrd),
-                vcpus: self.options.vcpus,
-                memory_mib: self.options.memory.mib(),
-            };
-            let qemu = Qemu::boot(
-                &what,
-                &self.probe,
-                &joined,
-                self.folder.path(),
-                self.patience,
-            )?;
-            sides.push(Side {
-                name: QEMU,
-                place: Place::Qemu(qemu),
-                _joined: joined,
-                left_out: false,
-            });
-        }
-        Ok(sides)
+            })
+        };
+        self.peers.iter().map(start).collect()
+    }
+
+    fn qemu<'s>(&self, program: &Path, bridge: &Bridge) -> Result<Side<'s>> {
+        let joined = bridge.join(QEMU)?;
+        let initrd = self.options.qemu_initrd.as_ref();
+        let what = Booted {
+            program,
+            kernel: &self.config.kernel,
+            initrd: initrd.unwrap_or(&self.config.initrd),
+            vcpus: self.options.vcpus,
+            memory_mib: self.options.memory.mib(),
+        };
+        let folder = self.folder.path();
+        let qemu = Qemu::boot(&what, &self.probe, &joined, folder, self.patience)?;
+        Ok(Side {
+            name: QEMU,
+            place: Place::Qemu(qemu),
+            _joined: joined,
+            left_out: false,
+        })
     }
 
     fn rounds(
