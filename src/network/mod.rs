@@ -200,20 +200,20 @@ impl Network {
         }
     }
 
-    /// Gives the guest the network that the namespace has now. The second time nothing is done. After an error the namespace is as it
+    /// Gives the guest the network that the namespace has now, where this container of it is. The second time nothing is done. After an error the namespace is as it
     /// was found. Goes on if its caller gives up, so that [`Self::take_down`] finds all or nothing.
     ///
     /// # Errors
     /// What the plugins, the system, or the guest refused.
-    pub async fn bring_up(self: &Arc<Self>, sandbox: &Sandbox) -> Result<(), Error> {
-        let (this, sandbox) = (Arc::clone(self), sandbox.clone());
-        match tokio::spawn(async move { this.up(&sandbox).await }).await {
+    pub async fn bring_up(self: &Arc<Self>, sandbox: &Sandbox, id: &str) -> Result<(), Error> {
+        let (this, sandbox, id) = (Arc::clone(self), sandbox.clone(), id.to_owned());
+        match tokio::spawn(async move { this.up(&sandbox, &id).await }).await {
             Ok(result) => result,
             Err(error) => Err(Error::BrokeOff(error.to_string())),
         }
     }
 
-    async fn up(self: Arc<Self>, sandbox: &Sandbox) -> Result<(), Error> {
+    async fn up(self: Arc<Self>, sandbox: &Sandbox, id: &str) -> Result<(), Error> {
         let mut up = self.up.lock().await;
         let this = Arc::clone(&self);
         if let Some(up) = &*up {
@@ -225,7 +225,7 @@ impl Network {
             .await;
         }
         let (mut mirror, kept) = blocking(move || this.make()).await?;
-        let attached = sandbox.attach_network(&mut mirror).await;
+        let attached = sandbox.attach_network(&mut mirror, id).await;
         let nics = match attached {
             Ok(nics) => nics,
             Err(error) => {

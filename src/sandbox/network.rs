@@ -48,12 +48,12 @@ impl Nics {
 }
 
 impl Sandbox {
-    /// Plugs a device for each interface of a mirrored namespace, and has the agent bind and configure them all. Waits for the agent.
-    /// What fails leaves the VM without them.
+    /// Plugs a device for each interface of a mirrored namespace, and has the agent bind and configure them all, in the network namespace
+    /// that this container has in the guest. Waits for the agent. What fails leaves the VM without them.
     ///
     /// # Errors
     /// [`Error::Machine`] that names the interface, and what the agent said.
-    pub async fn attach_network(&self, mirror: &mut Mirror) -> Result<Nics, Error> {
+    pub async fn attach_network(&self, mirror: &mut Mirror, id: &str) -> Result<Nics, Error> {
         let agent = self.agent().await?;
         let ports = mirror.take_ports();
         let network = mirror.network();
@@ -79,7 +79,7 @@ impl Sandbox {
         if nics.is_empty() {
             return Ok(nics);
         }
-        if let Err(error) = self.configure(&agent, &nics, network).await {
+        if let Err(error) = self.configure(&agent, &nics, network, id).await {
             // One that has answered has released them; one that has not is not to be asked again.
             self.unplug_all(&nics);
             return Err(error);
@@ -88,13 +88,20 @@ impl Sandbox {
         Ok(nics)
     }
 
-    async fn configure(&self, agent: &Agent, nics: &Nics, network: &Network) -> Result<(), Error> {
+    async fn configure(
+        &self,
+        agent: &Agent,
+        nics: &Nics,
+        network: &Network,
+        id: &str,
+    ) -> Result<(), Error> {
         let mut request = ConfigureNetworkRequest::new();
+        request.container_id = id.to_owned();
         request.windows = nics.windows.iter().copied().map(u32::from).collect();
         request.network_json = serde_json::to_vec(network)
             .map_err(|error| Error::machine("describe the network to the guest", &error))?;
         let names: Vec<&str> = nics.links.iter().map(|(name, _)| name.as_str()).collect();
-        let name = format!("configuring the network ({})", names.join(", "));
+        let name = format!("configuring the network of {id} ({})", names.join(", "));
         agent
             .call(name, self.0.timeouts.agent, |client, context| async move {
                 client.configure_network(context, &request).await

@@ -138,8 +138,8 @@ const COMMON_DEVICES: [(i64, i64); 9] = [
     (10, 229), // fuse
 ];
 
-/// Adapts a spec for the container `id` in the guest: its network is the guest's, which all containers of a VM share,
-/// and its `cgroupsPath` is `/nacre/ID`; what names things of the host (CPU sets, memory nodes, network
+/// Adapts a spec for the container `id` in the guest: network namespace path and `cgroupsPath` are
+/// replaced by the guest's own (`/nacre/ID`); what names things of the host (CPU sets, memory nodes, network
 /// classes) is taken out and security labels are dropped (the guest's kernel has none), each with a warning; the OOM
 /// score and the seccomp profile are kept. What is to be shared for its bind mounts gets names that begin with
 /// `prefix`, which no other container of the guest has.
@@ -279,16 +279,12 @@ fn adapt_linux(linux: &mut Linux, id: &str, warnings: &mut Vec<String>) -> Resul
             .to_owned()
     });
     linux.set_rootfs_propagation(plain);
-    // The VM's is the one that the host's has become; see `crate::network`.
-    if let Some(namespaces) = linux.namespaces_mut() {
-        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
-    }
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
         let Some(path) = namespace.path().clone() else {
             continue;
         };
-        if path.as_os_str().is_empty() {
-            // A new namespace.
+        if namespace.typ() == LinuxNamespaceType::Network || path.as_os_str().is_empty() {
+            // The host's netns is the VM's; the container has the guest's. An empty path is a new namespace.
             namespace.set_path(None);
         } else {
             let kind = namespace.typ().to_string();
@@ -506,7 +502,10 @@ mod tests {
             spec["linux"]["namespaces"] =
                 json!([{"type": "network", "path": "/run/netns/x"}, {"type": "ipc", "path": ""}]);
         });
-        assert_eq!(value["linux"]["namespaces"], json!([{"type": "ipc"}]));
+        assert_eq!(
+            value["linux"]["namespaces"],
+            json!([{"type": "network"}, {"type": "ipc"}])
+        );
         let error = refused(|spec| {
             spec["linux"]["namespaces"] = json!([{"type": "ipc", "path": "/proc/7/ns/ipc"}]);
         });

@@ -327,7 +327,7 @@ impl Container {
             .create_container(&self.id, spec.json, root(&shares, scratch), binds, stdio)
             .await?;
         if let Some(network) = &self.network {
-            network.bring_up(&self.sandbox).await?;
+            network.bring_up(&self.sandbox, &self.id).await?;
         }
         let streams = async {
             Ok::<_, Error>(Streams {

@@ -23,6 +23,7 @@ use crate::events::Events;
 use crate::exec::Added;
 use crate::helper;
 use crate::init;
+use crate::net;
 use crate::process::{Input, Process, State};
 use crate::reaper::{Exit, Reaper};
 use crate::resources;
@@ -204,6 +205,9 @@ impl Containers {
         }
         if shares::wanted(request) {
             blocking(shares::mount_once).await?;
+        }
+        if adapted.shared_network {
+            blocking(net::share_once).await?;
         }
         ground.mount(request.rootfs.clone()).await?;
         ground.bundle.fill(&adapted.spec)?;

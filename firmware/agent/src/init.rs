@@ -207,10 +207,20 @@ pub fn loopback_up() -> io::Result<()> {
 /// What opening or entering the namespace, or bringing up `lo` in it, said.
 pub fn loopback_up_in(pid: i32) -> io::Result<()> {
     let namespace = fs::File::open(format!("/proc/{pid}/ns/net"))?;
-    // A thread of its own, that ends in there: the others stay where they are.
+    in_network(namespace, loopback_up)?
+}
+
+/// Does something in a network namespace, on a thread that ends in there: the others stay where they are.
+///
+/// # Errors
+/// What entering the namespace said, or that the thread panicked.
+pub fn in_network<T: Send + 'static>(
+    namespace: fs::File,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
     std::thread::spawn(move || {
         nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        loopback_up()
+        Ok(work())
     })
     .join()
     .unwrap_or_else(|_| Err(io::Error::other("the thread for it panicked")))

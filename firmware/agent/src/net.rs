@@ -1,25 +1,69 @@
-//! The guest's network: its devices are bound to their driver, and what the host
-//! describes is configured in the agent's own network namespace.
+//! The guest's network: its devices are bound to their driver, moved to the
+//! network namespace of containers, and configured there as the host describes.
+//!
+//! Containers share a namespace, as those of a pod do, beside the agent's own. One with a user namespace has a
+//! network namespace of its own, since it may not join this one.
+
+use std::fs::File;
+use std::sync::{Mutex, PoisonError};
 
 use nacre_net::describe::Network;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use tracing::{info, warn};
 
 use crate::container::blocking;
 use crate::devices::{self, Tree};
-use crate::error::Error;
+use crate::error::{Doing, Error};
+use crate::init;
 use crate::uevents::Changes;
 
-/// Makes the network devices in these windows usable, and configures the network that the JSON describes. After an
-/// error the devices are released.
+/// Where the network namespace is that containers share.
+pub const SHARED: &str = "/run/nacre/netns";
+
+/// Whether it is there.
+static MADE: Mutex<bool> = Mutex::new(false);
+
+/// Makes the namespace that containers share, with its loopback interface up, unless it is there. Blocks.
+///
+/// # Errors
+/// What the kernel said.
+pub fn share_once() -> Result<(), Error> {
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if *made {
+        return Ok(());
+    }
+    let make = || -> Result<(), Error> {
+        File::create(SHARED).doing(|| format!("making {SHARED}"))?;
+        unshare(CloneFlags::CLONE_NEWNET).doing(|| "making a network namespace".into())?;
+        init::loopback_up().doing(|| "bringing up the loopback interface".into())?;
+        let (from, nothing) = (Some("/proc/thread-self/ns/net"), None::<&str>);
+        mount(from, SHARED, nothing, MsFlags::MS_BIND, nothing)
+            .doing(|| format!("naming a network namespace {SHARED}"))
+    };
+    // A thread of its own, that ends in there: the others stay where they are.
+    std::thread::spawn(make).join().unwrap_or_else(|_| {
+        Err(Error::Internal(
+            "making a network namespace panicked".into(),
+        ))
+    })?;
+    *made = true;
+    Ok(())
+}
+
+/// Makes the network devices in these windows usable in the network namespace of a process, and configures there what the JSON
+/// describes. After an error the devices are released.
 ///
 /// # Errors
 /// `InvalidArgument` if the description does not parse or does not fit the devices; `FailedPrecondition` if the kernel
 /// has no driver of network devices, or no IPv6 for an IPv6 address; as [`devices::bind_network`]; `Internal` says what
 /// else the kernel refused.
-pub async fn configure(windows: Vec<u32>, json: Vec<u8>) -> Result<(), Error> {
+pub async fn configure(pid: i32, windows: Vec<u32>, json: Vec<u8>) -> Result<(), Error> {
+    let path = format!("/proc/{pid}/ns/net");
+    let netns = File::open(&path).doing(|| format!("opening {path}"))?;
     // Before the first is bound.
     let mut events = devices::listen()?;
-    configure_in(Tree::of_guest(), &mut events, windows, &json).await
+    configure_in(Tree::of_guest(), netns, &mut events, windows, &json).await
 }
 
 /// Releases the network devices in these windows, all of them even if one is refused. One that is not bound is fine.
@@ -32,6 +76,7 @@ pub async fn release(windows: Vec<u32>) -> Result<(), Error> {
 
 async fn configure_in(
     tree: Tree,
+    netns: File,
     events: &mut impl Changes,
     windows: Vec<u32>,
     json: &[u8],
@@ -39,7 +84,7 @@ async fn configure_in(
     let network: Network = serde_json::from_slice(json).map_err(|error| {
         Error::InvalidArgument(format!("the network's description does not parse: {error}"))
     })?;
-    let configured = bind_and_apply(&tree, events, &windows, network).await;
+    let configured = bind_and_apply(&tree, netns, events, &windows, network).await;
     if configured.is_err()
         && let Err(error) = blocking(move || release_in(&tree, &windows)).await
     {
@@ -50,6 +95,7 @@ async fn configure_in(
 
 async fn bind_and_apply(
     tree: &Tree,
+    netns: File,
     events: &mut impl Changes,
     windows: &[u32],
     network: Network,
@@ -58,7 +104,13 @@ async fn bind_and_apply(
         let name = devices::bind_network(tree, events, *window).await?;
         info!("the network device in window {window} has come as {name}");
     }
-    blocking(move || nacre_net::apply(&network).map_err(refused)).await
+    blocking(move || {
+        nacre_net::move_to(&network, &netns).map_err(refused)?;
+        init::in_network(netns, move || nacre_net::apply(&network))
+            .doing(|| "entering the container's network namespace".into())?
+            .map_err(refused)
+    })
+    .await
 }
 
 fn release_in(tree: &Tree, windows: &[u32]) -> Result<(), Error> {
@@ -96,7 +148,8 @@ mod tests {
     async fn tried(made: Made, mut events: Script, json: &str) -> (Error, Made) {
         let windows = vec![0, 7];
         let tree = Tree::clone(&made.tree);
-        let result = configure_in(tree, &mut events, windows, json.as_bytes()).await;
+        let here = File::open("/proc/self/ns/net").unwrap();
+        let result = configure_in(tree, here, &mut events, windows, json.as_bytes()).await;
         (result.unwrap_err(), made)
     }
 

@@ -131,7 +131,13 @@ impl Agent for Service {
         let of = format!("{:?}", request.windows);
         run("ConfigureNetwork", of, async move {
             this.modules_loaded().await;
-            net::configure(request.windows, request.network_json).await
+            let id = &request.container_id;
+            let init = this.containers.find(id)?.process("")?;
+            let pid = init
+                .pid()
+                .filter(|_| init.state().lives())
+                .ok_or_else(|| Error::FailedPrecondition(format!("container {id} has ended")))?;
+            net::configure(pid, request.windows, request.network_json).await
         })
         .await?;
         Ok(Empty::new())

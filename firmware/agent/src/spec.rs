@@ -11,6 +11,7 @@ use oci_spec::runtime::{
 
 use crate::confinement::{self, Own};
 use crate::error::Error;
+use crate::net;
 use crate::seccomp::{self, Filter};
 
 /// The root, relative to the bundle.
@@ -32,6 +33,8 @@ pub struct Adapted {
     pub own_users: bool,
     /// Whether the container gets a network namespace of its own, which begins with `lo` down.
     pub own_network: bool,
+    /// Whether it joins the one at [`SHARED`](crate::net::SHARED).
+    pub shared_network: bool,
 }
 
 /// Adapts a specification. `apparmor` says whether the kernel has it switched on.
@@ -70,15 +73,24 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
     // The runtime is built without C libraries, and applies no filter; the helper does.
     let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
     linux.set_seccomp(None);
-    let own_network = linux.namespaces().iter().flatten().any(|namespace| {
-        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
-    });
-
     let own_users = linux
         .namespaces()
         .iter()
         .flatten()
         .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    let (mut own_network, mut shared_network) = (false, false);
+    for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        if namespace.typ() != LinuxNamespaceType::Network || namespace.path().is_some() {
+            continue;
+        }
+        // Users of another namespace have no say in the shared one, and may not join it.
+        if own_users {
+            own_network = true;
+        } else {
+            shared_network = true;
+            namespace.set_path(Some(net::SHARED.into()));
+        }
+    }
 
     let own = match (&filter, spec.process_mut()) {
         (Some(_), Some(process)) => confinement::lend(process),
@@ -104,6 +116,7 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         own,
         own_users,
         own_network,
+        shared_network,
     })
 }
 
@@ -211,6 +224,7 @@ mod tests {
             spec,
             owner,
             own_network,
+            shared_network,
             own_users,
             resources,
             filter,
@@ -228,7 +242,10 @@ mod tests {
         assert_eq!(process.terminal(), Some(false));
         assert!(process.apparmor_profile().is_none());
         assert_eq!(owner, (1000, 50));
-        assert!(own_network && !own_users && filter.is_none() && own.is_none());
+        assert!(shared_network && !own_network && !own_users);
+        assert!(filter.is_none() && own.is_none());
+        let network = linux.namespaces().as_ref().unwrap()[1].path().clone();
+        assert_eq!(network.as_deref(), Some(Path::new("/run/nacre/netns")));
         assert_eq!(resources.pids().map(|pids| pids.limit()), Some(7));
         assert!(linux.resources().is_none(), "nobody applies them twice");
     }
@@ -269,12 +286,25 @@ mod tests {
     }
 
     #[test]
+    fn users_of_their_own_have_a_network_of_their_own() {
+        let mapped = SPEC.replace(
+            r#"{"type": "network"}"#,
+            r#"{"type": "network"}, {"type": "user"}"#,
+        );
+        let adapted = adapted(&mapped).unwrap();
+        assert!(adapted.own_network && adapted.own_users && !adapted.shared_network);
+        let linux = adapted.spec.linux().as_ref().unwrap();
+        assert_eq!(linux.namespaces().as_ref().unwrap()[1].path(), &None);
+    }
+
+    #[test]
     fn a_network_with_a_path_is_not_our_own() {
         let joined = SPEC.replace(
             r#"{"type": "network"}"#,
             r#"{"type": "network", "path": "/proc/1/ns/net"}"#,
         );
-        assert!(!adapted(&joined).unwrap().own_network);
+        let adapted = adapted(&joined).unwrap();
+        assert!(!adapted.own_network && !adapted.shared_network);
     }
 
     #[test]

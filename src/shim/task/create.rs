@@ -114,6 +114,7 @@ impl Shim {
             timings: Timings::of(id),
             hooks: None,
             share: None,
+            has_network: false,
             limits: None,
         };
         state.containers.insert(id.to_owned(), container);

@@ -216,6 +216,7 @@ fn container() -> Container {
         storage: None,
         hooks: None,
         share: None,
+        has_network: false,
         limits: None,
         guest_pid: 0,
         timings: Timings::of(ID),

@@ -117,6 +117,8 @@ struct Container {
     hooks: Option<(Arc<HostHooks>, Resource)>,
     /// Its part in the limits of the VM's cgroup.
     share: Option<Arc<Share>>,
+    /// Whether it has a network namespace, once its specification is read.
+    has_network: bool,
     /// Its limits, once its specification is read: the VM is sized by them.
     limits: Option<size::Limits>,
 }

@@ -9,9 +9,12 @@ use crate::sandbox::{Sandbox, chain};
 use crate::shim::namespaces;
 
 impl Shim {
-    /// Whether the network that a spec wants is the VM's.
+    /// Whether the network that a spec wants is the VM's; takes note whether it wants one.
     pub(super) fn check_network(&self, id: &str, spec: &Spec) -> Result<(), Error> {
         let wanted = namespaces::Network::of(spec);
+        if let Some(container) = self.lock().containers.get_mut(id) {
+            container.has_network = wanted != namespaces::Network::Host;
+        }
         match (&self.network, wanted) {
             (Some(network), namespaces::Network::At(path)) => {
                 let netns = Netns::open(&path).map_err(|error| Error::Failed(chain(&error)))?;
@@ -31,7 +34,7 @@ impl Shim {
             (Some(_), namespaces::Network::Host) => {
                 tracing::warn!(
                     container = id,
-                    "the spec wants the host's network, which a guest cannot have: the container has its VM's"
+                    "the spec wants the host's network, which a guest cannot have: the container has loopback only"
                 );
                 Ok(())
             }
@@ -41,10 +44,15 @@ impl Shim {
 
     /// Gives the guest its network, if it has none yet.
     pub(super) async fn bring_network_up(&self, sandbox: &Sandbox, id: &str) -> Result<(), Error> {
-        let Some(network) = &self.network else {
+        let has_one = self
+            .lock()
+            .containers
+            .get(id)
+            .is_some_and(|container| container.has_network);
+        let Some(network) = self.network.as_ref().filter(|_| has_one) else {
             return Ok(());
         };
-        network.bring_up(sandbox).await.map_err(|error| {
+        network.bring_up(sandbox, id).await.map_err(|error| {
             Error::Failed(format!(
                 "Container {id:?} is not started, since its VM has no network: {}",
                 chain(&error)

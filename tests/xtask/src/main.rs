@@ -58,8 +58,8 @@ struct TestbedArgs {
     /// Memory of the emulated machine, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 4096)]
     memory: u32,
-    /// CPUs of the emulated machine
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    /// CPUs of the emulated machine; with more than one it loses registers now and then
+    #[arg(long, value_name = "N", default_value_t = testbed::CPUS)]
     cpus: u32,
     /// Bring a file or folder along; programs bring their shared libraries. Without DST it keeps its path
     #[arg(long = "copy", value_name = "SRC[:DST]")]

@@ -1,5 +1,6 @@
 //! The guest's half: what is described becomes what is configured.
 
+use std::fs::File;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,24 @@ pub fn apply(network: &Network) -> Result<(), Error> {
         add_neighbour(&mut socket, neighbour, &links)?;
     }
     debug!(interfaces = links.len(), "the network is configured");
+    Ok(())
+}
+
+/// Moves the described interfaces from the calling thread's network namespace to another one; those that are not here are left
+/// out.
+///
+/// # Errors
+///
+/// [`Error::Netlink`]: the kernel refuses it, as where the other has one of the same name.
+pub fn move_to(network: &Network, netns: &File) -> Result<(), Error> {
+    let mut socket = Socket::open()?;
+    let all = link::list(&mut socket)?;
+    for interface in &network.interfaces {
+        let here = all.iter().find(|link| link.mac == Some(interface.mac));
+        if let Some(link) = here {
+            link::move_to(&mut socket, link, netns)?;
+        }
+    }
     Ok(())
 }
 

@@ -53,7 +53,10 @@ mod tests;
 mod watch;
 
 #[cfg(feature = "guest")]
-pub use self::{apply::apply, error::Error};
+pub use self::{
+    apply::{apply, move_to},
+    error::Error,
+};
 #[cfg(feature = "host")]
 pub use self::{
     made::{Made, MadePort},

@@ -3,6 +3,9 @@
 #[cfg(feature = "host")]
 mod fit;
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo,
@@ -151,6 +154,17 @@ pub(crate) fn rename(socket: &mut Socket, link: &mut Link, name: &str) -> Result
     socket.change(("rename", &what), message, 0)?;
     name.clone_into(&mut link.name);
     Ok(())
+}
+
+/// Moves an interface to another network namespace.
+pub(crate) fn move_to(socket: &mut Socket, link: &Link, netns: &File) -> Result<(), Error> {
+    let message = of(link.index, vec![LinkAttribute::NetNsFd(netns.as_raw_fd())]);
+    change(
+        socket,
+        "move to the container's network namespace",
+        &link.name,
+        message,
+    )
 }
 
 /// Deletes an interface. That it is gone already is well.

@@ -5,8 +5,8 @@ use std::fmt::Display;
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
+    ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NlasIterator,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -16,6 +16,9 @@ use crate::Error;
 
 /// Dumps that others' changes disturb are made again this often.
 const ATTEMPTS: usize = 10;
+
+/// Bytes of a struct nlmsghdr.
+const HEADER: usize = 16;
 
 /// A socket in the namespace of the thread that opened it, for good.
 pub(crate) struct Socket {
@@ -36,6 +39,8 @@ impl Socket {
             let mut raw = Raw::new(NETLINK_ROUTE)?;
             raw.bind_auto()?;
             raw.connect(&SocketAddr::new(0, 0))?;
+            // What a refusal says beside its number; an old kernel says no more.
+            let _ = raw.set_ext_ack(true);
             Ok(Self { raw, sequence: 0 })
         };
         open().map_err(failed("open", "a socket"))
@@ -146,8 +151,6 @@ pub(crate) fn answers(
     mut bytes: &[u8],
 ) -> impl Iterator<Item = io::Result<(NetlinkHeader, Answer)>> {
     std::iter::from_fn(move || {
-        /// Bytes of a struct nlmsghdr.
-        const HEADER: usize = 16;
         let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
         if !(HEADER..=bytes.len()).contains(&length) {
             bytes = &[];
@@ -162,7 +165,7 @@ pub(crate) fn answers(
                 let answer = match message.payload {
                     NetlinkPayload::InnerMessage(message) => Answer::Message(message),
                     NetlinkPayload::Error(error) if error.code.is_some() => {
-                        Answer::End(Err(error.to_io()))
+                        Answer::End(Err(refusal(&error, message.header.flags)))
                     }
                     NetlinkPayload::Done(done) if done.code < 0 => {
                         Answer::End(Err(io::Error::from_raw_os_error(-done.code)))
@@ -185,9 +188,53 @@ pub(crate) fn answers(
     })
 }
 
+/// A refusal for which the kernel has words.
+#[derive(Debug, thiserror::Error)]
+#[error("{number}: {words}")]
+struct Refusal {
+    /// The error number's error.
+    number: io::Error,
+    words: String,
+}
+
+fn refusal(error: &ErrorMessage, flags: u16) -> io::Error {
+    let number = error.to_io();
+    match words(&error.header, flags) {
+        None => number,
+        Some(words) => io::Error::new(number.kind(), Refusal { number, words }),
+    }
+}
+
+/// The kernel's words in what follows the error number: the request's header or all of it, then attributes
+/// (include/uapi/linux/netlink.h, struct nlmsgerr).
+fn words(after: &[u8], flags: u16) -> Option<String> {
+    const NLM_F_CAPPED: u16 = 0x100;
+    const NLM_F_ACK_TLVS: u16 = 0x200;
+    const NLMSGERR_ATTR_MSG: u16 = 1;
+    if flags & NLM_F_ACK_TLVS == 0 {
+        return None;
+    }
+    let request = if flags & NLM_F_CAPPED == 0 {
+        u32::from_ne_bytes(*after.first_chunk()?) as usize
+    } else {
+        HEADER
+    };
+    let attributes = after.get(request.next_multiple_of(4)..)?;
+    let message = NlasIterator::new(attributes)
+        .map_while(Result::ok)
+        .find(|attribute| attribute.kind() == NLMSGERR_ATTR_MSG)?;
+    let words = message.value().strip_suffix(&[0])?;
+    Some(String::from_utf8_lossy(words).into_owned())
+}
+
 /// Whether it is the kernel that says so.
 pub(crate) fn says(error: &Error, errno: i32) -> bool {
-    matches!(error, Error::Netlink { source, .. } if source.raw_os_error() == Some(errno))
+    let Error::Netlink { source, .. } = error else {
+        return false;
+    };
+    let inner = source.get_ref().and_then(|inner| inner.downcast_ref());
+    let number = inner.map_or(source, |refusal: &Refusal| &refusal.number);
+    number.raw_os_error() == Some(errno)
 }
 
 pub(crate) fn failed(doing: &'static str, what: impl Display) -> impl FnOnce(io::Error) -> Error {

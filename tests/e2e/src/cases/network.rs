@@ -262,6 +262,14 @@ fn refusals(context: &Context) -> Result<()> {
     let missing = fails(context, "missing", &network, &[], &other)?;
     expect_words(&missing, &["bridge", "/nowhere"])?;
 
+    let without = format!(
+        "cmdline = \"module_blacklist=virtio_net\"\n{}",
+        network.config()
+    );
+    let driverless = fails(context, "driverless", &network, &[], &without)?;
+    expect_words(&driverless, &["virtio_net"])?;
+    network.expect_nothing_left(context.seconds(10))?;
+
     let text = std::fs::read_to_string(&network.list)?;
     std::fs::write(&network.list, &text[..text.len() / 2])?;
     let broken = fails(context, "broken", &network, &[], &network.config())?;
@@ -290,7 +298,14 @@ fn fails(
 
 fn killed(context: &Context) -> Result<()> {
     let network = Network::write(context, &Wanted::default())?;
-    let mut bundle = Bundle::script(context, "killed", "sleep 1000")?;
+    // What containerd gives the containers of CRI: it counts in the network namespace.
+    let script =
+        "[ \"$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)\" = 7 ] || exit 9; sleep 1000";
+    let mut bundle = Bundle::script(context, "killed", script)?;
+    let file = bundle.folder.join("config.json");
+    let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+    spec["linux"]["sysctl"] = serde_json::json!({ "net.ipv4.ip_unprivileged_port_start": "7" });
+    std::fs::write(&file, serde_json::to_vec(&spec)?)?;
     let config = context.path("nacre.toml");
     std::fs::write(&config, network.config())?;
     bundle
@@ -306,6 +321,12 @@ fn killed(context: &Context) -> Result<()> {
     ensure!(
         net::ports_of_bridge().len() == 1,
         "nothing is on the bridge"
+    );
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let state = one.tasks.state(one.id(), "")?;
+    ensure!(
+        state.exit_status == 0 && state.exited_at.is_none(),
+        "the container has ended: {state}"
     );
     one.bundle.kill()?;
     ensure!(

@@ -34,7 +34,7 @@ pub struct Request {
     pub roots: Vec<(PathBuf, PathBuf)>,
     /// Memory of the outer guest in MiB.
     pub memory: u32,
-    /// Its CPUs.
+    /// Its CPUs; see [`CPUS`].
     pub cpus: u32,
     /// Longest run of the command.
     pub time_limit: Option<Duration>,
@@ -45,6 +45,10 @@ pub struct Request {
     /// Leave what is already in that folder.
     pub keep_out: bool,
 }
+
+/// CPUs of the emulated machine. With several, each in a thread of QEMU's, registers of the machine and of the guests in it are lost now
+/// and then, in QEMU's own guests too: kernels panic, guests take triple faults or stand still.
+pub const CPUS: u32 = 1;
 
 impl Request {
     /// A command with the usual size and surroundings.
@@ -57,7 +61,7 @@ impl Request {
             copies: Vec::new(),
             roots: Vec::new(),
             memory: 4096,
-            cpus: 2,
+            cpus: CPUS,
             time_limit: None,
             force_nested: false,
             out,

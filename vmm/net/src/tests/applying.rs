@@ -325,6 +325,30 @@ fn it_is_well_a_second_time() {
     assert_has(&guest, everything());
 }
 
+/// A device's carrier may come later than its driver.
+#[test]
+fn an_interface_without_a_carrier_is_configured_too() {
+    let (guest, wire) = guest(&[("eth0", 2), ("eth1", 1)]);
+    for name in ["peer-eth0", "peer-eth1"] {
+        set_up(&wire, name, false);
+    }
+    applied(&guest, &everything());
+    let mut without = everything();
+    for interface in &mut without.interfaces {
+        interface.carrier = false;
+    }
+    assert_has(&guest, without);
+    for name in ["peer-eth0", "peer-eth1"] {
+        set_up(&wire, name, true);
+    }
+    until("carriers", || {
+        ["eth0", "net1"]
+            .iter()
+            .all(|name| find(&guest, name).has_carrier())
+    });
+    assert_has(&guest, everything());
+}
+
 /// As the host tells it, which the kernel and not these tests' own description says.
 #[test]
 fn what_one_namespace_has_another_gets() {
@@ -579,7 +603,10 @@ fn what_the_kernel_refuses_is_named_with_what_it_says() {
         error.to_string(),
         "Cannot add the route to 9.0.0.0/8 via 10.2.2.1 over eth0 by netlink"
     );
-    assert!(cause(&error).contains("unreachable"), "{error:?}");
+    // The number's words, and the kernel's own.
+    let said = cause(&error);
+    assert!(said.contains("Network is unreachable"), "{error:?}");
+    assert!(said.ends_with(": Nexthop has invalid gateway"), "{error:?}");
 
     network.routes = vec![way("9.0.0.0/8", vec![hop("eth7", None)])];
     assert_eq!(
