@@ -185,6 +185,17 @@ mod tests {
     }
 
     #[test]
+    fn a_description_that_is_none_is_an_error_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("network.json");
+        for text in ["", "{}"] {
+            fs::write(&file, text).unwrap();
+            let error = format!("{:#}", configure(&file).unwrap_err());
+            assert!(error.contains("network.json"), "{error}");
+        }
+    }
+
+    #[test]
     fn modules_are_listed_by_group() {
         assert_eq!(module("late virtio_pci.ko"), Some("virtio_pci.ko"));
         assert_eq!(module("boot  a.ko "), Some("a.ko"));
