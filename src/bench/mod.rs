@@ -3,16 +3,22 @@
 //! judges: a time is no test.
 //!
 //! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
-//! how one is driven, `storage` what is measured of files in them, `hotplug` what is
-//! measured of a VM, `memory` what a process holds, `report` how it is shown.
+//! how one is driven, `storage` and `net` what is measured of files and of the
+//! network in them (by `probed` and, in QEMU, `console`; `steady` has their VMs'
+//! configuration), `hotplug` what is measured of a VM, `memory` what a process
+//! holds, `report` how it is shown.
 
+mod console;
 mod hotplug;
 mod listeners;
 mod memory;
+mod net;
 mod peers;
+mod probed;
 mod report;
 mod scenarios;
 pub mod shim;
+mod steady;
 mod storage;
 
 use std::ffi::OsString;
@@ -82,6 +88,9 @@ enum Command {
     /// Files by virtio-blk and virtio-fs, next to runc on the same files: a big one read from end to end and at random, a tree
     /// walked and unpacked
     Storage(Box<storage::Options>),
+    /// The network by virtio-net, next to runc with veth: TCP streams each way, requests and answers; and the vsock that stdio
+    /// goes over
+    Net(Box<net::Options>),
 }
 
 /// What is measured of shims.
@@ -142,6 +151,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Shims(scenario) => shims(scenario, &cli.setting),
         Command::Hotplug(options) => hotplug::run(options, &cli.setting),
         Command::Storage(options) => storage::run(options, &cli.setting),
+        Command::Net(options) => net::run(options, &cli.setting),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -177,38 +177,21 @@ pub(super) struct Container<'s> {
 impl<'s> Container<'s> {
     /// Makes the bundle of a container that runs `args`. Nothing is started yet.
     pub fn bundle(around: &'s Surroundings, peer: &Peer, args: &[&str]) -> Result<Self> {
-        Self::bundle_with(around, peer, args, &[])
+        Self::bundle_with(around, peer, args, &Joined::default())
     }
 
-    /// The same, with directories of the host bound into it: from where, to where.
+    /// The same, with what it has in common with the host.
     pub fn bundle_with(
         around: &'s Surroundings,
         peer: &Peer,
         args: &[&str],
-        binds: &[(&Path, &str)],
+        joined: &Joined<'_>,
     ) -> Result<Self> {
         let number = around.made.fetch_add(1, Ordering::Relaxed);
         let id = format!("bench-{}-{}-{number}", std::process::id(), peer.name);
         let folder = around.folder.path().join(&id);
         fs::create_dir_all(folder.join("rootfs"))?;
-        let mut mounts = vec![
-            json!({ "destination": "/proc", "type": "proc", "source": "proc" }),
-            json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] }),
-        ];
-        mounts.extend(binds.iter().map(|(from, to)| {
-            json!({ "destination": to, "type": "bind", "source": from, "options": ["bind", "rw"] })
-        }));
-        let spec = json!({
-            "ociVersion": "1.1.0",
-            "process": process(args),
-            "root": { "path": "rootfs" },
-            "hostname": "bench",
-            "mounts": mounts,
-            "linux": {
-                "cgroupsPath": format!("/{NAMESPACE}/{id}"),
-                "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }],
-            },
-        });
+        let spec = specification(args, joined, &format!("/{NAMESPACE}/{id}"));
         fs::write(folder.join("config.json"), serde_json::to_vec(&spec)?)?;
         let log = Drain::start(folder.join("log"))?;
         Ok(Self {
@@ -453,7 +436,44 @@ fn alive(pid: i32) -> bool {
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-fn process(args: &[&str]) -> serde_json::Value {
+/// What a container has in common with the host.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Joined<'a> {
+    /// Directories that are bound into it: from where, to where.
+    pub binds: &'a [(&'a Path, &'a str)],
+    /// Its network namespace. Without one, runc's container has the host's, and nacre's loopback.
+    pub netns: Option<&'a Path>,
+}
+
+/// The specification of a container that runs `args`.
+pub(super) fn specification(args: &[&str], joined: &Joined<'_>, cgroup: &str) -> serde_json::Value {
+    let mut mounts = vec![
+        json!({ "destination": "/proc", "type": "proc", "source": "proc" }),
+        json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] }),
+    ];
+    mounts.extend(joined.binds.iter().map(|(from, to)| {
+        json!({ "destination": to, "type": "bind", "source": from, "options": ["bind", "rw"] })
+    }));
+    let mut namespaces = ["pid", "mount", "ipc", "uts"]
+        .map(|kind| json!({ "type": kind }))
+        .to_vec();
+    namespaces.extend(
+        joined
+            .netns
+            .map(|path| json!({ "type": "network", "path": path })),
+    );
+    json!({
+        "ociVersion": "1.1.0",
+        "process": process(args),
+        "root": { "path": "rootfs" },
+        "hostname": "bench",
+        "mounts": mounts,
+        "linux": { "cgroupsPath": cgroup, "namespaces": namespaces },
+    })
+}
+
+/// The process of a container or an exec.
+pub(super) fn process(args: &[&str]) -> serde_json::Value {
     json!({
         "user": { "uid": 0, "gid": 0 },
         "args": args,

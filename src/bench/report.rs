@@ -10,6 +10,8 @@ use serde::Serialize;
 pub(super) enum Unit {
     /// Milliseconds.
     Ms,
+    /// Microseconds.
+    Us,
     /// MiB a second.
     MibPerSecond,
     /// Operations a second.
@@ -24,6 +26,7 @@ impl Unit {
     fn label(self) -> &'static str {
         match self {
             Self::Ms => "ms",
+            Self::Us => "µs",
             Self::MibPerSecond => "MiB/s",
             Self::PerSecond => "1/s",
             Self::Kib => "KiB",

@@ -1,5 +1,5 @@
-//! The first process of a guest that has no agent: loads the modules that the image brought, mounts a disk and a share, and does
-//! what the lines on its console say, an answer each.
+//! The first process of a guest that has no agent: loads the modules that the image brought, mounts a disk and a share or configures a
+//! network, and does what the lines on its console say, an answer each.
 
 use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
@@ -28,11 +28,11 @@ const SHARE: (&str, &str) = ("share", "/share");
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Serves until the console says `end`, and ends the machine.
-pub fn run() -> Error {
+pub fn run(network: Option<&Path>) -> Error {
     if std::process::id() != 1 {
         return anyhow::anyhow!("init is for the first process of a guest");
     }
-    if let Err(error) = serve() {
+    if let Err(error) = serve(network) {
         println!("{MARK} {}", failure(&error));
     }
     nix::unistd::sync();
@@ -42,23 +42,16 @@ pub fn run() -> Error {
     }
 }
 
-fn serve() -> Result<()> {
+fn serve(network: Option<&Path>) -> Result<()> {
     for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         attach(kind, target, kind)?;
     }
     console()?;
     load_modules()?;
-    let began = Instant::now();
-    while !Path::new(DISK.0).exists() {
-        ensure!(
-            began.elapsed() < PATIENCE,
-            "there is no disk {}: does the initrd have the module of its bus (virtio_pci)?",
-            DISK.0
-        );
-        std::thread::sleep(Duration::from_millis(5));
+    match network {
+        Some(description) => configure(description)?,
+        None => attach_files()?,
     }
-    attach(DISK.0, DISK.1, "ext4")?;
-    attach(SHARE.0, SHARE.1, "virtiofs")?;
     println!("{MARK} ready");
     for line in std::io::stdin().lock().lines() {
         let line = line.context("reading the console")?;
@@ -68,8 +61,42 @@ fn serve() -> Result<()> {
             words => println!("{MARK} {}", answer(words)),
         }
     }
-    for (_, target) in [DISK, SHARE] {
-        umount(target).with_context(|| format!("unmounting {target}"))?;
+    if network.is_none() {
+        for (_, target) in [DISK, SHARE] {
+            umount(target).with_context(|| format!("unmounting {target}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn attach_files() -> Result<()> {
+    awaited(&format!("disk {}", DISK.0), || Path::new(DISK.0).exists())?;
+    attach(DISK.0, DISK.1, "ext4")?;
+    attach(SHARE.0, SHARE.1, "virtiofs")
+}
+
+fn configure(description: &Path) -> Result<()> {
+    let doing = || format!("configuring the network of {}", description.display());
+    let text = fs::read_to_string(description).with_context(doing)?;
+    let network: nacre_net::describe::Network = serde_json::from_str(&text).with_context(doing)?;
+    let links = Path::new("/sys/class/net");
+    // Loopback, and those that are described.
+    let wanted = network.interfaces.len() + 1;
+    awaited("network device", || {
+        fs::read_dir(links).is_ok_and(|entries| entries.count() >= wanted)
+    })?;
+    nacre_net::apply(&network).with_context(doing)
+}
+
+/// Waits for a device.
+fn awaited(device: &str, is_there: impl Fn() -> bool) -> Result<()> {
+    let began = Instant::now();
+    while !is_there() {
+        ensure!(
+            began.elapsed() < PATIENCE,
+            "there is no {device}: does the initrd have the module of its bus (virtio_pci)?"
+        );
+        std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }
@@ -124,7 +151,7 @@ fn answer(words: &str) -> String {
     let outcome = Cli::try_parse_from(command)
         .map_err(|error| anyhow::anyhow!("{}", error.to_string().replace('\n', " ")))
         .and_then(|cli| match cli.command {
-            Command::Init | Command::Idle | Command::Net(net::Command::Serve { .. }) => {
+            Command::Init { .. } | Command::Idle | Command::Net(net::Command::Serve { .. }) => {
                 Err(anyhow::anyhow!("{words} is not for a console"))
             }
             command => command.run(),
@@ -154,6 +181,17 @@ mod tests {
                 said.starts_with("{\"error\":") && !said.contains('\n'),
                 "{said}"
             );
+        }
+    }
+
+    #[test]
+    fn a_description_that_is_none_is_an_error_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("network.json");
+        for text in ["", "{}"] {
+            fs::write(&file, text).unwrap();
+            let error = format!("{:#}", configure(&file).unwrap_err());
+            assert!(error.contains("network.json"), "{error}");
         }
     }
 

@@ -78,8 +78,12 @@ enum Command {
     Net(net::Command),
     /// Do nothing until killed
     Idle,
-    /// Be the first process of a guest: mount /disk and /share, and do what lines on the console say
-    Init,
+    /// Be the first process of a guest: mount /disk and /share, or configure a network, and do what lines on the console say
+    Init {
+        /// The network that nacre-net describes, as JSON, in place of the disk and the share
+        #[arg(long, value_name = "FILE")]
+        network: Option<PathBuf>,
+    },
 }
 
 impl Command {
@@ -95,7 +99,7 @@ impl Command {
             Self::Idle => loop {
                 nix::unistd::pause();
             },
-            Self::Init => Err(init::run()),
+            Self::Init { network } => Err(init::run(network.as_deref())),
         };
         Ok(serde_json::to_string::<Outcome>(&outcome?)?)
     }

@@ -8,10 +8,9 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use super::Sizes;
+use crate::bench::probed::PROBE;
 
 const MIB: u64 = 1 << 20;
-/// The probe's file in the folder.
-pub(super) const PROBE: &str = "nacre-probe";
 /// What containers have mounted over it.
 const FOLDERS: [&str; 5] = ["dev", "proc", "share", "sys", "tmp"];
 

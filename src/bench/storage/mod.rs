@@ -1,8 +1,7 @@
 //! `nacre-bench storage`: a big file, a tree and an archive by virtio-blk and by virtio-fs, next to runc on the same files, and
-//! next to QEMU with virtiofsd if there is one. Here are the rounds; `work` is what is measured, `files` on what, `container` and
-//! `qemu` where, `measured` what came of it. The program that measures is `nacre-probe`, the same everywhere.
+//! next to QEMU with virtiofsd if there is one. Here are the rounds; `work` is what is measured, `files` on what, `qemu` where beside
+//! containers, `measured` what came of it. The program that measures is `nacre-probe`, the same everywhere.
 
-mod container;
 mod files;
 mod measured;
 mod qemu;
@@ -15,18 +14,22 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 
-use super::peers::{Peer, Surroundings};
+use super::console::Booted;
+use super::peers::{Joined, Peer, Surroundings};
+use super::probed::{self, Probed, Root};
 use super::scenarios::turns;
-use super::{Setting, as_root, in_path, variable};
-use crate::config::{ByteSize, Config, DEFAULT_PATH};
-use container::Probed;
-use files::{Files, PROBE};
+use super::steady::steady;
+use super::{Setting, as_root};
+use crate::config::{ByteSize, Config};
+use files::Files;
 use measured::Measured;
-use qemu::{Booted, Qemu};
+use qemu::Qemu;
 use work::{ALL, Answer};
 
 const OURS: &str = "nacre";
 const QEMU: &str = "qemu";
+/// Where nacre's container has the folder.
+const SHARE: &str = "/share";
 /// The page cache, dentries and inodes.
 const DROP_ALL: &str = "3";
 
@@ -85,7 +88,7 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     as_root()?;
     let mut peers = setting.peers()?;
     let config = Config::load()?;
-    let probe = options.probe()?;
+    let probe = probed::program(options.probe.as_deref())?;
     let patience = Duration::from_secs(setting.patience);
     let sizes = Sizes {
         mib: options.mib,
@@ -94,7 +97,8 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     let within = options.dir.clone().unwrap_or_else(std::env::temp_dir);
     eprintln!("making {} MiB and {} files …", sizes.mib, sizes.files);
     let files = Files::make(&within, &probe, sizes)?;
-    peers[0].config = Some(steady(options, &files)?);
+    let kept = files.beside("config.toml");
+    peers[0].config = Some(steady(kept, options.vcpus, options.memory)?);
     let around = Surroundings::over(&files.root(), patience)?;
     let mut measured = Measured::new(&peers, options);
     let outcome =
@@ -114,63 +118,6 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
         None => Ok(()),
     };
     outcome.and(saved)
-}
-
-impl Options {
-    fn probe(&self) -> Result<PathBuf> {
-        let beside = std::env::current_exe()?.with_file_name(PROBE);
-        let given = self.probe.clone().or_else(|| variable("NACRE_PROBE"));
-        let found = given.or_else(|| Some(beside).filter(|file| file.is_file()));
-        let found = found.or_else(|| in_path(PROBE)).context(
-            "There is no nacre-probe beside this program or in PATH: `cargo xtask bench storage` makes it, --probe names it",
-        )?;
-        super::absolute(&found)
-    }
-}
-
-/// nacre's configuration, but for the VM's size, which stays what it is at boot: QEMU's does.
-fn steady(options: &Options, files: &Files) -> Result<PathBuf> {
-    let given = variable("NACRE_CONFIG").filter(|path| !path.as_os_str().is_empty());
-    let path = given.clone().unwrap_or_else(|| DEFAULT_PATH.into());
-    let text = match std::fs::read_to_string(&path) {
-        Err(error) if given.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
-            String::new()
-        }
-        read => read.with_context(|| format!("reading {}", path.display()))?,
-    };
-    let text = resized(&text, options.vcpus, options.memory)
-        .with_context(|| format!("reading {}", path.display()))?;
-    let steady = files.beside("config.toml");
-    std::fs::write(&steady, text).with_context(|| format!("writing {}", steady.display()))?;
-    Ok(steady)
-}
-
-fn resized(text: &str, vcpus: u8, memory: ByteSize) -> Result<String> {
-    let mut config: toml::Table = text.parse()?;
-    let mut section = |name: &str, values: Vec<(&str, toml::Value)>| {
-        let section = config
-            .entry(name)
-            .or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        if let Some(section) = section.as_table_mut() {
-            section.extend(
-                values
-                    .into_iter()
-                    .map(|(key, value)| (key.to_owned(), value)),
-            );
-        }
-    };
-    section("hotplug", vec![("enabled", false.into())]);
-    let vcpus = i64::from(vcpus);
-    section(
-        "size",
-        vec![
-            ("default_vcpus", vcpus.into()),
-            ("max_vcpus", vcpus.into()),
-            ("default_memory", memory.to_string().into()),
-            ("max_memory", memory.to_string().into()),
-        ],
-    );
-    Ok(toml::to_string(&config)?)
 }
 
 /// By which way the files come; runc has them by neither, and stands beside both.
@@ -210,14 +157,15 @@ impl Side<'_> {
     fn ask(&mut self, words: &[String]) -> Result<Answer> {
         match &mut self.place {
             Place::Container(container) => container.ask(words),
-            Place::Qemu(qemu) => qemu.ask(words),
+            Place::Qemu(qemu) => qemu.guest.ask(words),
         }
+        .and_then(|line| Answer::parse(&line))
     }
 
     fn end(self) -> Result<()> {
         match self.place {
             Place::Container(container) => container.end(),
-            Place::Qemu(qemu) => qemu.end(),
+            Place::Qemu(qemu) => qemu.guest.end(),
         }
         .with_context(|| format!("ending {}", self.name))
     }
@@ -237,13 +185,20 @@ fn sides<'s>(
         let starting = || format!("starting a container of {}", peer.name);
         let (place, folders): (_, Vec<(&[Way], _)>) = if peer.name == OURS {
             let disk = files.disk("disk-nacre")?;
+            let joined = Joined {
+                binds: &[(&files.root(), SHARE)],
+                netns: None,
+            };
+            let root: Root<'_> = ("ext4", &disk, &["loop", "rw"]);
             (
-                Probed::over_disk(around, peer, files, &disk).with_context(starting)?,
-                vec![(&[Way::Blk], "/"), (&[Way::Fs], container::SHARE)],
+                Probed::start(around, peer, &joined, root).with_context(starting)?,
+                vec![(&[Way::Blk], "/"), (&[Way::Fs], SHARE)],
             )
         } else {
+            let (folder, joined) = (files.root(), Joined::default());
+            let root: Root<'_> = ("bind", &folder, &["rbind", "rw"]);
             (
-                Probed::over_folder(around, peer, files).with_context(starting)?,
+                Probed::start(around, peer, &joined, root).with_context(starting)?,
                 vec![(&Way::BOTH, "/")],
             )
         };
@@ -257,7 +212,6 @@ fn sides<'s>(
     if let (Some(program), Some(virtiofsd)) = (&options.qemu, &options.virtiofsd) {
         let what = Booted {
             program,
-            virtiofsd,
             kernel: &config.kernel,
             initrd: options.qemu_initrd.as_ref().unwrap_or(&config.initrd),
             vcpus: options.vcpus,
@@ -266,7 +220,7 @@ fn sides<'s>(
         let disk = files.disk("disk-qemu")?;
         sides.push(Side {
             name: QEMU,
-            place: Place::Qemu(Qemu::boot(&what, files, &disk, patience)?),
+            place: Place::Qemu(Qemu::boot(&what, virtiofsd, files, &disk, patience)?),
             folders: vec![(&[Way::Blk], qemu::DISK), (&[Way::Fs], qemu::SHARE)],
             left_out: false,
         });
@@ -372,18 +326,5 @@ mod tests {
         ] {
             assert!(options(words).is_err(), "{words}");
         }
-    }
-
-    #[test]
-    fn a_vm_keeps_its_size_and_all_else_of_the_configuration() {
-        let given = "kernel = \"/k\"\n[size]\nhost_memory = \"64M\"\n[hotplug]\nenabled = true\n";
-        let text = resized(given, 2, ByteSize::from_mib(768)).unwrap();
-        let config: toml::Table = text.parse().unwrap();
-        assert_eq!(config["kernel"].as_str(), Some("/k"));
-        assert_eq!(config["hotplug"]["enabled"].as_bool(), Some(false));
-        assert_eq!(config["size"]["host_memory"].as_str(), Some("64M"));
-        assert_eq!(config["size"]["default_memory"].as_str(), Some("768M"));
-        assert_eq!(config["size"]["max_vcpus"].as_integer(), Some(2));
-        assert!(resized("kernel = ", 1, ByteSize::from_mib(768)).is_err());
     }
 }

@@ -17,8 +17,8 @@ use crate::run::{self, step};
 use crate::testbed::{self, Request, Terminal};
 use crate::{apt, image, paths};
 
-/// MiB of the emulated machine for hotplug, where what is plugged is never touched, but for the guest's page structures; and for
-/// storage, whose files and disks are in its memory.
+/// MiB of the emulated machine for hotplug, where what is plugged is never touched, but for the guest's page structures; for
+/// storage, whose files and disks are in its memory; and for net, whose VMs run at once.
 const MORE_MIB: u32 = 6144;
 /// Where QEMU is in the testbed, and what of its root is needed.
 const QEMU: &str = "/opt/qemu";
@@ -35,8 +35,11 @@ const VIRTIOFSD: &str = "/opt/virtiofsd";
 const VIRTIOFSD_PARTS: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/libexec/virtiofsd"];
 /// QEMU's initrd in the testbed.
 const QEMU_INITRD: &str = "/opt/qemu/initrd";
-/// Files in the tree of storage, and seconds for one call, where a request of a guest takes some ten times as long as elsewhere.
+/// Files in the tree of storage, MiB and requests of net, and seconds for one call, where a request of a guest takes some ten times as
+/// long as elsewhere.
 const EMULATED_FILES: u32 = 1000;
+const EMULATED_MIB: u32 = 8;
+const EMULATED_REQUESTS: u32 = 100;
 const EMULATED_PATIENCE: u32 = 3600;
 /// A disk for the emulated machine, whose root is in its memory: so that files can be cold on it, and be read past its cache. By its
 /// path, since busybox has a mke2fs of its own.
@@ -59,7 +62,7 @@ pub struct BenchArgs {
     /// The Debian release whose newest cloud kernel is the guest's
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     release: KernelRelease,
-    /// Measure hotplug and storage of QEMU as well: Debian's, unpacked, and for storage its virtiofsd
+    /// Measure hotplug, storage and net of QEMU as well: Debian's, unpacked, and for storage its virtiofsd
     #[arg(long)]
     qemu: bool,
     /// Use the debug build: to try a scenario, not for figures
@@ -88,16 +91,19 @@ enum Scenario {
     Hotplug,
     /// Files by virtio-blk and virtio-fs
     Storage,
+    /// The network and the vsock
+    Net,
 }
 
 impl Scenario {
-    const ALL: [Scenario; 6] = [
+    const ALL: [Scenario; 7] = [
         Self::Lifecycle,
         Self::Exec,
         Self::Cat,
         Self::Execs,
         Self::Hotplug,
         Self::Storage,
+        Self::Net,
     ];
 
     /// Its name, and how often an emulated machine can be asked to do it.
@@ -109,6 +115,7 @@ impl Scenario {
             Self::Execs => ("execs", 1000),
             Self::Hotplug => ("hotplug", 10),
             Self::Storage => ("storage", 3),
+            Self::Net => ("net", 3),
         }
     }
 
@@ -126,7 +133,7 @@ impl Scenario {
             command.push_str(&format!(" --{option} '{value}'"));
         };
         let count_option = match self {
-            Self::Hotplug | Self::Storage => "rounds",
+            Self::Hotplug | Self::Storage | Self::Net => "rounds",
             Self::Lifecycle | Self::Exec | Self::Cat | Self::Execs => "count",
         };
         if let Some(count) = count {
@@ -151,6 +158,16 @@ impl Scenario {
                     add(option, &file.display());
                 }
             }
+            Self::Net => {
+                if place == Place::Testbed {
+                    add("mib", &EMULATED_MIB);
+                    add("requests", &EMULATED_REQUESTS);
+                    add("patience", &EMULATED_PATIENCE);
+                }
+                for (option, file) in qemu.and_then(Qemu::of_net).into_iter().flatten() {
+                    add(option, &file.display());
+                }
+            }
             Self::Lifecycle | Self::Exec | Self::Cat | Self::Execs => {}
         }
         format!("{before}{command}{options}\necho\n")
@@ -160,37 +177,49 @@ impl Scenario {
 /// QEMU's programs and files, where the benchmarks run.
 struct Qemu {
     program: PathBuf,
-    /// virtiofsd, and the initrd.
-    storage: Option<(PathBuf, PathBuf)>,
+    virtiofsd: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+}
+
+/// What of it is needed.
+struct Parts {
+    virtiofsd: bool,
+    /// With the kernel of this release.
+    initrd: Option<KernelRelease>,
 }
 
 impl Qemu {
     /// Options of storage, and their values.
     fn of_storage(&self) -> Option<[(&'static str, &Path); 3]> {
-        let (virtiofsd, initrd) = self.storage.as_ref()?;
-        Some([
-            ("qemu", &self.program),
-            ("virtiofsd", virtiofsd),
-            ("qemu-initrd", initrd),
-        ])
+        let [qemu, initrd] = self.of_net()?;
+        Some([qemu, ("virtiofsd", self.virtiofsd.as_ref()?), initrd])
+    }
+
+    /// The same of net.
+    fn of_net(&self) -> Option<[(&'static str, &Path); 2]> {
+        let initrd = self.initrd.as_ref()?;
+        Some([("qemu", &self.program), ("qemu-initrd", initrd)])
     }
 
     /// In the testbed all of it is brought along.
-    fn bring(place: Place, release: Option<KernelRelease>, request: &mut Request) -> Result<Self> {
+    fn bring(place: Place, parts: &Parts, request: &mut Request) -> Result<Self> {
         let program = bring_qemu(place, request)?;
-        let storage = match release {
-            Some(release) => {
-                let virtiofsd = bring_virtiofsd(place, request)?;
-                let mut initrd = image::initrd_with_pci(release)?;
-                if place == Place::Testbed {
-                    request.copies.push((initrd, QEMU_INITRD.into()));
-                    initrd = QEMU_INITRD.into();
-                }
-                Some((virtiofsd, initrd))
-            }
-            None => None,
+        let virtiofsd = match parts.virtiofsd {
+            true => Some(bring_virtiofsd(place, request)?),
+            false => None,
         };
-        Ok(Self { program, storage })
+        let mut initrd = parts.initrd.map(image::initrd_with_pci).transpose()?;
+        if place == Place::Testbed
+            && let Some(made) = initrd.take()
+        {
+            request.copies.push((made, QEMU_INITRD.into()));
+            initrd = Some(QEMU_INITRD.into());
+        }
+        Ok(Self {
+            program,
+            virtiofsd,
+            initrd,
+        })
     }
 }
 
@@ -306,14 +335,16 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     };
     let mut request = Request::new(Vec::new());
     let storage = scenarios.contains(&Scenario::Storage);
-    if storage {
+    let probed = storage || scenarios.contains(&Scenario::Net);
+    if probed {
         image::build_probe()?;
     }
+    let parts = Parts {
+        virtiofsd: storage,
+        initrd: probed.then_some(args.release),
+    };
     let qemu = match args.qemu {
-        true => {
-            let release = storage.then_some(args.release);
-            Some(Qemu::bring(place, release, &mut request)?)
-        }
+        true => Some(Qemu::bring(place, &parts, &mut request)?),
         false => None,
     };
     let options = quoted(&args.options);
@@ -326,7 +357,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     request.argv = vec!["sh".into(), "-c".into(), script];
     request.programs = paths::target().join(folder);
     request.force_nested = args.nested;
-    if storage || scenarios.contains(&Scenario::Hotplug) {
+    if probed || scenarios.contains(&Scenario::Hotplug) {
         request.memory = MORE_MIB;
     }
     request.time_limit = Some(Duration::from_secs(4 * 3600));
@@ -351,7 +382,8 @@ mod tests {
         assert_eq!(options, r" '--sizes' '1G' 'it'\''s'");
         let qemu = Qemu {
             program: "/opt/qemu/run".into(),
-            storage: Some(("/opt/virtiofsd/run".into(), QEMU_INITRD.into())),
+            virtiofsd: Some("/opt/virtiofsd/run".into()),
+            initrd: Some(QEMU_INITRD.into()),
         };
         let of = |scenario: Scenario, count| {
             scenario.command(Place::Testbed, count, Some(&qemu), &options)
@@ -373,6 +405,14 @@ mod tests {
                     "--dir '/mnt/bench' --files '1000'",
                     "--virtiofsd '/opt/virtiofsd/run'",
                     "--qemu-initrd '/opt/qemu/initrd'",
+                ],
+            ),
+            (
+                of(Scenario::Net, Some(2)),
+                &[
+                    "--rounds '2'",
+                    "--mib '8' --requests '100'",
+                    "--qemu '/opt/qemu/run' --qemu-initrd '/opt/qemu/initrd'",
                 ],
             ),
         ] {

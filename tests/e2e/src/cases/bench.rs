@@ -1,5 +1,7 @@
 //! `nacre-bench`: that it measures; never what.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -22,6 +24,12 @@ pub(crate) const CASES: &[Case] = &[
         seconds: (180, 180),
         run: storage,
     },
+    Case {
+        name: "nacre-bench measures the network and the vsock and leaves nothing",
+        subject: Subject::Alone,
+        seconds: (240, 240),
+        run: network,
+    },
 ];
 
 /// A scenario, its arguments, and series that it must have.
@@ -30,6 +38,8 @@ type Scenario = (
     &'static [&'static str],
     &'static [&'static str],
 );
+
+const BOTH: [Runtime; 2] = [Runtime::Nacre, Runtime::Runc];
 
 const SCENARIOS: [Scenario; 2] = [
     (
@@ -64,12 +74,33 @@ const STORAGE: [&str; 7] = [
     "untar",
 ];
 
+const NETWORK: [&str; 6] = [
+    "TCP out, 1 stream",
+    "TCP in, 1 stream",
+    "TCP out, 8 streams",
+    "TCP in, 8 streams",
+    "TCP request",
+    "UDP request",
+];
+
+const VSOCK: [&str; 9] = [
+    "out, 64 B",
+    "in, 64 B",
+    "request, 64 B",
+    "out, 4 KiB",
+    "in, 4 KiB",
+    "request, 4 KiB",
+    "out, 64 KiB",
+    "in, 64 KiB",
+    "request, 64 KiB",
+];
+
 fn measures(context: &Context) -> Result<()> {
     for (scenario, arguments, series) in SCENARIOS {
         let busybox = context.programs.busybox.display().to_string();
         let arguments = [arguments, &["--busybox", &busybox]].concat();
         let report = report(context, scenario, &arguments)?;
-        check(&report, scenario, series)?;
+        check(&report, scenario, &BOTH, series)?;
     }
     Ok(())
 }
@@ -87,11 +118,35 @@ fn storage(context: &Context) -> Result<()> {
     ensure!(tables.len() == 2, "there are {} tables", tables.len());
     for (table, way) in tables.iter().zip(["virtio-blk", "virtio-fs"]) {
         ensure!(table["scenario"] == way, "{} is there", table["scenario"]);
-        check(table, way, &STORAGE)?;
+        check(table, way, &BOTH, &STORAGE)?;
     }
     let left = std::fs::read_dir(&folder)?.count();
     ensure!(left == 0, "{left} things are left in its folder");
     Ok(())
+}
+
+fn network(context: &Context) -> Result<()> {
+    let before = interfaces()?;
+    let few = "--rounds 1 --warm-up 0 --mib 1 --requests 1";
+    let report = report(context, "net", &few.split(' ').collect::<Vec<_>>())?;
+    ensure!(report["complete"] == true, "it is not complete");
+    let tables = report["tables"].as_array().context("no tables")?;
+    let [network, vsock] = tables.as_slice() else {
+        anyhow::bail!("there are {} tables", tables.len());
+    };
+    check(network, "virtio-net", &BOTH, &NETWORK)?;
+    check(vsock, "vsock", &BOTH[..1], &VSOCK)?;
+    let after = interfaces()?;
+    ensure!(before == after, "{before:?} has become {after:?}");
+    Ok(())
+}
+
+/// The host's network interfaces.
+fn interfaces() -> Result<BTreeSet<OsString>> {
+    let entries = std::fs::read_dir("/sys/class/net")?;
+    Ok(entries
+        .map(|entry| Ok(entry?.file_name()))
+        .collect::<std::io::Result<_>>()?)
 }
 
 /// What nacre-bench writes of a scenario.
@@ -110,10 +165,10 @@ fn report(context: &Context, scenario: &str, arguments: &[&str]) -> Result<Value
     Ok(report)
 }
 
-/// That both shims have a value of each series.
-fn check(table: &Value, name: &str, series: &[&str]) -> Result<()> {
+/// That these shims have a value of each series.
+fn check(table: &Value, name: &str, runtimes: &[Runtime], series: &[&str]) -> Result<()> {
     let shims = table["shims"].as_array().context("no shims")?;
-    for (shim, runtime) in shims.iter().zip([Runtime::Nacre, Runtime::Runc]) {
+    for (shim, runtime) in shims.iter().zip(runtimes) {
         ensure!(shim["shim"] == runtime.text(), "{} is first", shim["shim"]);
         let all = shim["series"].as_array().context("no series")?;
         for row in series {
@@ -124,6 +179,10 @@ fn check(table: &Value, name: &str, series: &[&str]) -> Result<()> {
             ensure!(one["median"].is_number() && one["p99"].is_number());
         }
     }
-    ensure!(shims.len() == 2, "{} shims were measured", shims.len());
+    ensure!(
+        shims.len() == runtimes.len(),
+        "{} shims were measured",
+        shims.len()
+    );
     Ok(())
 }

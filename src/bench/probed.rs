@@ -1,57 +1,51 @@
-//! A container that the probe is run in: of nacre, whose root is a disk and which has the folder as a bind mount; or of runc, whose
-//! root is the folder.
+//! A container that `nacre-probe` is run in, an exec for each thing that is measured; and where the probe is.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::files::{Files, PROBE};
-use super::work::Answer;
-use crate::bench::listeners::both_ways;
-use crate::bench::peers::{Container, Fifos, Peer, Surroundings};
+use super::listeners::both_ways;
+use super::peers::{Container, Fifos, Joined, Peer, Surroundings};
+use super::{absolute, in_path, variable};
 
-/// Where nacre's container has the folder.
-pub(super) const SHARE: &str = "/share";
+/// The probe's file in the root of all that it runs in.
+pub(super) const PROBE: &str = "nacre-probe";
 
-/// A container that runs.
+/// A root of one mount: its type, source and options.
+pub(super) type Root<'a> = (&'a str, &'a Path, &'a [&'a str]);
+
+/// The static program that measures: a given one, or the one that is found.
+pub(super) fn program(given: Option<&Path>) -> Result<PathBuf> {
+    let beside = std::env::current_exe()?.with_file_name(PROBE);
+    let given = given
+        .map(Path::to_owned)
+        .or_else(|| variable("NACRE_PROBE"));
+    let found = given.or_else(|| Some(beside).filter(|file| file.is_file()));
+    let found = found.or_else(|| in_path(PROBE)).context(
+        "There is no nacre-probe beside this program or in PATH: `cargo xtask bench` makes it, --probe names it",
+    )?;
+    absolute(&found)
+}
+
+/// A container that runs, with the probe in its root.
 pub(super) struct Probed<'s> {
     container: Container<'s>,
     asked: u64,
 }
 
 impl<'s> Probed<'s> {
-    /// nacre's, over the disk.
-    pub fn over_disk(
+    /// Starts it.
+    pub fn start(
         around: &'s Surroundings,
         peer: &Peer,
-        files: &Files,
-        disk: &Path,
-    ) -> Result<Self> {
-        let root = files.root();
-        Self::start(
-            around,
-            peer,
-            &[(&root, SHARE)],
-            ("ext4", disk, &["loop", "rw"]),
-        )
-    }
-
-    /// runc's, over the folder.
-    pub fn over_folder(around: &'s Surroundings, peer: &Peer, files: &Files) -> Result<Self> {
-        Self::start(around, peer, &[], ("bind", &files.root(), &["rbind", "rw"]))
-    }
-
-    fn start(
-        around: &'s Surroundings,
-        peer: &Peer,
-        binds: &[(&Path, &str)],
-        root: (&str, &Path, &[&str]),
+        joined: &Joined<'_>,
+        root: Root<'_>,
     ) -> Result<Self> {
         let probe = format!("/{PROBE}");
-        let mut container = Container::bundle_with(around, peer, &[&probe, "idle"], binds)?;
+        let mut container = Container::bundle_with(around, peer, &[&probe, "idle"], joined)?;
         let answer = container.start_shim()?;
         container.connect(&answer)?;
         container.create_over(&Fifos::default(), root)?;
@@ -62,13 +56,13 @@ impl<'s> Probed<'s> {
         })
     }
 
-    /// Has the probe do something.
-    pub fn ask(&mut self, words: &[String]) -> Result<Answer> {
+    /// Has the probe do something; its line. What it says and complains of is less than what a FIFO holds.
+    pub fn ask(&mut self, words: &[String]) -> Result<String> {
         self.asked += 1;
         let id = format!("probe{}", self.asked);
         let stdout = self.container.fifo(&format!("{id}-out"))?;
         let stderr = self.container.fifo(&format!("{id}-err"))?;
-        // Both are less than what a FIFO holds, so that nobody need read while it runs.
+        // Nobody need read while it runs.
         let (said, complained) = (both_ways(&stdout)?, both_ways(&stderr)?);
         let stdio = Fifos {
             stdin: None,
@@ -94,7 +88,7 @@ impl<'s> Probed<'s> {
         for fifo in [&stdout, &stderr] {
             std::fs::remove_file(fifo)?;
         }
-        Answer::parse(&line)
+        Ok(line)
     }
 
     /// The ordinary end of one.
