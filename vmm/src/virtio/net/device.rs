@@ -86,7 +86,7 @@ impl Net {
             (Arc::clone(&self.tap), Arc::clone(&self.shared)),
             (ram, interrupt.clone()),
             queues,
-            has(VIRTIO_NET_F_MRG_RXBUF),
+            (has(VIRTIO_NET_F_MRG_RXBUF), self.config.mtu),
         );
         let events = self.events.clone();
         let name = format!("net-{}", self.config.name);

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use virtio_bindings::virtio_net::{VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -40,6 +41,8 @@ pub(super) struct Service {
     receive: ActiveQueue,
     transmit: ActiveQueue,
     mergeable: bool,
+    /// What the link takes: longer frames of the guest are dropped.
+    mtu: Option<u16>,
     /// Holds a frame of `held` bytes, if that is not 0.
     frame: Box<[u8]>,
     held: usize,
@@ -62,12 +65,29 @@ enum Placed {
     NoRoom,
 }
 
+/// Bytes of an Ethernet header with two VLAN tags.
+const LINK_BYTES: u64 = 22;
+/// Bytes of the shortest headers of IP and TCP, which each segment of a frame gets.
+const SEGMENT_HEADERS: u64 = 40;
+
+/// Whether a frame of so many bytes, or a segment that is to be made of it, is longer than the link takes. What a redirect gives to an
+/// interface nobody looks at again.
+fn is_too_long(header: &[u8; HEADER_BYTES], len: u64, mtu: u16) -> bool {
+    let mtu = u64::from(mtu);
+    // struct virtio_net_hdr_v1 (5.1.6): flags, gso_type, hdr_len, gso_size.
+    let gso_size = u64::from(u16::from_le_bytes([header[4], header[5]]));
+    match u32::from(header[1]) & !VIRTIO_NET_HDR_GSO_ECN {
+        VIRTIO_NET_HDR_GSO_NONE => len > mtu + LINK_BYTES,
+        _ => gso_size + SEGMENT_HEADERS > mtu,
+    }
+}
+
 impl Service {
     pub fn new(
         (tap, shared): (Arc<Tap>, Arc<Shared>),
         (ram, interrupt): (GuestRam, Interrupt),
         [receive, transmit]: [ActiveQueue; 2],
-        mergeable: bool,
+        (mergeable, mtu): (bool, Option<u16>),
     ) -> Self {
         let mut service = Self {
             tap,
@@ -77,6 +97,7 @@ impl Service {
             receive,
             transmit,
             mergeable,
+            mtu,
             frame: vec![0; FRAME_BYTES].into(),
             held: 0,
             used: UsedBatch::default(),
@@ -203,16 +224,23 @@ impl Service {
     pub(super) fn transmit(&mut self) -> Result<(), RingError> {
         let memory = self.ram.memory();
         let (tap, shared, full) = (&self.tap, &self.shared, &mut self.full);
+        let mtu = self.mtu;
         *full = false;
         let mut used = false;
         let queue = &mut self.transmit.queue;
-        let result = serve_quietly(queue, &memory, BATCH, &mut used, |chain| {
+        let result = serve_quietly(queue, &memory, BATCH, &mut used, |mut chain| {
             let len = chain.readable.len();
-            if len <= HEADER_BYTES as u64 || len > FRAME_BYTES as u64 {
+            // Read once: what is judged is what the host's kernel gets.
+            let mut header = [0; HEADER_BYTES];
+            let whole = len > HEADER_BYTES as u64 && len <= FRAME_BYTES as u64;
+            if !whole
+                || chain.readable.read_exact(&mut header).is_err()
+                || mtu.is_some_and(|mtu| is_too_long(&header, len - HEADER_BYTES as u64, mtu))
+            {
                 count(&shared.send_dropped, 1);
                 return Some(0);
             }
-            match tap.write(chain.readable.slices()) {
+            match tap.write(&header, chain.readable.slices()) {
                 Ok(_) => {
                     count(&shared.sent, 1);
                     count(&shared.sent_bytes, len - HEADER_BYTES as u64);

@@ -136,21 +136,24 @@ impl Tap {
         retried(|| (&self.file).read(frame))
     }
 
-    /// One frame with its header, from guest memory.
+    /// One frame, from guest memory, with its header.
     pub(super) fn write<'m>(
         &self,
+        header: &[u8; HEADER_BYTES],
         frame: impl Iterator<Item = &'m VolatileSlice<'m>>,
     ) -> io::Result<usize> {
         let guards: Vec<_> = frame.map(|slice| slice.ptr_guard()).collect();
-        let parts: Vec<libc::iovec> = guards
-            .iter()
-            .map(|guard| libc::iovec {
-                iov_base: guard.as_ptr().cast_mut().cast(),
-                iov_len: guard.len(),
-            })
-            .collect();
+        let first = libc::iovec {
+            iov_base: header.as_ptr().cast_mut().cast(),
+            iov_len: header.len(),
+        };
+        let rest = guards.iter().map(|guard| libc::iovec {
+            iov_base: guard.as_ptr().cast_mut().cast(),
+            iov_len: guard.len(),
+        });
+        let parts: Vec<libc::iovec> = std::iter::once(first).chain(rest).collect();
         retried(|| {
-            // SAFETY: each part is a slice of guest memory that stays mapped while its guard lives, and the kernel only
+            // SAFETY: the header, and each part, a slice of guest memory that stays mapped while its guard lives, are there, and the kernel only
             // reads it; there are as many as is said.
             let written = unsafe {
                 libc::writev(

@@ -92,7 +92,7 @@ impl Bench {
             (Arc::new(tap), Arc::clone(&shared)),
             (GuestRam::new(driver.memory.clone()), interrupt.clone()),
             queues(&driver, false),
-            mergeable,
+            (mergeable, Some(1500)),
         );
         Self {
             driver,
@@ -306,6 +306,47 @@ fn what_is_no_frame_is_dropped_and_given_back() {
     assert_eq!(bench.counters().send_dropped, 4);
 }
 
+/// A header of a frame that segments are to be made of.
+fn to_be_cut(kind: u8, size: u16) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[1] = kind;
+    header[4..6].copy_from_slice(&size.to_le_bytes());
+    header
+}
+
+#[test]
+fn what_is_longer_than_the_link_takes_is_dropped() {
+    let mut bench = Bench::new(false);
+    // TCP over IPv4, and with ECN over IPv6.
+    let (four, six) = (1, 4 | 0x80);
+    for (number, (header, len, passes)) in [
+        ([0; HEADER_BYTES], 1522, true),
+        ([0; HEADER_BYTES], 1523, false),
+        (to_be_cut(0x80, 9000), 1523, false),
+        (to_be_cut(four, 1460), 9000, true),
+        (to_be_cut(four, 1461), 9000, false),
+        (to_be_cut(six, 1440), 9000, true),
+        (to_be_cut(six, u16::MAX), 9000, false),
+        (to_be_cut(0x7f, 1461), 100, false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut out = frame(len, 1);
+        out[..HEADER_BYTES].copy_from_slice(&header);
+        bench.driver.fill(DATA, &out);
+        let bytes = u32::try_from(out.len()).unwrap();
+        send(&bench.driver, number as u16, &[(DATA, bytes, false)]);
+        bench.service.transmit().unwrap();
+        let mut got = vec![0; 10_000];
+        match bench.wire.recv(&mut got) {
+            Ok(bytes) => assert!(passes && got[..bytes] == out, "{number}"),
+            Err(_) => assert!(!passes, "{number}"),
+        }
+    }
+    assert_eq!(bench.counters().send_dropped, 5);
+}
+
 #[test]
 fn frames_of_before_are_not_for_a_new_driver() {
     let driver = Driver::new(memory(), SIZE);
@@ -319,7 +360,7 @@ fn frames_of_before_are_not_for_a_new_driver() {
         (Arc::new(tap), Arc::clone(&shared)),
         (ram, Interrupt::new(eventfd())),
         queues(&driver, false),
-        true,
+        (true, None),
     );
     let mut driver = driver;
     driver.chain(&[(DATA, 100, true)]);
