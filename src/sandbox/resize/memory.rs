@@ -5,6 +5,7 @@ use std::time::Duration;
 use nacre_vmm::virtio::mem::BLOCK_BYTES;
 use tokio::time::Instant;
 
+use super::requested::AGAIN;
 use super::{MemoryWay, Resized, Step, us};
 use crate::control::Memory;
 use crate::sandbox::Sandbox;
@@ -244,7 +245,8 @@ impl Sandbox {
         const FIRST_PAUSE: Duration = Duration::from_millis(5);
         const LONGEST_PAUSE: Duration = Duration::from_millis(100);
         let patience = self.0.timeouts.resize;
-        let deadline = Instant::now() + patience;
+        let mut told = Instant::now();
+        let deadline = told + patience;
         let mut pause = FIRST_PAUSE;
         loop {
             let seen = self.resources().await.map_err(|error| chain(&error))?;
@@ -253,13 +255,20 @@ impl Sandbox {
             }
             if Instant::now() >= deadline {
                 return Err(format!(
-                    "the guest's driver has plugged all, but after {patience:?} its kernel has {} MiB online of {}",
+                    "after {patience:?} the guest's kernel has {} MiB online of {}",
                     seen.memory_total_bytes / MIB,
                     total / MIB
                 ));
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
+            // The driver gives a block back that the kernel does not take, and tries again when it is told.
+            if told.elapsed() >= AGAIN
+                && let Some(status) = self.mem_status()
+            {
+                told = Instant::now();
+                let _ = self.0.machine.request_memory(status.requested);
+            }
         }
     }
 

@@ -1,5 +1,7 @@
 //! Memory by the virtio-mem device: the guest's driver plugs and unplugs by itself what it is asked for.
 
+use std::time::Duration;
+
 use nacre_vmm::hotplug::memory::SMALLEST_UNIT;
 use nacre_vmm::virtio::mem::MemStatus;
 use tokio::sync::watch;
@@ -9,6 +11,9 @@ use super::{Step, us};
 use crate::sandbox::Sandbox;
 use crate::sandbox::error::chain;
 
+/// How often the driver is told again what is asked for: one that could not do it all, for want of memory or since pages were in use, waits
+/// for a minute and longer before it tries again, but not where it is told.
+pub(super) const AGAIN: Duration = Duration::from_secs(2);
 /// Memory that has the time of one step, as a unit of ACPI memory has: the smallest that one can be.
 const STEP: u64 = SMALLEST_UNIT;
 
@@ -85,6 +90,7 @@ impl Sandbox {
         let steps = u32::try_from(best.div_ceil(STEP)).unwrap_or(u32::MAX);
         let longest = patience.saturating_mul(steps).max(self.longest());
         let (asked, mut deadline) = (Instant::now(), Instant::now() + patience);
+        let mut told = asked;
         loop {
             let seen = *status.borrow_and_update();
             if seen.plugged != start && *first_us == 0 {
@@ -120,6 +126,11 @@ impl Sandbox {
                     }
                 }
                 _ = self.0.machine.ended() => {}
+                () = tokio::time::sleep_until(told + AGAIN) => {
+                    told = Instant::now();
+                    // It was taken before.
+                    let _ = self.0.machine.request_memory(bytes);
+                }
             }
         }
     }

@@ -316,11 +316,27 @@ async fn a_shrink_that_failed_is_told_when_the_guest_has_all_again() {
         UNTIL.store(until, Relaxed);
         let why = words(driven.to(256).await.0);
         has_all(&why, &["it did not get on for 20s; it is back at 512 MiB"]);
-        let said = "its kernel has 640 MiB online of 768";
+        let said = "the guest's kernel has 640 MiB online of 768";
         assert_eq!(why.contains(said), late, "{why}");
         assert!(ASKED.load(Relaxed) > 7, "{why}");
         assert_eq!(driven.device(), (512, 512));
     }
+}
+
+/// As Linux' driver, which waits for a minute after a failure unless it is told of a change.
+#[tokio::test(start_paused = true)]
+async fn a_driver_that_waits_after_a_failure_is_told_again() {
+    static TOLD: AtomicU64 = AtomicU64::new(0);
+    let driven = Driven::new(
+        |status| {
+            let tells = TOLD.fetch_add(1, Relaxed);
+            (tells >= 3 && status.plugged != status.requested).then_some(status.requested)
+        },
+        Duration::ZERO,
+    )
+    .await;
+    driven.vm.guest.behave(Script::good());
+    assert_eq!(driven.to(512).await.0.unwrap().now, 512);
 }
 
 #[tokio::test(start_paused = true)]

@@ -396,7 +396,14 @@ fn from_under_it(context: &Context) -> Result<()> {
             Ok(Some("counted, and gone".to_owned()))
         })?;
         eprintln!("  {what}: {counted}");
-        let named = ["vCPU 1", "128 MiB at 0x10", "ended", "agent", "No VM"];
+        let named = [
+            "vCPU 1",
+            "128 MiB at 0x10",
+            "ended",
+            "agent",
+            "No VM",
+            "gone",
+        ];
         let smaller = ["--cpus", "1", "--memory", &format!("{BOOT_MIB}M")];
         if shell.ended()?.is_none() {
             tried(context, &shell, &smaller, &named)?;
