@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Args;
 
+use crate::apt::{self, Release};
 use crate::run::{self, step};
 use crate::suite::{self, Suite};
 use crate::testbed::{self, Request, Sink};
-use crate::{apt, image, paths};
+use crate::{image, paths};
 
 /// Options of `cargo xtask test`.
 #[derive(Args)]
@@ -136,18 +137,12 @@ fn unit_tests(tally: &mut Tally) -> Result<()> {
         command.args(["--lib", "--bins"]);
     }
 
-    step(format!("unit tests: {}", run::show(&command)));
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start cargo")?;
-    let mut reader = TestReader::default();
-    for line in BufReader::new(child.stdout.take().context("no output of cargo")?).split(b'\n') {
-        reader.line(&String::from_utf8_lossy(&line?));
-    }
-    let status = child.wait()?;
-    reader.settle("cargo test", status.success(), tally);
+    harness("cargo test", command, tally)?;
+    let plugins = apt::unpacked(Release::Bookworm, "containernetworking-plugins")?;
+    let mut command = run::cargo();
+    command.args(["test", "--package", "nacre-net", "--lib", "--", "--ignored"]);
+    command.env("NACRE_CNI_PLUGINS", plugins.join("usr/lib/cni"));
+    harness("cargo test with CNI plugins", command, tally)?;
     if !kvm {
         step("this machine has no /dev/kvm: the tests with flat guests run in the testbed");
         for program in flat_guest_programs()? {
@@ -164,6 +159,23 @@ fn unit_tests(tally: &mut Tally) -> Result<()> {
             reader.settle(&name, outcome.code == 0, tally);
         }
     }
+    Ok(())
+}
+
+/// Runs tests of Rust's harness.
+fn harness(name: &str, mut command: Command, tally: &mut Tally) -> Result<()> {
+    step(format!("unit tests: {}", run::show(&command)));
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let mut reader = TestReader::default();
+    for line in BufReader::new(child.stdout.take().context("no output of cargo")?).split(b'\n') {
+        reader.line(&String::from_utf8_lossy(&line?));
+    }
+    let status = child.wait()?;
+    reader.settle(name, status.success(), tally);
     Ok(())
 }
 
