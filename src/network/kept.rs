@@ -55,7 +55,7 @@ impl Kept for Attachment {
 }
 
 /// Has plugins run where this process came from: what they find there is the host's end of what they make.
-pub(super) fn run_on_the_host(attachment: &mut Attachment) {
+fn run_on_the_host(attachment: &mut Attachment) {
     // SAFETY: it makes system calls only.
     unsafe { attachment.before_exec(origin::go_back) };
 }

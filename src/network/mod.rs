@@ -1,6 +1,6 @@
 //! The network of a VM: that of a network namespace, which others have filled
-//! or which is filled here by CNI plugins. It comes up once, at the first Start,
-//! and everything that outlives a process is in the record before it is made.
+//! or which is filled here by CNI plugins. It comes up once, at the first Start that
+//! finds one, and everything that outlives a process is in the record before it is made.
 //!
 //! What is found in the namespace then is mirrored: a TAP interface beside each interface, and a device in the guest
 //! with the same address. What CNI made stays as it is.
