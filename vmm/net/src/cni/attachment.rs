@@ -311,7 +311,13 @@ impl Attachment {
         match Netns::open(&self.netns) {
             Ok(netns) => self.netns_id.is_some_and(|id| id != netns.id()),
             Err(crate::Error::NoNamespace { .. }) => true,
-            Err(crate::Error::Namespace { source, .. }) => source.kind() == io::ErrorKind::NotFound,
+            // No such file; or one that is not opened at all, as a socket, which is no namespace either.
+            Err(crate::Error::Namespace { source, .. }) => {
+                let nothing = [libc::ENOENT, libc::ENOTDIR, libc::ENXIO];
+                source
+                    .raw_os_error()
+                    .is_some_and(|errno| nothing.contains(&errno))
+            }
             Err(_) => false,
         }
     }

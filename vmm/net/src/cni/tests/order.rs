@@ -403,13 +403,22 @@ fn a_namespace_that_is_gone_is_none_for_del_and_an_error_before() {
     add(&mut attachment).unwrap();
     let plain = host.path("plain");
     std::fs::write(&plain, "").unwrap();
+    let under_plain = plain.join("netns");
+    let socket = host.path("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let other = Netns::create().unwrap();
     let of_other = format!(
         "/proc/{}/fd/{}",
         std::process::id(),
         std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&other))
     );
-    for path in [host.path("gone"), plain, of_other.into()] {
+    for path in [
+        host.path("gone"),
+        plain,
+        under_plain,
+        socket,
+        of_other.into(),
+    ] {
         let mut record: Attachment =
             serde_json::from_value(serde_json::to_value(&attachment).unwrap()).unwrap();
         record.netns.clone_from(&path);
