@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot;
 use crate::boot::acpi;
@@ -41,9 +42,9 @@ use crate::vcpu::state::Entry;
 use crate::vcpu::thread::Surroundings;
 use crate::virtio::balloon::{Balloon, BalloonHost};
 use crate::virtio::block::Block;
-use crate::virtio::device::VirtioDevice;
+use crate::virtio::device::{INTERRUPT_USED_RING, VirtioDevice};
 use crate::virtio::mem::{Mem, MemConfig, MemHost, SLOT_UNIT};
-use crate::virtio::mmio::{self, NOTIFY_OFFSET, Window};
+use crate::virtio::mmio::{self, ACKNOWLEDGE_OFFSET, NOTIFY_OFFSET, Window};
 use crate::virtio::net::{Net, NetConfig, NetHost, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockHost};
@@ -94,6 +95,9 @@ pub enum Error {
     /// The serial console.
     #[error("cannot make the serial console")]
     Serial(#[source] std::io::Error),
+    /// The process has no descriptor left.
+    #[error("cannot make an eventfd")]
+    EventFd(#[source] std::io::Error),
     /// A virtio device.
     #[error("cannot make the {kind} device")]
     Device {
@@ -169,6 +173,7 @@ impl BusDevice for WindowSlot {
 /// What connects a plugged window's device to KVM, from plug to unplug.
 struct Wires {
     _kicks: Vec<Kick>,
+    _acknowledgements: Kick,
     _line: IrqLine,
 }
 
@@ -191,6 +196,8 @@ struct First {
 pub struct Machine {
     vcpus: VcpuSet,
     windows: Vec<WindowPlace>,
+    /// Where KVM counts acknowledgements that mean nothing; nobody reads it.
+    swallowed: Arc<EventFd>,
     event_loop: EventLoop,
     events: EventLoopHandle,
     serial: Arc<SerialPort>,
@@ -336,6 +343,7 @@ impl Machine {
         let mut machine = Self {
             vcpus,
             windows,
+            swallowed: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?),
             event_loop,
             events,
             serial,
@@ -473,7 +481,7 @@ impl Machine {
             source,
         })?;
         // The window stays locked until the wires are laid: a guest that looks early waits.
-        match lay_wires(&self.vm, index, &window) {
+        match lay_wires(&self.vm, index, &window, &self.swallowed) {
             Ok(wires) => {
                 tracing::debug!(window = index, device = window.kind(), "plugged");
                 place.wires = Some(wires);
@@ -665,7 +673,12 @@ fn port_bus(progress: &Progress, serial: &Arc<SerialPort>) -> Result<Bus, Overla
 }
 
 /// irqfd and ioeventfds of a window that has a device.
-fn lay_wires(vm: &Arc<VmFd>, index: u8, window: &Window) -> Result<Wires, interrupt::Error> {
+fn lay_wires(
+    vm: &Arc<VmFd>,
+    index: u8,
+    window: &Window,
+    swallowed: &Arc<EventFd>,
+) -> Result<Wires, interrupt::Error> {
     let line = IrqLine::over(
         Arc::clone(vm),
         window_gsi(index),
@@ -676,8 +689,15 @@ fn lay_wires(vm: &Arc<VmFd>, index: u8, window: &Window) -> Result<Wires, interr
         .zip(window.kicks())
         .map(|(queue, kick)| Kick::new(Arc::clone(vm), address, queue, Arc::clone(kick)))
         .collect::<Result<_, _>>()?;
+    let acknowledgements = Kick::new(
+        Arc::clone(vm),
+        window_address(index) + ACKNOWLEDGE_OFFSET,
+        INTERRUPT_USED_RING,
+        Arc::clone(swallowed),
+    )?;
     Ok(Wires {
         _kicks: kicks,
+        _acknowledgements: acknowledgements,
         _line: line,
     })
 }

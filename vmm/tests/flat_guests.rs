@@ -198,6 +198,25 @@ fn device_memory_that_is_not_there_reads_all_ones_at_any_alignment() {
 }
 
 #[test]
+fn acknowledging_a_queues_interrupt_does_not_leave_kvm() {
+    let acknowledge = window(0) + 0x64;
+    let writes = |value: u32, count: u32| {
+        let body = Code::new().eax(value).store(acknowledge);
+        let output = Output::default();
+        let kernel = Code::new().repeat(count, body).power_off().kernel();
+        let mut config = config(&kernel, &output);
+        config.rng = true;
+        let vm = Vm::start(config).expect("starts");
+        assert_eq!(wait(&vm), ExitReason::PowerOff);
+        vm.counters().exits["mmio-write"]
+    };
+    assert_eq!(writes(1, 1000), 0);
+    // With a change of the configuration it must arrive.
+    assert_eq!(writes(2, 10), 10);
+    assert_eq!(writes(3, 10), 10);
+}
+
+#[test]
 fn a_flood_of_the_phase_port_leaves_one_mark_of_each_value() {
     // out dx, al; inc al
     let code = Code::new()

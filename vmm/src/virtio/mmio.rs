@@ -37,6 +37,11 @@ pub use status::{State, Step};
 pub const WINDOW_SIZE: u64 = 0x1000;
 /// Offset of the register that a driver writes a queue's index to; an ioeventfd goes here.
 pub const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+/// Offset of the register by which a driver acknowledges an interrupt. Whoever maps the window may swallow a write of
+/// [`INTERRUPT_USED_RING`](super::device::INTERRUPT_USED_RING) alone, the one that comes with every interrupt of a queue: its bit then
+/// stays set in the interrupt status, and all that a driver does by a bit too many is to look at its queues. A bit of the configuration must be
+/// cleared, so that every other value must arrive.
+pub const ACKNOWLEDGE_OFFSET: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
