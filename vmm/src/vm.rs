@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_ioctls::VmFd;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, VmFd};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -46,6 +47,7 @@ use crate::virtio::device::{INTERRUPT_USED_RING, VirtioDevice};
 use crate::virtio::mem::{Mem, MemConfig, MemHost, SLOT_UNIT};
 use crate::virtio::mmio::{self, ACKNOWLEDGE_OFFSET, NOTIFY_OFFSET, Window};
 use crate::virtio::net::{Net, NetConfig, NetHost, Tap};
+use crate::virtio::registers::RegisterPages;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockHost};
 
@@ -177,6 +179,59 @@ struct Wires {
     _line: IrqLine,
 }
 
+/// The registers of all windows, which the guest reads without leaving.
+struct ShownRegisters {
+    pages: RegisterPages,
+    vm: Arc<VmFd>,
+    slot: Option<u32>,
+}
+
+impl ShownRegisters {
+    /// Shows them by the memory slot `slot`, if KVM knows slots that are read only: a write of them is one of device memory, as if there
+    /// were no slot. Where it does not, reads are too.
+    fn new(vm: &Arc<VmFd>, windows: u8, slot: u32) -> Result<Self, Error> {
+        let pages = RegisterPages::new(windows).map_err(|source| Error::Plug {
+            window: 0,
+            source: mmio::Error::Registers(source),
+        })?;
+        let mut shown = Self {
+            pages,
+            vm: Arc::clone(vm),
+            slot: None,
+        };
+        if vm.check_extension(Cap::ReadonlyMem) {
+            let (host, bytes) = shown.pages.place();
+            shown
+                .set(slot, host, bytes)
+                .map_err(|source| memory::Error::Registers { slot, source })?;
+            shown.slot = Some(slot);
+        }
+        Ok(shown)
+    }
+
+    fn set(&self, slot: u32, host: u64, bytes: u64) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: window_address(0),
+            memory_size: bytes,
+            userspace_addr: host,
+        };
+        // SAFETY: the mapping is of that size and stays until the slot is taken away, in this value's drop.
+        unsafe { self.vm.set_user_memory_region(region) }
+    }
+}
+
+impl Drop for ShownRegisters {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot
+            && let Err(error) = self.set(slot, self.pages.place().0, 0)
+        {
+            tracing::warn!(%error, "cannot take the registers' memory slot away");
+        }
+    }
+}
+
 struct WindowPlace {
     slot: Arc<WindowSlot>,
     wires: Option<Wires>,
@@ -210,6 +265,7 @@ pub struct Machine {
     balloon: Option<BalloonHost>,
     boot_bytes: u64,
     _ged_line: IrqLine,
+    _registers: ShownRegisters,
     vm: Arc<VmFd>,
     /// Makes more vCPUs.
     factory: VcpuFactory,
@@ -263,7 +319,8 @@ impl Machine {
         progress.kvm_ns.store(monotonic_ns(), Ordering::Relaxed);
 
         let size = config.memory_mib * MIB;
-        let slot_limit = u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX);
+        // The last slot is that of the registers.
+        let slot_limit = u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX) - 1;
         let memory = Arc::new(GuestMemory::new(Arc::clone(&vm), slot_limit, &ram(size))?);
         let max_vcpus = config.plug.max_vcpus.max(config.vcpus);
         let area = Area {
@@ -300,9 +357,14 @@ impl Machine {
         let ports = Arc::new(port_bus(progress, &serial)?);
 
         let mut mmio = Bus::new("MMIO");
+        let registers = ShownRegisters::new(&vm, config.windows, slot_limit)?;
         let mut windows = Vec::with_capacity(usize::from(config.windows));
         for index in 0..config.windows {
-            let window = Window::new(memory.ram()).map_err(|source| Error::Plug {
+            let page = registers.pages.page(index).ok_or(Error::UnknownWindow {
+                window: index,
+                windows: config.windows,
+            })?;
+            let window = Window::new(memory.ram(), page).map_err(|source| Error::Plug {
                 window: index,
                 source,
             })?;
@@ -356,6 +418,7 @@ impl Machine {
             balloon: None,
             boot_bytes: size,
             _ged_line: ged_line,
+            _registers: registers,
             vm,
             factory,
         };

@@ -197,6 +197,43 @@ fn device_memory_that_is_not_there_reads_all_ones_at_any_alignment() {
     assert!(vm.counters().unknown_mmio >= 10);
 }
 
+/// Register reads do not leave KVM either, and show at once what was written.
+#[test]
+fn registers_are_read_without_an_exit_and_are_up_to_date() {
+    let status = window(0) + 0x70;
+    let mut code = Code::new();
+    for register in [0, 4, 8] {
+        code = code.load(window(0) + register).print_eax();
+    }
+    code = code.load(window(1) + 8).print_eax();
+    for value in [1, 3, 7, 0] {
+        code = code.eax(value).store(status).load(status).print_eax();
+    }
+    // The queue selected, and no such queue.
+    for queue in [0, 9] {
+        code = code.eax(queue).store(window(0) + 0x30);
+        code = code.load(window(0) + 0x34).print_eax();
+    }
+    let again = Code::new().load(status).load(window(0) + 0x60);
+    let output = Output::default();
+    let kernel = code.repeat(1000, again).power_off().kernel();
+    let mut config = config(&kernel, &output);
+    config.rng = true;
+    let vm = Vm::start(config).expect("starts");
+    assert_eq!(wait(&vm), ExitReason::PowerOff);
+    let words: Vec<u32> = output
+        .bytes()
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes(word.try_into().expect("four bytes")))
+        .collect();
+    let magic = u32::from_le_bytes(*b"virt");
+    assert_eq!(words[..8], [magic, 2, 4, 0, 1, 3, 3, 0]);
+    assert!(words[8] > 0 && words[8].is_power_of_two(), "{words:?}");
+    assert_eq!(words[9..], [0]);
+    let exits = vm.counters().exits;
+    assert_eq!((exits["mmio-read"], exits["mmio-write"]), (0, 6));
+}
+
 #[test]
 fn acknowledging_a_queues_interrupt_does_not_leave_kvm() {
     let acknowledge = window(0) + 0x64;

@@ -24,6 +24,7 @@ use crate::virtio::device::VirtioDevice;
 use crate::virtio::mem::{BLOCK_BYTES, Mem, MemConfig, MemHost, SLOT_UNIT};
 use crate::virtio::mmio::{State, WINDOW_SIZE, Window};
 use crate::virtio::net::{FRAME_BYTES, Net, NetConfig, NetHost, Tap};
+use crate::virtio::registers::RegisterPage;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{GUEST_CID, Vsock, VsockHost, VsockListener, VsockStream};
 
@@ -191,7 +192,8 @@ fn drive(data: &[u8], make: impl FnOnce(&Arc<GuestMemory>) -> Made) {
     let mut input = Unstructured::new(data);
     let (guest, _kvm) = StandIn::memory(&REGIONS);
     let boot = guest.size();
-    let mut window = Window::new(guest.ram()).expect("an eventfd");
+    let mut window =
+        Window::new(guest.ram(), RegisterPage::alone().expect("a page")).expect("an eventfd");
     let (device, host) = make(&guest);
     let queues = device.queue_sizes().len() as u16;
     window.plug(device).expect("a spare window");

@@ -48,6 +48,15 @@ pub enum Error {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// KVM refused the slot of the virtio-mmio windows' registers.
+    #[error("KVM refused memory slot {slot} for the registers of virtio-mmio windows")]
+    Registers {
+        /// The slot.
+        slot: u32,
+        /// The cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     /// No slot number is left.
     #[error("cannot add memory at {base:#x}")]
     Exhausted {

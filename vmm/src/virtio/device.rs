@@ -2,12 +2,19 @@
 //! transport they are behind.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_INTERRUPT_STATUS,
+    VIRTIO_MMIO_STATUS,
+};
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
+
+use super::registers::RegisterPage;
 
 /// Guest memory as devices see it: an atomically replaceable view.
 pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -17,8 +24,7 @@ pub const INTERRUPT_USED_RING: u32 = 1;
 /// Interrupt status bit: the configuration changed (or DEVICE_NEEDS_RESET was set).
 pub const INTERRUPT_CONFIG: u32 = 2;
 
-/// The device's one interrupt line: status bits for the guest to read and the irqfd that raises
-/// it. Clones share it.
+/// The device's one interrupt line: the irqfd that raises it, and the registers that say why. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     line: Arc<Line>,
@@ -26,9 +32,9 @@ pub struct Interrupt {
 
 #[derive(Debug)]
 struct Line {
-    status: AtomicU32,
-    generation: AtomicU32,
-    needs_reset: AtomicBool,
+    page: RegisterPage,
+    /// Held while the configuration space is written into the page.
+    publishing: Mutex<()>,
     faults: AtomicU32,
     irqfd: EventFd,
 }
@@ -38,13 +44,22 @@ struct Line {
 const LOUD_FAULTS: u32 = 4;
 
 impl Interrupt {
-    /// Makes the line over an eventfd that is (or will be) registered as irqfd.
+    /// Makes the line over an eventfd, for a device without a transport: nobody reads its registers.
+    ///
+    /// # Panics
+    ///
+    /// If the host maps no more memory.
     pub fn new(irqfd: EventFd) -> Self {
+        let page = RegisterPage::alone().expect("a page of memory");
+        Self::over(irqfd, page)
+    }
+
+    /// Makes the line over an eventfd that is (or will be) registered as irqfd, with registers in a page.
+    pub fn over(irqfd: EventFd, page: RegisterPage) -> Self {
         Self {
             line: Arc::new(Line {
-                status: AtomicU32::new(0),
-                generation: AtomicU32::new(0),
-                needs_reset: AtomicBool::new(false),
+                page,
+                publishing: Mutex::new(()),
                 faults: AtomicU32::new(0),
                 irqfd,
             }),
@@ -56,16 +71,38 @@ impl Interrupt {
         self.raise(INTERRUPT_USED_RING);
     }
 
-    /// Tells the guest that the configuration space changed, and moves its generation on.
-    pub fn config_changed(&self) {
-        self.line.generation.fetch_add(1, Ordering::SeqCst);
+    /// Shows the guest what its configuration space holds now, from the first byte on. A device calls it when something has changed
+    /// that its driver need not be told of; after a write of the driver and after a reset the transport does. `space` is called when nobody
+    /// else publishes, so that what stays is the newest: the caller holds no lock that it, or
+    /// [`read_config`](VirtioDevice::read_config), takes.
+    pub fn publish<Space: AsRef<[u8]>>(&self, space: impl FnOnce() -> Space) {
+        let _alone = self
+            .line
+            .publishing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.line
+            .page
+            .write(VIRTIO_MMIO_CONFIG.into(), space().as_ref());
+    }
+
+    /// Tells the guest that the configuration space changed to what `space` returns, and moves its generation on. For locks see
+    /// [`publish`](Self::publish).
+    pub fn config_changed<Space: AsRef<[u8]>>(&self, space: impl FnOnce() -> Space) {
+        // A driver that has read a part of it before sees one generation, and another after it has read the rest.
+        let generation = self.line.page.register(VIRTIO_MMIO_CONFIG_GENERATION);
+        generation.fetch_add(1, Ordering::SeqCst);
+        self.publish(space);
+        generation.fetch_add(1, Ordering::SeqCst);
         self.raise(INTERRUPT_CONFIG);
     }
 
     /// The device cannot go on with what the driver gave it: DEVICE_NEEDS_RESET (virtio 1.3,
     /// 2.1.2). It then leaves its queues alone until it is reset.
     pub fn fault(&self, device: &'static str, why: &dyn fmt::Display) {
-        if !self.line.needs_reset.swap(true, Ordering::SeqCst) {
+        let status = self.line.page.register(VIRTIO_MMIO_STATUS);
+        let before = status.fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::SeqCst);
+        if before & VIRTIO_CONFIG_S_NEEDS_RESET == 0 {
             let before = self.line.faults.fetch_add(1, Ordering::Relaxed);
             if before < LOUD_FAULTS {
                 tracing::warn!(device, %why, "the device needs a reset");
@@ -78,28 +115,46 @@ impl Interrupt {
 
     /// Whether [`fault`](Self::fault) was called since the last reset.
     pub fn needs_reset(&self) -> bool {
-        self.line.needs_reset.load(Ordering::SeqCst)
+        let status = self.line.page.register(VIRTIO_MMIO_STATUS);
+        status.load(Ordering::SeqCst) & VIRTIO_CONFIG_S_NEEDS_RESET != 0
     }
 
-    /// How often the configuration has changed (transport).
+    /// Moves on each time that the configuration changes (transport).
     pub fn generation(&self) -> u32 {
-        self.line.generation.load(Ordering::SeqCst)
+        let generation = self.line.page.register(VIRTIO_MMIO_CONFIG_GENERATION);
+        generation.load(Ordering::SeqCst)
     }
 
     /// Status bits not yet acknowledged (transport).
     pub fn status(&self) -> u32 {
-        self.line.status.load(Ordering::SeqCst)
+        let status = self.line.page.register(VIRTIO_MMIO_INTERRUPT_STATUS);
+        status.load(Ordering::SeqCst)
     }
 
     /// Clears acknowledged bits (transport).
     pub fn acknowledge(&self, bits: u32) {
-        self.line.status.fetch_and(!bits, Ordering::SeqCst);
+        let status = self.line.page.register(VIRTIO_MMIO_INTERRUPT_STATUS);
+        status.fetch_and(!bits, Ordering::SeqCst);
     }
 
     /// Forgets all but the generation, with the device stopped (transport).
     pub fn reset(&self) {
-        self.line.status.store(0, Ordering::SeqCst);
-        self.line.needs_reset.store(false, Ordering::SeqCst);
+        self.acknowledge(u32::MAX);
+        let status = self.line.page.register(VIRTIO_MMIO_STATUS);
+        status.fetch_and(!VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::SeqCst);
+    }
+
+    /// Shows the driver's bits of the device status; DEVICE_NEEDS_RESET stays as it is (transport).
+    pub(super) fn show_device_status(&self, bits: u32) {
+        let status = self.line.page.register(VIRTIO_MMIO_STATUS);
+        let keep = |before| Some(before & VIRTIO_CONFIG_S_NEEDS_RESET | bits);
+        // The function never declines.
+        let _ = status.fetch_update(Ordering::SeqCst, Ordering::SeqCst, keep);
+    }
+
+    /// The registers (transport).
+    pub(super) fn page(&self) -> &RegisterPage {
+        &self.line.page
     }
 
     /// The eventfd behind the line.
@@ -108,7 +163,8 @@ impl Interrupt {
     }
 
     fn raise(&self, bit: u32) {
-        self.line.status.fetch_or(bit, Ordering::SeqCst);
+        let status = self.line.page.register(VIRTIO_MMIO_INTERRUPT_STATUS);
+        status.fetch_or(bit, Ordering::SeqCst);
         // A counter that is full (EAGAIN) is an interrupt that no one has taken yet.
         let _ = self.line.irqfd.write(1);
     }
@@ -178,7 +234,8 @@ pub trait VirtioDevice: Send {
     fn required_queues(&self) -> usize {
         self.queue_sizes().len()
     }
-    /// Reads configuration space; bytes beyond it read 0.
+    /// Reads configuration space; bytes beyond it read 0. The transport calls it when the driver has written something, for the guest to
+    /// find in the [`registers`](super::registers): what changes of itself, the device publishes.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes configuration space; what is not writable is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);

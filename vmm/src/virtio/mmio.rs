@@ -2,7 +2,7 @@
 //!
 //! A [`Window`] is one page of registers that has a device behind it or is
 //! spare. It enforces the order of initialization, so that a device is
-//! activated only with queues that lie in guest memory. Who maps the page and
+//! activated only with queues that lie in guest memory. Who maps the page, shows its registers to the guest and
 //! registers the eventfds with KVM is not its business.
 
 mod status;
@@ -13,24 +13,26 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_mmio::{
-    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
-    VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
-    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS,
-    VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
-    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY,
-    VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
-    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
-    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH,
-    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
+    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL,
+    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH,
+    VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
+    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
+    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH,
+    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW,
+    VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
+    VIRTIO_MMIO_VERSION,
 };
 use virtio_queue::{Queue, QueueT};
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivateError, Activation, ActiveQueue, GuestRam, Interrupt, VirtioDevice};
 use super::queue::F_EVENT_IDX;
+use super::registers::RegisterPage;
 pub use status::{State, Step};
 
 /// Size of a window in guest-physical address space, in bytes.
@@ -70,6 +72,9 @@ pub enum Error {
     /// The host is out of descriptors.
     #[error("Cannot make an eventfd for a virtio-mmio window")]
     EventFd(#[source] io::Error),
+    /// The host is out of memory, or the process of mappings.
+    #[error("Cannot map registers of virtio-mmio windows")]
+    Registers(#[source] MmapRegionError),
 }
 
 /// What the driver wrote about a queue, judged when the device is activated.
@@ -161,16 +166,19 @@ impl std::fmt::Debug for Window {
 }
 
 impl Window {
-    /// A spare window, with an irqfd of its own.
+    /// A spare window, with an irqfd of its own, its registers in a page that is all zeros.
     ///
     /// # Errors
     ///
     /// [`Error::EventFd`].
-    pub fn new(ram: GuestRam) -> Result<Self, Error> {
+    pub fn new(ram: GuestRam, page: RegisterPage) -> Result<Self, Error> {
         let irqfd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?;
+        page.set(VIRTIO_MMIO_MAGIC_VALUE, MAGIC);
+        page.set(VIRTIO_MMIO_VERSION, VERSION);
+        page.set(VIRTIO_MMIO_VENDOR_ID, VENDOR);
         Ok(Self {
             ram,
-            interrupt: Interrupt::new(irqfd),
+            interrupt: Interrupt::over(irqfd, page),
             plugged: None,
         })
     }
@@ -208,6 +216,8 @@ impl Window {
             driver_features: 0,
             queue_sel: 0,
         });
+        self.show_configuration();
+        self.show();
         Ok(())
     }
 
@@ -217,6 +227,8 @@ impl Window {
         let mut plugged = self.plugged.take()?;
         plugged.device.reset();
         self.interrupt.reset();
+        self.show();
+        self.show_configuration();
         Some(plugged.device)
     }
 
@@ -241,61 +253,52 @@ impl Window {
         self.plugged.as_ref().map(|plugged| plugged.state)
     }
 
-    /// The guest reads `data.len()` bytes at `offset` in the window. Registers are read 4 bytes at
-    /// a time (virtio 1.3, 4.2.2.2); any other read of them, and what lies outside, gives zeros.
+    /// The guest reads `data.len()` bytes at `offset` in the window, as it would read them of the page by itself; what lies outside
+    /// gives zeros.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset >= CONFIG {
-            let Some(plugged) = &self.plugged else {
-                return;
-            };
-            let within = WINDOW_SIZE.saturating_sub(offset).min(data.len() as u64) as usize;
-            plugged
-                .device
-                .read_config(offset - CONFIG, &mut data[..within]);
-            return;
-        }
-        let Ok(register) = <&mut [u8; 4]>::try_from(data) else {
-            return;
-        };
-        if offset.is_multiple_of(4) {
-            *register = self.read_register(offset as u32).to_le_bytes();
-        }
+        self.interrupt.page().read(offset, data);
     }
 
-    fn read_register(&self, offset: u32) -> u32 {
-        match offset {
-            VIRTIO_MMIO_MAGIC_VALUE => return MAGIC,
-            VIRTIO_MMIO_VERSION => return VERSION,
-            VIRTIO_MMIO_VENDOR_ID => return VENDOR,
-            _ => {}
-        }
-        let Some(plugged) = &self.plugged else {
-            // The device ID of a spare window, too, is 0.
-            return 0;
-        };
-        match offset {
-            VIRTIO_MMIO_DEVICE_ID => plugged.device.device_id(),
-            VIRTIO_MMIO_DEVICE_FEATURES => match plugged.device_features_sel {
-                0 => plugged.offered() as u32,
-                1 => (plugged.offered() >> 32) as u32,
-                _ => 0,
-            },
-            VIRTIO_MMIO_QUEUE_NUM_MAX => plugged.queue().map_or(0, |queue| queue.max_size.into()),
-            VIRTIO_MMIO_QUEUE_READY => plugged.queue().map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
-            VIRTIO_MMIO_STATUS if self.interrupt.needs_reset() => {
-                plugged.state.bits() | VIRTIO_CONFIG_S_NEEDS_RESET
-            }
-            VIRTIO_MMIO_STATUS => plugged.state.bits(),
-            // No shared memory region has this id: length and base are -1 (4.2.2).
-            VIRTIO_MMIO_SHM_LEN_LOW
-            | VIRTIO_MMIO_SHM_LEN_HIGH
-            | VIRTIO_MMIO_SHM_BASE_LOW
-            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(),
+    /// Brings the page up to date with all that depends on the driver's writes.
+    fn show(&self) {
+        let page = self.interrupt.page();
+        let plugged = self.plugged.as_ref();
+        let queue = plugged.and_then(Plugged::queue);
+        let features = plugged.map_or(0, |plugged| match plugged.device_features_sel {
+            0 => plugged.offered() as u32,
+            1 => (plugged.offered() >> 32) as u32,
             _ => 0,
+        });
+        page.set(VIRTIO_MMIO_DEVICE_FEATURES, features);
+        let max_size = queue.map_or(0, |queue| queue.max_size.into());
+        page.set(VIRTIO_MMIO_QUEUE_NUM_MAX, max_size);
+        let ready = queue.is_some_and(|queue| queue.ready);
+        page.set(VIRTIO_MMIO_QUEUE_READY, ready.into());
+        let bits = plugged.map_or(0, |plugged| plugged.state.bits());
+        self.interrupt.show_device_status(bits);
+        // No shared memory region has this id: length and base are -1 (4.2.2).
+        let shared_memory = if plugged.is_some() { u32::MAX } else { 0 };
+        for register in [
+            VIRTIO_MMIO_SHM_LEN_LOW,
+            VIRTIO_MMIO_SHM_LEN_HIGH,
+            VIRTIO_MMIO_SHM_BASE_LOW,
+            VIRTIO_MMIO_SHM_BASE_HIGH,
+        ] {
+            page.set(register, shared_memory);
         }
+        // Last of all, as it is what a driver looks for. The device ID of a spare window, too, is 0.
+        let id = plugged.map_or(0, |plugged| plugged.device.device_id());
+        page.set(VIRTIO_MMIO_DEVICE_ID, id);
+    }
+
+    fn show_configuration(&self) {
+        self.interrupt.publish(|| {
+            let mut space = [0; (WINDOW_SIZE - CONFIG) as usize];
+            if let Some(plugged) = &self.plugged {
+                plugged.device.read_config(0, &mut space);
+            }
+            space
+        });
     }
 
     /// The guest writes `data` at `offset` in the window. What it may not write, in this state or
@@ -315,6 +318,7 @@ impl Window {
                 plugged
                     .device
                     .write_config(offset - CONFIG, &data[..within]);
+                self.show_configuration();
             }
             return;
         }
@@ -336,11 +340,16 @@ impl Window {
                     // A counter that is full says that it was kicked, too.
                     let _ = kick.write(1);
                 }
+                return;
             }
-            VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
-            VIRTIO_MMIO_STATUS => self.write_status(value),
+            VIRTIO_MMIO_INTERRUPT_ACK => return self.interrupt.acknowledge(value),
+            VIRTIO_MMIO_STATUS => {
+                self.write_status(value);
+                self.show_configuration();
+            }
             register => plugged.write_queue(register, value),
         }
+        self.show();
     }
 
     fn write_status(&mut self, value: u32) {

@@ -33,7 +33,7 @@ const FEATURE_DEFLATE_ON_OOM: u64 = 1 << 2;
 pub(super) const FEATURE_REPORTING: u64 = 1 << 5;
 
 /// Offset and size of `actual` in the configuration space.
-const ACTUAL: std::ops::Range<usize> = 4..8;
+pub(super) const ACTUAL: std::ops::Range<usize> = 4..8;
 
 /// Requests of one queue served in one turn of the event loop.
 pub(super) const BATCH: usize = 4;
@@ -133,14 +133,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // struct virtio_balloon_config: num_pages, actual; what follows is not offered.
-        let stats = self.shared.stats();
-        let mut config = [0; ACTUAL.end];
-        // Both fit: the target by its check, the other as it came from these bits.
-        let pages = |bytes: u64| ((bytes / PAGE_BYTES) as u32).to_le_bytes();
-        config[..ACTUAL.start].copy_from_slice(&pages(stats.target_bytes));
-        config[ACTUAL].copy_from_slice(&pages(stats.actual_bytes));
-        read_space(&config, offset, data);
+        read_space(&self.shared.config_space(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -8,6 +8,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::device::ACTUAL;
 use super::{GuestStats, PAGE_BYTES};
 use crate::memory::GuestMemory;
 use crate::virtio::device::Interrupt;
@@ -94,9 +95,10 @@ impl BalloonHost {
             return Err(TargetError::TooMuch { bytes, memory });
         }
         self.shared.update(|stats| stats.target_bytes = bytes);
-        // A driver that comes later reads the configuration anyway.
-        if let Some(interrupt) = &self.shared.lock().interrupt {
-            interrupt.config_changed();
+        // A driver that comes later is shown it anyway.
+        let interrupt = self.shared.lock().interrupt.clone();
+        if let Some(interrupt) = interrupt {
+            interrupt.config_changed(|| self.shared.config_space());
         }
         Ok(())
     }
@@ -155,6 +157,17 @@ impl Shared {
 
     pub fn stats(&self) -> BalloonStats {
         self.lock().stats
+    }
+
+    /// struct virtio_balloon_config (5.5.4): num_pages, actual; what follows is not offered.
+    pub fn config_space(&self) -> [u8; ACTUAL.end] {
+        let stats = self.stats();
+        let mut config = [0; ACTUAL.end];
+        // Both fit: the target by its check, the other as it came from these bits.
+        let pages = |bytes: u64| ((bytes / PAGE_BYTES) as u32).to_le_bytes();
+        config[..ACTUAL.start].copy_from_slice(&pages(stats.target_bytes));
+        config[ACTUAL].copy_from_slice(&pages(stats.actual_bytes));
+        config
     }
 
     /// Changes the figures, and tells all who wait if that made a difference.

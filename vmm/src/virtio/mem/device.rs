@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::host::Shared;
 use super::region::Region;
 use super::request::{REQUEST_BYTES, RESPONSE_BYTES, Request};
-use super::{BLOCK_BYTES, ConfigError, MemConfig, MemHost};
+use super::{ConfigError, MemConfig, MemHost};
 use crate::event_loop::{EventLoopHandle, SubscriberId};
 use crate::memory::GuestMemory;
 use crate::virtio::device::{
@@ -101,23 +101,6 @@ impl Mem {
     pub(super) fn abandon(&self) {
         lock(&self.region).abandon();
     }
-
-    fn config_space(&self) -> [u8; 56] {
-        // struct virtio_mem_config; node_id and the padding are 0.
-        let status = self.shared.status();
-        let mut bytes = [0; 56];
-        for (offset, value) in [
-            (0, BLOCK_BYTES),
-            (16, self.shared.config.base),
-            (24, status.region),
-            (32, status.usable),
-            (40, status.plugged),
-            (48, status.requested),
-        ] {
-            bytes[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
-        }
-        bytes
-    }
 }
 
 impl VirtioDevice for Mem {
@@ -138,8 +121,7 @@ impl VirtioDevice for Mem {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config_space();
-        read_space(&config, offset, data);
+        read_space(&self.shared.config_space(), offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

@@ -175,6 +175,23 @@ impl Shared {
         self.lock().status
     }
 
+    /// struct virtio_mem_config (5.15.4); node_id and the padding are 0.
+    pub fn config_space(&self) -> [u8; 56] {
+        let status = self.status();
+        let mut bytes = [0; 56];
+        for (offset, value) in [
+            (0, BLOCK_BYTES),
+            (16, self.config.base),
+            (24, status.region),
+            (32, status.usable),
+            (40, status.plugged),
+            (48, status.requested),
+        ] {
+            bytes[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        bytes
+    }
+
     /// Changes the status, and tells all who wait if that made a difference.
     pub fn update(&self, change: impl FnOnce(&mut MemStatus)) {
         let mut state = self.lock();
@@ -184,6 +201,12 @@ impl Shared {
             // Under the lock, so that receivers see changes in their order.
             self.watch.send_replace(state.status);
             self.changed.notify_all();
+        }
+        // A driver that comes later is shown it anyway.
+        let interrupt = state.interrupt.clone();
+        drop(state);
+        if let Some(interrupt) = interrupt {
+            interrupt.publish(|| self.config_space());
         }
     }
 
@@ -208,9 +231,9 @@ impl Shared {
     }
 
     fn notify_driver(&self) {
-        // A driver that comes later reads the configuration anyway.
-        if let Some(interrupt) = &self.lock().interrupt {
-            interrupt.config_changed();
+        let interrupt = self.lock().interrupt.clone();
+        if let Some(interrupt) = interrupt {
+            interrupt.config_changed(|| self.config_space());
         }
     }
 

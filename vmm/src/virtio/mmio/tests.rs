@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 
 use proptest::prelude::*;
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_INTERRUPT_STATUS};
 
 use super::*;
 use crate::virtio::device::{INTERRUPT_CONFIG, INTERRUPT_USED_RING};
@@ -87,7 +88,7 @@ impl Guest {
 
     fn with(fails: bool, required: usize) -> Self {
         let log = Arc::new(Mutex::new(Log::default()));
-        let mut window = Window::new(GuestRam::new(memory())).expect("a window");
+        let mut window = Window::new(GuestRam::new(memory()), page()).expect("a window");
         let device = Dummy {
             log: Arc::clone(&log),
             fails,
@@ -158,11 +159,15 @@ impl Guest {
     }
 }
 
+fn page() -> RegisterPage {
+    RegisterPage::alone().expect("a page")
+}
+
 const RINGS: [u64; 3] = [DESCRIPTORS, AVAILABLE, USED];
 
 #[test]
 fn a_spare_window_says_that_it_has_no_device() {
-    let mut window = Window::new(GuestRam::new(memory())).expect("a window");
+    let mut window = Window::new(GuestRam::new(memory()), page()).expect("a window");
     let get = |window: &Window, register: u32| {
         let mut data = [0xee; 4];
         window.read(register.into(), &mut data);
@@ -474,9 +479,11 @@ fn interrupt_bits_stay_until_they_are_acknowledged() {
     guest.run();
     let generation = guest.get(VIRTIO_MMIO_CONFIG_GENERATION);
     guest.window.interrupt().used();
-    guest.window.interrupt().config_changed();
+    guest.window.interrupt().config_changed(|| [7; 2]);
     assert_eq!(guest.get(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
-    assert_eq!(guest.get(VIRTIO_MMIO_CONFIG_GENERATION), generation + 1);
+    assert_ne!(guest.get(VIRTIO_MMIO_CONFIG_GENERATION), generation);
+    // What the device has published, and behind it what was there.
+    assert_eq!(guest.get(VIRTIO_MMIO_CONFIG), 0x0302_0707);
     guest.set(VIRTIO_MMIO_INTERRUPT_ACK, INTERRUPT_USED_RING);
     assert_eq!(guest.get(VIRTIO_MMIO_INTERRUPT_STATUS), INTERRUPT_CONFIG);
     guest.set(VIRTIO_MMIO_INTERRUPT_ACK, u32::MAX);
@@ -492,27 +499,61 @@ fn there_is_no_shared_memory() {
 }
 
 #[test]
-fn registers_are_read_and_written_as_four_bytes() {
+fn registers_are_written_as_four_bytes_and_read_as_they_lie() {
     let mut guest = Guest::new();
-    for (offset, len) in [
-        (0, 1),
-        (0, 2),
-        (0, 8),
-        (1, 4),
-        (2, 4),
-        (0, 0),
-        (0x6e, 4),
-        (0x70, 3),
+    for (offset, expected) in [
+        (0, &b"v"[..]),
+        (1, b"irt\x02"),
+        (0, b"virt\x02\0\0\0"),
+        (8, &[42, 0]),
+        (0x6e, &[0; 4]),
+        (0x1000, &[0; 4]),
     ] {
-        let mut data = vec![0xee; len];
+        let mut data = vec![0xee; expected.len()];
         guest.window.read(offset, &mut data);
-        assert_eq!(data, vec![0; len], "{len} at {offset:#x}");
-        guest.window.write(offset, &vec![1; len]);
+        assert_eq!(data, expected, "at {offset:#x}");
+        guest.window.write(offset, &vec![1; data.len()]);
     }
+    guest.window.write(STATUS - 2, &[1; 4]);
     guest.window.write(STATUS, &[1, 0]);
     guest.window.write(STATUS, &[1, 0, 0, 0, 0, 0, 0, 0]);
     guest.window.write(STATUS, &[1]);
     assert_eq!(guest.status(), 0);
+}
+
+#[test]
+fn what_is_published_last_is_what_is_read() {
+    let mut guest = Guest::new();
+    guest.run();
+    let interrupt = guest.window.interrupt().clone();
+    // A device's thread counts up, and publishes while the driver writes. The dummy knows nothing of it.
+    let newest = Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let thread = std::thread::spawn({
+        let newest = Arc::clone(&newest);
+        move || {
+            for count in 1..=2000_u32 {
+                newest.store(count, std::sync::atomic::Ordering::SeqCst);
+                interrupt.publish(|| {
+                    newest
+                        .load(std::sync::atomic::Ordering::SeqCst)
+                        .to_le_bytes()
+                });
+            }
+        }
+    });
+    let load = || {
+        newest
+            .load(std::sync::atomic::Ordering::SeqCst)
+            .to_le_bytes()
+    };
+    while !thread.is_finished() {
+        guest.window.interrupt().publish(load);
+    }
+    thread.join().expect("no panic");
+    assert_eq!(guest.get(VIRTIO_MMIO_CONFIG), 2000);
+    // What the driver writes has the device asked anew.
+    guest.set(VIRTIO_MMIO_STATUS, 0);
+    assert_eq!(guest.get(VIRTIO_MMIO_CONFIG), 0x0302_0100);
 }
 
 #[test]
@@ -528,7 +569,11 @@ fn configuration_is_read_in_any_size_up_to_the_windows_end() {
     assert_eq!(read(&guest, 0xfff, 4), [0xff, 0, 0, 0]);
     assert_eq!(read(&guest, 0x1000, 4), [0; 4]);
     assert_eq!(read(&guest, u64::MAX, 8), [0; 8]);
-    assert_eq!(read(&guest, 0xfe, 4), [0; 4], "across the registers' end");
+    assert_eq!(
+        read(&guest, 0xfe, 4),
+        [0, 0, 0, 1],
+        "across the registers' end"
+    );
 
     guest.window.write(0x100, &[1, 2]);
     guest.run();

@@ -8,7 +8,6 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
-    VIRTIO_NET_S_LINK_UP,
 };
 
 use super::service::Service;
@@ -21,8 +20,6 @@ use crate::virtio::queue::RING_FEATURES;
 const KIND: &str = "net";
 /// Receive, transmit.
 const QUEUE_SIZES: [u16; 2] = [256, 256];
-/// Bytes of struct virtio_net_config up to the MTU.
-const CONFIG_BYTES: usize = 12;
 
 /// A virtio-net device. While active it has a thread of its own, joined by `reset`.
 pub struct Net {
@@ -45,8 +42,7 @@ impl Net {
         events: EventLoopHandle,
     ) -> Result<(Self, NetHost), Error> {
         config.check()?;
-        let shared = Arc::new(Shared::default());
-        shared.set_link(config.link);
+        let shared = Arc::new(Shared::new(&config));
         let host = NetHost {
             shared: Arc::clone(&shared),
         };
@@ -102,17 +98,6 @@ impl Net {
             .map_err(io::Error::other)?;
         Ok(())
     }
-
-    /// struct virtio_net_config (5.1.4); fields without a feature are zero.
-    fn config(&self) -> [u8; CONFIG_BYTES] {
-        let mut config = [0; CONFIG_BYTES];
-        config[..6].copy_from_slice(&self.config.mac);
-        if self.shared.link.load(std::sync::atomic::Ordering::SeqCst) {
-            config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        }
-        config[10..12].copy_from_slice(&self.config.mtu.unwrap_or_default().to_le_bytes());
-        config
-    }
 }
 
 impl VirtioDevice for Net {
@@ -152,8 +137,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        read_space(&config, offset, data);
+        read_space(&self.shared.config_space(), offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

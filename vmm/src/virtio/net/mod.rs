@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
+use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 
 use super::device::Interrupt;
 
@@ -26,6 +27,8 @@ use super::device::Interrupt;
 pub const HEADER_BYTES: usize = 12;
 /// Bytes of the largest frame, with its header: 64 KiB of an IP packet and what is before it.
 pub const FRAME_BYTES: usize = HEADER_BYTES + 18 + (64 << 10);
+/// Bytes of struct virtio_net_config up to the MTU.
+const CONFIG_BYTES: usize = 12;
 
 /// Why a network device could not be made.
 #[derive(Debug, Error)]
@@ -118,6 +121,8 @@ pub struct NetHost {
 
 #[derive(Debug, Default)]
 struct Shared {
+    mac: [u8; 6],
+    mtu: Option<u16>,
     link: AtomicBool,
     /// While the device is active.
     interrupt: Mutex<Option<Interrupt>>,
@@ -130,6 +135,26 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(config: &NetConfig) -> Self {
+        Self {
+            mac: config.mac,
+            mtu: config.mtu,
+            link: config.link.into(),
+            ..Self::default()
+        }
+    }
+
+    /// struct virtio_net_config (5.1.4); fields without a feature are zero.
+    fn config_space(&self) -> [u8; CONFIG_BYTES] {
+        let mut config = [0; CONFIG_BYTES];
+        config[..6].copy_from_slice(&self.mac);
+        if self.link.load(Ordering::SeqCst) {
+            config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        }
+        config[10..12].copy_from_slice(&self.mtu.unwrap_or_default().to_le_bytes());
+        config
+    }
+
     fn set_interrupt(&self, interrupt: Option<Interrupt>) {
         *self
             .interrupt
@@ -147,7 +172,7 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(interrupt) = &*interrupt {
-            interrupt.config_changed();
+            interrupt.config_changed(|| self.config_space());
         }
     }
 }

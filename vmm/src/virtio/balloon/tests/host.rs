@@ -123,6 +123,10 @@ fn the_device_serves_in_the_event_loop_between_activation_and_reset() {
         rig.host.set_target(PAGE_BYTES * (round + 1)).expect("set");
         assert_eq!(rig.interrupt.status(), INTERRUPT_CONFIG);
         assert_ne!(rig.interrupt.generation(), generation);
+        // The guest reads it without asking.
+        let mut shown = [0; 8];
+        rig.interrupt.page().read(0x100, &mut shown);
+        assert_eq!(shown[..4], (round as u32 + 1).to_le_bytes());
         rig.device.write_config(4, &7_u32.to_le_bytes());
 
         let watch = rig.host.watch();

@@ -100,6 +100,15 @@ fn the_driver_is_told_of_each_request_and_the_host_of_each_change() {
     host.set_requested(2 * BLOCK).expect("requested");
     assert_eq!(interrupt.status(), INTERRUPT_CONFIG);
     assert_ne!(interrupt.generation(), generation);
+    // The guest reads it without asking: plugged, requested.
+    let shown = || {
+        [40, 48].map(|offset| {
+            let mut bytes = [0; 8];
+            interrupt.page().read(0x100 + offset, &mut bytes);
+            u64::from_le_bytes(bytes)
+        })
+    };
+    assert_eq!(shown(), [0, 2 * BLOCK]);
 
     let seen = host.status();
     let deadline = || Instant::now() + Duration::from_secs(20);
@@ -136,6 +145,7 @@ fn the_driver_is_told_of_each_request_and_the_host_of_each_change() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(driver.used(), Some((0, 10)));
+    assert_eq!(shown(), [2 * BLOCK; 2]);
 
     device.reset();
     assert!(!host.status().driver);
