@@ -1,5 +1,6 @@
 //! Frames for and from good, poor and hostile drivers; what is full stays full without spinning, and goes on when it is not.
 
+mod event_idx;
 mod read_errors;
 mod tap;
 
