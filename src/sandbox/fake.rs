@@ -174,7 +174,6 @@ impl Fake {
         });
     }
 
-    #[cfg(test)]
     pub(crate) fn has_ended(&self) -> bool {
         self.end.borrow().is_some()
     }
