@@ -122,6 +122,28 @@ pub struct Device {
     pub kind: String,
     /// e.g. the image's path.
     pub detail: String,
+    /// Of a network device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic: Option<Traffic>,
+}
+
+/// The link of a network device, and what has gone through it since it was plugged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Whether the guest is told that the link is up.
+    pub link_up: bool,
+    /// Frames that the guest got.
+    pub received: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Frames for the guest that it had no room for, or that the host's kernel could not give.
+    pub receive_dropped: u64,
+    /// Frames that the guest sent and the host took.
+    pub sent: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Frames of the guest that the host refused.
+    pub send_dropped: u64,
 }
 
 /// Guest memory by its parts, MiB.
@@ -458,11 +480,28 @@ mod tests {
             exits: BTreeMap::from([("io".to_owned(), 3)]),
             unasked_ejects: 6,
             containers: vec!["c".to_owned()],
-            devices: vec![Device {
-                window: Some(0),
-                kind: "block".to_owned(),
-                detail: "/d".to_owned(),
-            }],
+            devices: vec![
+                Device {
+                    window: Some(0),
+                    kind: "block".to_owned(),
+                    detail: "/d".to_owned(),
+                    traffic: None,
+                },
+                Device {
+                    window: Some(1),
+                    kind: "net".to_owned(),
+                    detail: "eth0".to_owned(),
+                    traffic: Some(Traffic {
+                        link_up: true,
+                        received: 1,
+                        received_bytes: 60,
+                        receive_dropped: 2,
+                        sent: 3,
+                        sent_bytes: 180,
+                        send_dropped: 4,
+                    }),
+                },
+            ],
             timings: vec![Timings {
                 container: "c".to_owned(),
                 create: Some(Phase::between(3, 8)),

@@ -2,7 +2,7 @@
 
 use protobuf::MessageField;
 
-use super::{Device, Inspection, Memory, Phase, Series, State, Timings, Usage, proto};
+use super::{Device, Inspection, Memory, Phase, Series, State, Timings, Traffic, Usage, proto};
 use crate::sandbox::BootPhases;
 use crate::sandbox::clock::ClockReading;
 
@@ -26,6 +26,7 @@ impl From<Inspection> for proto::InspectResponse {
             device.window_plus_one = from.window.map_or(0, |window| u32::from(window) + 1);
             device.kind = from.kind;
             device.detail = from.detail;
+            device.traffic = from.traffic.map(traffic).into();
             device
         };
         let mut to = Self::new();
@@ -48,6 +49,30 @@ impl From<Inspection> for proto::InspectResponse {
         to.memory = memory(from.memory);
         to.unasked_ejects = from.unasked_ejects;
         to
+    }
+}
+
+fn traffic(from: Traffic) -> proto::Traffic {
+    let mut to = proto::Traffic::new();
+    to.link_up = from.link_up;
+    to.received = from.received;
+    to.received_bytes = from.received_bytes;
+    to.receive_dropped = from.receive_dropped;
+    to.sent = from.sent;
+    to.sent_bytes = from.sent_bytes;
+    to.send_dropped = from.send_dropped;
+    to
+}
+
+fn traffic_of(from: proto::Traffic) -> Traffic {
+    Traffic {
+        link_up: from.link_up,
+        received: from.received,
+        received_bytes: from.received_bytes,
+        receive_dropped: from.receive_dropped,
+        sent: from.sent,
+        sent_bytes: from.sent_bytes,
+        send_dropped: from.send_dropped,
     }
 }
 
@@ -81,6 +106,7 @@ impl From<proto::InspectResponse> for Inspection {
                 .and_then(|window| u8::try_from(window).ok()),
             kind: from.kind,
             detail: from.detail,
+            traffic: from.traffic.into_option().map(traffic_of),
         };
         Self {
             id: from.id,

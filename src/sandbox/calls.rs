@@ -49,6 +49,7 @@ impl Sandbox {
                     window: Some(window),
                     kind: "block".to_owned(),
                     detail,
+                    traffic: None,
                 });
                 Ok(AttachedDisk { window, device })
             }

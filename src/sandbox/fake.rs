@@ -25,9 +25,10 @@ use ttrpc::asynchronous::{Client, Server};
 
 use super::bring_up::Ports;
 use super::console::Tail;
-use super::machine::{GuestStream, Machine, Plug, PortListener, SetLink};
+use super::machine::{GuestStream, Machine, Nic, Plug, PortListener};
 use super::phases::MachinePhases;
 use super::{Error, MemoryWay, Parts, Sandbox, Timeouts};
+use crate::control::Traffic;
 
 /// A machine whose guest is the caller.
 pub(crate) struct Fake {
@@ -44,6 +45,28 @@ pub(crate) struct Fake {
     /// The virtio-mem device, if there is one; the guest's driver is the caller.
     pub(crate) mem: watch::Sender<MemStatus>,
     has_mem: bool,
+}
+
+/// A network device whose traffic is how often its link was set.
+struct FakeNic {
+    name: String,
+    links: Arc<Mutex<Vec<(String, bool)>>>,
+}
+
+impl Nic for FakeNic {
+    fn set_link(&self, up: bool) {
+        self.links.lock().unwrap().push((self.name.clone(), up));
+    }
+
+    fn traffic(&self) -> Traffic {
+        let links = self.links.lock().unwrap();
+        let mut traffic = Traffic::default();
+        for (_, up) in links.iter().filter(|(name, _)| *name == self.name) {
+            traffic.link_up = *up;
+            traffic.received += 1;
+        }
+        traffic
+    }
 }
 
 /// Memory that is not there; the regions that there would be.
@@ -151,7 +174,6 @@ impl Fake {
         });
     }
 
-    #[cfg(test)]
     pub(crate) fn has_ended(&self) -> bool {
         self.end.borrow().is_some()
     }
@@ -347,12 +369,13 @@ impl Machine for Fake {
         Ok(2)
     }
 
-    fn plug_net(&self, config: NetConfig, _tap: Tap) -> Result<(u8, SetLink), Error> {
+    fn plug_net(&self, config: NetConfig, _tap: Tap) -> Result<(u8, Arc<dyn Nic>), Error> {
         let window = 3 + self.plugged.fetch_add(1, Ordering::Relaxed);
-        let name = config.name;
-        let links = self.links.clone();
-        let set: SetLink = Arc::new(move |up| links.lock().unwrap().push((name.clone(), up)));
-        Ok((u8::try_from(window).unwrap(), set))
+        let nic = FakeNic {
+            name: config.name,
+            links: self.links.clone(),
+        };
+        Ok((u8::try_from(window).unwrap(), Arc::new(nic)))
     }
 
     fn unplug(&self, window: u8) -> Result<(), Error> {

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 
 use super::error::Error;
 use super::phases::MachinePhases;
+use crate::control::Traffic;
 
 /// What comes and goes while a VM runs. Each call does the host's part and returns at once; what the guest makes of it is seen in
 /// the slots.
@@ -53,8 +54,13 @@ pub(crate) trait Plug: Send + Sync {
     fn requested_memory(&self) -> Option<watch::Receiver<MemStatus>>;
 }
 
-/// The host's hand on a network device: whether its link is up. It may outlive the device.
-pub(crate) type SetLink = Arc<dyn Fn(bool) + Send + Sync>;
+/// The host's hand on a network device. It may outlive the device.
+pub(crate) trait Nic: Send + Sync {
+    /// Tells the guest that the link is up, or down.
+    fn set_link(&self, up: bool);
+    /// The link, and what has gone through.
+    fn traffic(&self) -> Traffic;
+}
 
 /// What the sandbox needs of a running VM.
 #[async_trait]
@@ -69,8 +75,8 @@ pub(crate) trait Machine: Plug {
     fn listen(&self, port: u32) -> Result<Box<dyn PortListener>, Error>;
     /// Puts a disk into a spare window and answers with the window.
     fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error>;
-    /// Puts a network device over a TAP interface into a spare window; the window, and its link.
-    fn plug_net(&self, config: NetConfig, tap: Tap) -> Result<(u8, SetLink), Error>;
+    /// Puts a network device over a TAP interface into a spare window; the window, and a hand on the device.
+    fn plug_net(&self, config: NetConfig, tap: Tap) -> Result<(u8, Arc<dyn Nic>), Error>;
     /// Takes the device out of a window.
     fn unplug(&self, window: u8) -> Result<(), Error>;
     /// Boot phases reached so far.

@@ -33,7 +33,7 @@ pub mod storage;
 pub(crate) mod tests;
 mod vm;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -60,7 +60,7 @@ pub use stdio::StdioListener;
 use agent::Agent;
 use bring_up::BringUp;
 use host::Containers;
-use machine::Machine;
+use machine::{Machine, Nic};
 
 use crate::config::{self, Config};
 use crate::control::{Device, Inspection, State};
@@ -250,6 +250,8 @@ struct Inner {
     containers: Containers,
     /// What comes and goes, and what is shared.
     devices: Arc<Mutex<Vec<Device>>>,
+    /// By their windows; locked after `devices`.
+    nics: Mutex<BTreeMap<u8, Arc<dyn Nic>>>,
     files: FileServer,
     next_share: AtomicU32,
     resizing: tokio::sync::Semaphore,
@@ -319,6 +321,7 @@ impl Sandbox {
             events: Mutex::new(Some(events)),
             containers,
             devices: Arc::new(Mutex::new(parts.disks)),
+            nics: Mutex::default(),
             files: parts.files,
             next_share: AtomicU32::new(1),
             resizing: tokio::sync::Semaphore::new(1),
@@ -535,12 +538,7 @@ impl Sandbox {
             exits: self.0.machine.exits().into_iter().collect(),
             unasked_ejects: self.0.machine.unasked_ejects(),
             containers,
-            devices: self
-                .0
-                .devices
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
+            devices: self.devices(),
             // Whoever serves the containers' calls knows.
             timings: Vec::new(),
         }
@@ -583,6 +581,7 @@ impl Parts {
             window: u8::try_from(first + index).ok(),
             kind: "block".to_owned(),
             detail: disk.source.to_string(),
+            traffic: None,
         };
         Ok(Self {
             id: config.id.clone(),

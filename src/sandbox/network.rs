@@ -1,8 +1,9 @@
 //! Network devices of a VM that runs: one for each interface of a network
 //! namespace that is mirrored, plugged and then configured by the agent.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::PoisonError;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use nacre_net::Mirror;
 use nacre_net::describe::Network;
@@ -11,7 +12,7 @@ use nacre_vmm::virtio::net::{NetConfig, mac};
 
 use super::agent::Agent;
 use super::error::Error;
-use super::machine::SetLink;
+use super::machine::Nic;
 use super::{Sandbox, chain};
 use crate::control::Device;
 
@@ -19,7 +20,7 @@ use crate::control::Device;
 #[derive(Default)]
 pub struct Nics {
     windows: Vec<u8>,
-    links: Vec<(String, SetLink)>,
+    links: Vec<(String, Arc<dyn Nic>)>,
 }
 
 impl fmt::Debug for Nics {
@@ -40,8 +41,8 @@ impl Nics {
     pub fn link_setter(&self) -> impl Fn(&str, bool) + Send + 'static {
         let links = self.links.clone();
         move |interface, up| {
-            for (_, set) in links.iter().filter(|(name, _)| name == interface) {
-                set(up);
+            for (_, nic) in links.iter().filter(|(name, _)| name == interface) {
+                nic.set_link(up);
             }
         }
     }
@@ -66,9 +67,9 @@ impl Sandbox {
                 link: interface.carrier,
             };
             match self.0.machine.plug_net(config, port.tap) {
-                Ok((window, set)) => {
+                Ok((window, nic)) => {
                     nics.windows.push(window);
-                    nics.links.push((interface.name.clone(), set));
+                    nics.links.push((interface.name.clone(), nic));
                 }
                 Err(error) => {
                     self.unplug_all(&nics);
@@ -127,8 +128,31 @@ impl Sandbox {
                     mac(interface.mac),
                     interface.mtu
                 ),
+                traffic: None,
             });
         }
+        let hands = nics.links.iter().map(|(_, nic)| Arc::clone(nic));
+        self.nics().extend(nics.windows.iter().copied().zip(hands));
+    }
+
+    /// What is listed, network devices with what has gone through them.
+    pub(super) fn devices(&self) -> Vec<Device> {
+        let devices = self
+            .0
+            .devices
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut devices = devices.clone();
+        let nics = self.nics();
+        for device in &mut devices {
+            let nic = device.window.and_then(|window| nics.get(&window));
+            device.traffic = nic.map(|nic| nic.traffic());
+        }
+        devices
+    }
+
+    fn nics(&self) -> MutexGuard<'_, BTreeMap<u8, Arc<dyn Nic>>> {
+        self.0.nics.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has the agent release the devices, and unplugs them, whatever it says. Failures are logged.
@@ -172,5 +196,60 @@ impl Sandbox {
                 .window
                 .is_some_and(|window| nics.windows.contains(&window))
         });
+        self.nics()
+            .retain(|window, _| !nics.windows.contains(window));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::Traffic;
+    use crate::sandbox::tests::boot;
+    use nacre_net::describe::Interface;
+    use nacre_vmm::virtio::net::Tap;
+
+    #[tokio::test(start_paused = true)]
+    async fn network_devices_are_listed_with_their_traffic_until_they_are_unplugged() {
+        let (sandbox, _fake, _) = boot();
+        let mut nics = Nics::default();
+        let mut network = Network::default();
+        for name in ["eth0", "eth1"] {
+            let interface = Interface {
+                name: name.to_owned(),
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu: 1500,
+                carrier: true,
+                addresses: Vec::new(),
+            };
+            let config = NetConfig {
+                name: name.to_owned(),
+                mac: interface.mac,
+                mtu: None,
+                link: true,
+            };
+            let (end, _) = std::os::unix::net::UnixDatagram::pair().unwrap();
+            let tap = Tap::of_frames(end.into());
+            let (window, nic) = sandbox.0.machine.plug_net(config, tap).unwrap();
+            nics.windows.push(window);
+            nics.links.push((name.to_owned(), nic));
+            network.interfaces.push(interface);
+        }
+        sandbox.list_devices(&nics, &network);
+        nics.link_setter()("eth1", true);
+        let traffic = |received| {
+            Some(Traffic {
+                link_up: received > 0,
+                received,
+                ..Traffic::default()
+            })
+        };
+        let devices = sandbox.inspect().devices;
+        let told: Vec<_> = devices.iter().map(|device| device.traffic).collect();
+        assert_eq!(told, [traffic(0), traffic(1)]);
+        assert_eq!(devices[1].detail, "eth1, 02:00:00:00:00:01, MTU 1500");
+        sandbox.unplug_all(&nics);
+        assert!(sandbox.inspect().devices.is_empty());
+        assert!(sandbox.nics().is_empty());
     }
 }

@@ -119,6 +119,7 @@ impl Sandbox {
             window: None,
             kind: "share".to_owned(),
             detail: format!("{} as {name}, {state}", path.display()),
+            traffic: None,
         };
         let devices = self.0.devices.clone();
         devices

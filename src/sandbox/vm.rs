@@ -10,7 +10,7 @@ use nacre_vmm::config::{Console, DEFAULT_WINDOWS, ReadyDevices};
 use nacre_vmm::hotplug::SlotView;
 use nacre_vmm::hotplug::memory::{Area, UnitView};
 use nacre_vmm::virtio::mem::MemStatus;
-use nacre_vmm::virtio::net::{NetConfig, Tap};
+use nacre_vmm::virtio::net::{NetConfig, NetHost, Tap};
 use nacre_vmm::virtio::vsock::{VsockHost, VsockListener};
 use nacre_vmm::{DiskConfig, ExitReason, Vm, VmConfig};
 use tokio::sync::watch;
@@ -19,9 +19,10 @@ use super::SandboxConfig;
 use super::bring_up::Ports;
 use super::console::{ConsoleWriter, Tail};
 use super::error::Error;
-use super::machine::{GuestStream, Machine, Plug, PortListener, SetLink};
+use super::machine::{GuestStream, Machine, Nic, Plug, PortListener};
 use super::phases::MachinePhases;
 use super::size::host_memory_mib;
+use crate::control::Traffic;
 
 /// Starts the VM. With an agent, the well-known ports listen before the guest's first instruction.
 pub(crate) fn start(
@@ -180,6 +181,25 @@ impl Plug for Vm {
     }
 }
 
+impl Nic for NetHost {
+    fn set_link(&self, up: bool) {
+        NetHost::set_link(self, up);
+    }
+
+    fn traffic(&self) -> Traffic {
+        let counters = self.counters();
+        Traffic {
+            link_up: self.link(),
+            received: counters.received,
+            received_bytes: counters.received_bytes,
+            receive_dropped: counters.receive_dropped,
+            sent: counters.sent,
+            sent_bytes: counters.sent_bytes,
+            send_dropped: counters.send_dropped,
+        }
+    }
+}
+
 #[async_trait]
 impl Machine for Vm {
     async fn ended(&self) -> ExitReason {
@@ -211,11 +231,11 @@ impl Machine for Vm {
         Vm::plug_disk(self, disk).map_err(|error| Error::machine(doing, &error))
     }
 
-    fn plug_net(&self, config: NetConfig, tap: Tap) -> Result<(u8, SetLink), Error> {
+    fn plug_net(&self, config: NetConfig, tap: Tap) -> Result<(u8, Arc<dyn Nic>), Error> {
         let doing = format!("plug the network device {}", config.name);
         let plugged = Vm::plug_net(self, config, tap);
         let (window, host) = plugged.map_err(|error| Error::machine(doing, &error))?;
-        Ok((window, Arc::new(move |up| host.set_link(up))))
+        Ok((window, Arc::new(host)))
     }
 
     fn unplug(&self, window: u8) -> Result<(), Error> {

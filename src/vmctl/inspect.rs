@@ -2,7 +2,7 @@
 
 use super::list;
 use crate::config::Config;
-use crate::control::{Inspection, Timings, ms};
+use crate::control::{Inspection, Timings, Traffic, ms};
 use crate::sandbox::BootPhases;
 
 #[derive(Debug, clap::Args)]
@@ -59,6 +59,9 @@ fn text(vm: &Inspection) -> String {
             )),
             None => text.push_str(&format!("{:<11} {}\n", device.kind, device.detail)),
         }
+        if let Some(traffic) = &device.traffic {
+            text.push_str(&traffic_text(traffic));
+        }
     }
     if !vm.exits.is_empty() {
         let exits: Vec<String> = vm
@@ -77,6 +80,20 @@ fn text(vm: &Inspection) -> String {
         text.push_str(&timings_text(timings));
     }
     text
+}
+
+/// What has gone through a network device, as the line below it.
+fn traffic_text(traffic: &Traffic) -> String {
+    format!(
+        "            link {}; received {} frames, {} bytes, {} dropped; sent {} frames, {} bytes, {} dropped\n",
+        if traffic.link_up { "up" } else { "down" },
+        traffic.received,
+        traffic.received_bytes,
+        traffic.receive_dropped,
+        traffic.sent,
+        traffic.sent_bytes,
+        traffic.send_dropped
+    )
 }
 
 /// The phases of a container's life as lines.
@@ -124,7 +141,7 @@ pub(super) fn phases_text(phases: &BootPhases) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::Phase;
+    use crate::control::{Device, Phase};
 
     #[test]
     fn a_life_is_told_in_milliseconds() {
@@ -149,6 +166,26 @@ mod tests {
         assert!(!text(&vm).contains("unasked"));
         vm.unasked_ejects = 3;
         assert!(text(&vm).contains("ejects      3 unasked\n"));
+    }
+
+    #[test]
+    fn a_network_device_is_told_with_what_went_through_it() {
+        let mut vm = Inspection::default();
+        let traffic = Traffic {
+            received: 3,
+            received_bytes: 180,
+            receive_dropped: 1,
+            ..Traffic::default()
+        };
+        vm.devices.push(Device {
+            window: Some(2),
+            kind: "net".to_owned(),
+            detail: "eth0".to_owned(),
+            traffic: Some(traffic),
+        });
+        let text = text(&vm);
+        let wanted = "device      window 2: net eth0\n            link down; received 3 frames, 180 bytes, 1 dropped; sent 0 frames, 0 bytes, 0 dropped\n";
+        assert!(text.contains(wanted), "{text}");
     }
 
     #[test]

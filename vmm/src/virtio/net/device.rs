@@ -83,7 +83,7 @@ impl Net {
             (ram, interrupt.clone()),
             queues,
             (has(VIRTIO_NET_F_MRG_RXBUF), self.config.mtu),
-        );
+        )?;
         let events = self.events.clone();
         let name = format!("net-{}", self.config.name);
         let report = name.clone();

@@ -107,7 +107,7 @@ pub struct NetCounters {
     pub sent: u64,
     /// Their bytes, without headers.
     pub sent_bytes: u64,
-    /// Frames for the guest that its buffers had no room for.
+    /// Frames for the guest that its buffers had no room for, that the host's interface could not give, or that came before its driver.
     pub receive_dropped: u64,
     /// Frames from the guest that the host refused: a header that cannot be, or an interface that is down.
     pub send_dropped: u64,
@@ -124,6 +124,8 @@ struct Shared {
     mac: [u8; 6],
     mtu: Option<u16>,
     link: AtomicBool,
+    /// The interface is gone, and the link is down for good. Written with `interrupt` locked, as `link` is.
+    ended: AtomicBool,
     /// While the device is active.
     interrupt: Mutex<Option<Interrupt>>,
     received: AtomicU64,
@@ -163,22 +165,41 @@ impl Shared {
     }
 
     fn set_link(&self, up: bool) {
-        // The guest reads it when it is told.
-        if self.link.swap(up, Ordering::SeqCst) == up {
-            return;
-        }
         let interrupt = self
             .interrupt
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(interrupt) = &*interrupt {
+        let up = up && !self.has_ended();
+        self.tell_link(up, interrupt.as_ref());
+    }
+
+    /// The link goes down and stays so.
+    fn end(&self) {
+        let interrupt = self
+            .interrupt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.ended.store(true, Ordering::SeqCst);
+        self.tell_link(false, interrupt.as_ref());
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    fn tell_link(&self, up: bool, interrupt: Option<&Interrupt>) {
+        // The guest reads it when it is told.
+        if self.link.swap(up, Ordering::SeqCst) != up
+            && let Some(interrupt) = interrupt
+        {
             interrupt.config_changed(|| self.config_space());
         }
     }
 }
 
 impl NetHost {
-    /// Tells the guest that the link is up, or down. Frames go through either way: the guest's kernel holds its own back.
+    /// Tells the guest that the link is up, or down. Frames go through either way: the guest's kernel holds its own back. Once the host's
+    /// interface has ended, the link is down and stays so.
     pub fn set_link(&self, up: bool) {
         self.shared.set_link(up);
     }

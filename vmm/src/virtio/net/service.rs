@@ -2,18 +2,21 @@
 //!
 //! Either side may be full for as long as it likes. A frame that the guest has no buffers for is held, and no other
 //! is read until it has; a frame that the host cannot take yet stays in the queue. What then wakes the loop is the guest's
-//! kick, or the interface being writable, and nothing else, so that nothing spins and nothing is forgotten.
+//! kick, or the interface being writable, and nothing else, so that nothing spins and nothing is forgotten. An interface
+//! that gives errors only is asked again after a while.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_net::{VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::tap::Tap;
 use super::{FRAME_BYTES, HEADER_BYTES, Shared};
@@ -25,6 +28,10 @@ const KIND: &str = "net";
 pub(super) const BATCH: usize = 64;
 /// Frames of an earlier driver that are read away when a new one comes; an interface holds 1000 by default.
 const STALE: usize = 4096;
+/// So many reads in a row that fail, and the interface is left alone for [`PAUSE`].
+pub(super) const FAILURES: u64 = 64;
+/// How long nothing is read then.
+pub(super) const PAUSE: Duration = Duration::from_millis(100);
 /// Where the header says in how many buffers the frame is (num_buffers).
 const BUFFERS_AT: usize = 10;
 
@@ -32,6 +39,7 @@ const BUFFERS_AT: usize = 10;
 const RECEIVE: u32 = 0;
 const TRANSMIT: u32 = 1;
 const TAP: u32 = 2;
+const AGAIN: u32 = 3;
 
 pub(super) struct Service {
     tap: Arc<Tap>,
@@ -51,6 +59,12 @@ pub(super) struct Service {
     full: bool,
     /// What of the interface is waited for.
     watched: EventSet,
+    /// Reads in a row that failed, each for a frame of its own.
+    failures: u64,
+    /// Tells when the interface may be read again.
+    again: TimerFd,
+    /// Till then.
+    paused: bool,
     /// The interface gives nothing any more.
     ended: bool,
     /// The rings cannot be used until a reset.
@@ -82,13 +96,28 @@ fn is_too_long(header: &[u8; HEADER_BYTES], len: u64, mtu: u16) -> bool {
     }
 }
 
+/// Whether an error of a read is about the frame that it would have given: the kernel has dropped that one, for offloads that the header has
+/// no word for or for want of memory, and the next may do.
+fn costs_a_frame(error: &io::Error) -> bool {
+    let codes = [libc::EINVAL, libc::EFAULT, libc::ENOMEM, libc::ENOBUFS];
+    error
+        .raw_os_error()
+        .is_some_and(|code| codes.contains(&code))
+}
+
 impl Service {
+    /// # Errors
+    ///
+    /// The host has no descriptor left for a timer.
     pub fn new(
         (tap, shared): (Arc<Tap>, Arc<Shared>),
         (ram, interrupt): (GuestRam, Interrupt),
         [receive, transmit]: [ActiveQueue; 2],
         (mergeable, mtu): (bool, Option<u16>),
-    ) -> Self {
+    ) -> io::Result<Self> {
+        let again = TimerFd::new()?;
+        // What has ended for one driver has for the next.
+        let ended = shared.has_ended();
         let mut service = Self {
             tap,
             shared,
@@ -103,11 +132,14 @@ impl Service {
             used: UsedBatch::default(),
             full: false,
             watched: EventSet::empty(),
-            ended: false,
+            failures: 0,
+            again,
+            paused: false,
+            ended,
             broken: false,
         };
         service.forget_stale();
-        service
+        Ok(service)
     }
 
     /// Frames that were made for a driver that agreed on other offloads are not for this one.
@@ -115,6 +147,7 @@ impl Service {
         for _ in 0..STALE {
             match self.tap.read(&mut self.frame) {
                 Ok(1..) => count(&self.shared.receive_dropped, 1),
+                Err(error) if costs_a_frame(&error) => count(&self.shared.receive_dropped, 1),
                 Ok(0) | Err(_) => return,
             }
         }
@@ -161,18 +194,48 @@ impl Service {
             Ok(bytes) if bytes < HEADER_BYTES => {
                 tracing::debug!(bytes, "a frame without its header");
                 count(&self.shared.receive_dropped, 1);
+                self.failures = 0;
             }
-            Ok(bytes) => self.held = bytes,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Ok(bytes) => {
+                self.held = bytes;
+                self.failures = 0;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.failures = 0,
+            Err(error) if costs_a_frame(&error) => self.missed(&error),
             Err(error) => self.end(&error),
         }
         self.held > 0
     }
 
+    /// A frame could not be read. The next event is for the next frame; where all fail, it is there at once each time.
+    fn missed(&mut self, error: &io::Error) {
+        count(&self.shared.receive_dropped, 1);
+        self.failures += 1;
+        tracing::debug!(%error, "a frame for the guest could not be read");
+        if !self.failures.is_multiple_of(FAILURES) {
+            return;
+        }
+        if self.failures == FAILURES {
+            tracing::warn!(%error, failures = FAILURES, "a network interface gives errors only; it is read now and then until it gives a frame");
+        }
+        match self.again.reset(PAUSE, None) {
+            Ok(()) => self.paused = true,
+            // Nothing would wake it.
+            Err(error) => {
+                tracing::warn!(%error, "a network interface that gives errors only is read on without a pause");
+            }
+        }
+    }
+
     fn end(&mut self, why: &dyn std::fmt::Display) {
         tracing::warn!(%why, "a network interface ended; its link is down");
         self.ended = true;
-        self.shared.set_link(false);
+        self.shared.end();
+    }
+
+    /// Whether a frame is to be read from the interface.
+    fn reads(&self) -> bool {
+        self.held == 0 && !self.paused && !self.ended
     }
 
     /// Puts the held frame into the guest's buffers: into one, or with mergeable ones into as many as it needs. Nothing of it
@@ -274,8 +337,8 @@ impl Service {
     /// Waits for what of the interface is needed now.
     fn watch(&mut self, ops: &mut EventOps<'_>) {
         let mut wanted = EventSet::empty();
-        if !self.broken && !self.ended {
-            if self.held == 0 {
+        if !self.broken {
+            if self.reads() {
                 wanted |= EventSet::IN;
             }
             if self.full {
@@ -301,15 +364,17 @@ impl Service {
 
 impl MutEventSubscriber for Service {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for (queue, data) in [(&self.receive, RECEIVE), (&self.transmit, TRANSMIT)] {
-            let events = Events::with_data(&*queue.kick, data, EventSet::IN);
-            if let Err(error) = ops.add(events) {
-                self.broken = true;
-                self.interrupt.fault(KIND, &error);
-                return;
-            }
+        let added = [
+            Events::with_data(&*self.receive.kick, RECEIVE, EventSet::IN),
+            Events::with_data(&*self.transmit.kick, TRANSMIT, EventSet::IN),
+            Events::with_data(&self.again, AGAIN, EventSet::IN),
+        ]
+        .into_iter()
+        .try_for_each(|events| ops.add(events));
+        match added {
+            Ok(()) => self.watch(ops),
+            Err(error) => self.broke(&error),
         }
-        self.watch(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
@@ -323,10 +388,15 @@ impl MutEventSubscriber for Service {
                 let _ = self.transmit.kick.read();
                 transmit = !self.full;
             }
+            AGAIN => {
+                // It is readable, so this waits for nothing.
+                let _ = self.again.wait();
+                self.paused = false;
+            }
             _ => {
                 let told = events.event_set();
                 let failed = told.intersects(EventSet::ERROR | EventSet::HANG_UP);
-                receive = self.held == 0 && (failed || told.contains(EventSet::IN));
+                receive = self.reads() && (failed || told.contains(EventSet::IN));
                 transmit = self.full && (failed || told.contains(EventSet::OUT));
             }
         }

@@ -35,12 +35,19 @@ pub(super) struct Offload {
     pub ecn: bool,
 }
 
+/// Error codes, first one first.
+#[cfg(test)]
+pub(super) type Errors = std::sync::Arc<std::sync::Mutex<std::collections::VecDeque<i32>>>;
+
 /// A descriptor that gives and takes one frame a call, with its header. Nonblocking.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
     /// Whether it is a TAP interface, which makes offloads.
     offloads: bool,
+    /// What the next reads fail with.
+    #[cfg(test)]
+    pub(super) errors: Errors,
 }
 
 impl AsFd for Tap {
@@ -93,6 +100,8 @@ impl Tap {
         Ok(Self {
             file,
             offloads: true,
+            #[cfg(test)]
+            errors: Errors::default(),
         })
     }
 
@@ -102,6 +111,8 @@ impl Tap {
         Self {
             file: descriptor.into(),
             offloads: false,
+            #[cfg(test)]
+            errors: Errors::default(),
         }
     }
 
@@ -133,6 +144,10 @@ impl Tap {
 
     /// One frame with its header; how many bytes. 0 if there is no other end any more.
     pub(super) fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
+        #[cfg(test)]
+        if let Some(code) = self.errors.lock().expect("no panic").pop_front() {
+            return Err(io::Error::from_raw_os_error(code));
+        }
         retried(|| (&self.file).read(frame))
     }
 

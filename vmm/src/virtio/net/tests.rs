@@ -1,5 +1,7 @@
 //! Frames for and from good, poor and hostile drivers; what is full stays full without spinning, and goes on when it is not.
 
+mod event_idx;
+mod read_errors;
 mod tap;
 
 use std::os::fd::OwnedFd;
@@ -11,6 +13,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::service::{BATCH, Service};
+use super::tap::Errors;
 use super::*;
 use crate::event_loop::EventLoop;
 use crate::virtio::device::{Activation, ActiveQueue, GuestRam, INTERRUPT_CONFIG, VirtioDevice};
@@ -44,8 +47,8 @@ fn wires() -> (UnixDatagram, Tap) {
 }
 
 /// A queue whose rings are beside those of the driver's, for sending.
-fn transmit_queue(driver: &Driver) -> virtio_queue::Queue {
-    let mut queue = driver.queue(false);
+fn transmit_queue(driver: &Driver, event_idx: bool) -> virtio_queue::Queue {
+    let mut queue = driver.queue(event_idx);
     queue.set_desc_table_address(Some((DESCRIPTORS + BESIDE / 2) as u32), Some(0));
     queue.set_avail_ring_address(Some((AVAILABLE + BESIDE) as u32), Some(0));
     queue.set_used_ring_address(Some((USED + BESIDE) as u32), Some(0));
@@ -59,7 +62,7 @@ fn queues(driver: &Driver, event_idx: bool) -> [ActiveQueue; 2] {
     };
     [
         active(driver.queue(event_idx)),
-        active(transmit_queue(driver)),
+        active(transmit_queue(driver, event_idx)),
     ]
 }
 
@@ -93,7 +96,8 @@ impl Bench {
             (GuestRam::new(driver.memory.clone()), interrupt.clone()),
             queues(&driver, false),
             (mergeable, Some(1500)),
-        );
+        )
+        .expect("a service");
         Self {
             driver,
             wire,
@@ -361,7 +365,8 @@ fn frames_of_before_are_not_for_a_new_driver() {
         (ram, Interrupt::new(eventfd())),
         queues(&driver, false),
         (true, None),
-    );
+    )
+    .unwrap();
     let mut driver = driver;
     driver.chain(&[(DATA, 100, true)]);
     service.receive().unwrap();
@@ -377,6 +382,7 @@ struct Device {
     interrupt: Interrupt,
     kicks: [Arc<EventFd>; 2],
     wire: UnixDatagram,
+    errors: Errors,
     _events: EventLoop,
 }
 
@@ -398,6 +404,7 @@ impl Device {
         let (events, handle) =
             EventLoop::start("test", |message| panic!("unexpected: {message}")).unwrap();
         let (wire, tap) = wires();
+        let errors = Arc::clone(&tap.errors);
         let config = NetConfig {
             name: name.to_owned(),
             ..config()
@@ -412,6 +419,7 @@ impl Device {
             interrupt,
             kicks: [Arc::new(eventfd()), Arc::new(eventfd())],
             wire,
+            errors,
             _events: events,
         };
         device.activate();
@@ -428,6 +436,37 @@ impl Device {
             features: 1 << VIRTIO_NET_F_MRG_RXBUF,
         };
         self.net.activate(activation).expect("active");
+    }
+
+    /// Sends frames until the host takes none; how many were offered, the last of which waits.
+    fn send_until_full(&mut self) -> u16 {
+        self.driver.fill(DATA, &frame(300, 1));
+        let mut offered: u16 = 0;
+        loop {
+            send(&self.driver, offered, &[(DATA, 312, false)]);
+            offered += 1;
+            self.kicks[1].write(1).unwrap();
+            let limit = Instant::now() + Duration::from_millis(500);
+            while sent(&self.driver) != offered && Instant::now() < limit {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if sent(&self.driver) != offered {
+                return offered;
+            }
+            assert!(offered < 5000, "the socket takes everything");
+        }
+    }
+
+    /// Takes so many frames of the guest off the wire.
+    fn drain(&self, count: u16) {
+        let mut taken = 0;
+        let mut bytes = [0; 1000];
+        until("the frames of the guest", || {
+            while self.wire.recv(&mut bytes).is_ok() {
+                taken += 1;
+            }
+            taken == count
+        });
     }
 }
 
@@ -461,6 +500,15 @@ fn until(what: &str, mut reached: impl FnMut() -> bool) {
     }
 }
 
+/// The thread has ended what it was at, and is not woken for nothing then.
+fn rests(name: &str) {
+    until("the thread rests", || {
+        let before = switches(name);
+        std::thread::sleep(Duration::from_millis(200));
+        switches(name) == before
+    });
+}
+
 #[test]
 fn both_sides_full_and_then_drained_go_on_and_do_not_spin() {
     let mut device = Device::named("full");
@@ -469,39 +517,12 @@ fn both_sides_full_and_then_drained_go_on_and_do_not_spin() {
     while device.wire.send(&frame(500, on_wire as u8)).is_ok() {
         on_wire += 1;
     }
-    device.driver.fill(DATA, &frame(300, 1));
-    let mut offered: u16 = 0;
-    loop {
-        send(&device.driver, offered, &[(DATA, 312, false)]);
-        offered += 1;
-        device.kicks[1].write(1).unwrap();
-        let limit = Instant::now() + Duration::from_millis(500);
-        while sent(&device.driver) != offered && Instant::now() < limit {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        if sent(&device.driver) != offered {
-            break;
-        }
-        assert!(offered < 5000, "the socket takes everything");
-    }
+    let offered = device.send_until_full();
     // Nothing can be done, and nothing is.
-    let before = switches("net-full");
-    std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(
-        switches("net-full"),
-        before,
-        "the thread is woken for nothing"
-    );
+    rests("net-full");
     // The host drains: what waited goes, and then what the guest has room for.
-    let mut taken = 0;
-    let mut bytes = [0; 1000];
-    until("the frames of the guest", || {
-        while device.wire.recv(&mut bytes).is_ok() {
-            taken += 1;
-        }
-        taken == offered
-    });
-    assert_eq!(sent(&device.driver), offered);
+    device.drain(offered);
+    until("the last one's return", || sent(&device.driver) == offered);
     let mut received = 0;
     while received < on_wire {
         device.driver.chain(&[(DATA + 0x1000, 600, true)]);
@@ -605,9 +626,7 @@ fn an_interface_that_ends_takes_the_link_down_and_costs_nothing() {
     drop(ours);
     until("the link is down", || !host.link());
     assert_eq!(interrupt.status(), INTERRUPT_CONFIG);
-    let before = switches("net-ends");
-    std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(switches("net-ends"), before);
+    rests("net-ends");
 }
 
 #[test]
