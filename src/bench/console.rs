@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nacre_vmm::config::default_cmdline;
 
+use super::interrupt;
 use super::probed::PROBE;
 
 /// What the probe's lines begin with, and its first one.
@@ -18,6 +19,8 @@ const MARK: &str = "nacre-probe: ";
 const READY: &str = "ready";
 /// Between two looks for what a process is to do.
 pub(super) const LOOK: Duration = Duration::from_millis(10);
+/// Between two looks for a signal.
+const ASK: Duration = Duration::from_millis(200);
 /// How long an end may take.
 const END: Duration = Duration::from_secs(20);
 
@@ -128,13 +131,15 @@ impl Guest {
         let deadline = Instant::now() + self.patience;
         let mut last = String::new();
         loop {
+            interrupt::check()?;
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
+            match self.lines.recv_timeout(left.min(ASK)) {
                 Ok(line) => match line.split_once(MARK) {
                     Some((_, said)) => return Ok(said.to_owned()),
                     None if line.is_empty() => {}
                     None => last = line,
                 },
+                Err(RecvTimeoutError::Timeout) if left > ASK => {}
                 Err(RecvTimeoutError::Timeout) => bail!(
                     "QEMU's guest did not answer within {:?}; its console ends with {last:?}",
                     self.patience

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::bench::report::Unit;
 
@@ -16,7 +16,7 @@ const BLOCK: u32 = 65_536;
 const REQUEST: u32 = 64;
 
 /// How much there is of each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sizes {
     /// MiB of all streams together.
     pub mib: u64,
