@@ -1,6 +1,6 @@
 //! `nacre-bench`: measures our shim, next to runc's in the same run, by driving
-//! both as containerd does; and how a VM grows and shrinks. It prints and
-//! does not judge: a time is no test.
+//! both as containerd does; and how a VM grows and shrinks. What it measures it
+//! prints and does not judge: a time is no test. Two runs it compares.
 //!
 //! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
 //! how one is driven, `storage` and `net` what is measured of files and of the
@@ -10,8 +10,9 @@
 //!
 //! `run` is a scenario under way, with its `progress` and what an `interrupt`
 //! does to it; `document` what it leaves, with a `report` for each table; `page`
-//! (with `plot`) is made of that.
+//! (with `plot`) and `compare` are made of that.
 
+mod compare;
 mod console;
 mod document;
 mod hotplug;
@@ -109,6 +110,8 @@ enum Command {
     Net(Box<net::Options>),
     /// Makes the page of --html anew, of files that --json has written
     Page(page::Options),
+    /// Compares what --json has written in two runs of one scenario: what has changed beyond the noise, and how that is known
+    Compare(compare::Options),
 }
 
 /// What is measured of shims.
@@ -176,6 +179,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Storage(options) => measure(&|| storage::run(options, setting)),
         Command::Net(options) => measure(&|| net::run(options, setting)),
         Command::Page(options) => page::run(options, setting).map(|()| ExitCode::SUCCESS),
+        Command::Compare(options) => compare::run(options, setting),
     };
     match outcome {
         Ok(code) => code,
@@ -330,7 +334,12 @@ mod tests {
             cli.command,
             Command::Shims(Scenario::Cat { mib: 3, .. })
         ));
-        let none = ["cat --mib 0", "page"];
+        let none = [
+            "cat --mib 0",
+            "page",
+            "compare a",
+            "compare a b --threshold -1",
+        ];
         for words in none.map(|words| words.split(' ')) {
             let words = std::iter::once("nacre-bench").chain(words);
             assert!(Cli::try_parse_from(words.clone()).is_err(), "{words:?}");
