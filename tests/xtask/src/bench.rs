@@ -128,7 +128,9 @@ impl Scenario {
         options: &str,
     ) -> String {
         let (name, _) = self.describe();
-        let mut command = format!("nacre-bench {name} --json \"$NACRE_OUT/{name}.json\"");
+        let mut command = format!(
+            "nacre-bench {name} --json \"$NACRE_OUT/{name}.json\" --html \"$NACRE_OUT/{name}.html\""
+        );
         let mut add = |option: &str, value: &dyn Display| {
             command.push_str(&format!(" --{option} '{value}'"));
         };
@@ -368,7 +370,10 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     if let Some(why) = outcome.retried {
         step(format!("the testbed was booted twice: {why}"));
     }
-    step(format!("every value is in {}", request.out.display()));
+    step(format!(
+        "every value, and a page for each scenario, is in {}",
+        request.out.display()
+    ));
     Ok(outcome.code)
 }
 
@@ -423,12 +428,12 @@ mod tests {
         let storage = Scenario::Storage.command(Place::Host, Some(2), None, "");
         assert_eq!(
             storage,
-            "nacre-bench storage --json \"$NACRE_OUT/storage.json\" --rounds '2'\necho\n"
+            "nacre-bench storage --json \"$NACRE_OUT/storage.json\" --html \"$NACRE_OUT/storage.html\" --rounds '2'\necho\n"
         );
         let exec = Scenario::Exec.command(Place::Host, None, Some(&qemu), "");
         assert_eq!(
             exec,
-            "nacre-bench exec --json \"$NACRE_OUT/exec.json\"\necho\n"
+            "nacre-bench exec --json \"$NACRE_OUT/exec.json\" --html \"$NACRE_OUT/exec.html\"\necho\n"
         );
     }
 
