@@ -158,7 +158,8 @@ enum Scenario {
     },
 }
 
-/// The program. Measurements go to stdout; an error to stderr, and the exit code is then 1, or 2 for wrong arguments.
+/// The program. Measurements go to stdout; an error to stderr, and the exit code is then 1, or 2 for wrong arguments; 1 as
+/// well where `compare --fail` has found something worse.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,

@@ -9,6 +9,9 @@ use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// Least time between two lines where there is no terminal.
 const PAUSE: Duration = Duration::from_secs(30);
 
+/// The bar, rounds of all, and what is going on.
+const TEMPLATE: &str = "{bar:20} {pos}/{len} {wide_msg}";
+
 /// The rounds of a run, whatever they are of.
 pub(super) struct Progress {
     bar: ProgressBar,
@@ -25,8 +28,8 @@ impl Progress {
     pub fn new() -> Self {
         let terminal = std::io::stderr().is_terminal();
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-        let style = ProgressStyle::with_template("{bar:20} {pos}/{len} {wide_msg}");
-        // The template is a constant that is sound.
+        let style = ProgressStyle::with_template(TEMPLATE);
+        // A test holds that the template is sound.
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         Self {
             bar,
@@ -152,6 +155,11 @@ mod tests {
         ] {
             assert_eq!(line("exec: round 1 of 3", what, left), expected);
         }
+    }
+
+    #[test]
+    fn the_bar_can_be_drawn() {
+        assert!(ProgressStyle::with_template(TEMPLATE).is_ok());
     }
 
     #[test]

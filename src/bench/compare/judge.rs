@@ -317,7 +317,11 @@ fn probability(p: f64) -> String {
     if p < 0.0001 {
         "below 0.0001".to_owned()
     } else {
-        let digits = if p < 0.01 { 4 } else { 2 };
+        let digits = match p {
+            p if p < 0.01 => 4,
+            p if p < 0.1 => 3,
+            _ => 2,
+        };
         format!("{p:.digits$}")
     }
 }

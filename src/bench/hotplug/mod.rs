@@ -275,6 +275,8 @@ impl Bench<'_> {
                         }
                         Ok(_) => {}
                         Err(error) if side == 1 => {
+                            // The signal may have been QEMU's as well.
+                            interrupt::check()?;
                             measured.failed(what, name, &error);
                             // What it has now is not known.
                             peer = None;
