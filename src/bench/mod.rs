@@ -5,9 +5,10 @@
 //! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
 //! how one is driven, `storage` and `net` what is measured of files and of the
 //! network in them (by `probed` and, in QEMU, `console`; `steady` has their VMs'
-//! configuration), `hotplug` what is measured of a VM, `memory` what a process
+//! configuration), `hotplug` what is measured of a VM, `boot` how it begins, `memory` what a process
 //! holds, `report` how it is shown.
 
+mod boot;
 mod console;
 mod hotplug;
 mod listeners;
@@ -85,6 +86,9 @@ enum Command {
     /// vCPUs and memory of a VM come and go, by their parts: host call, noticed, online, acknowledged. Starts no shim: the
     /// options of shims mean nothing here
     Hotplug(Box<hotplug::Options>),
+    /// From a VMM's process to its guest's init, next to other VMMs with the same guest; and the phases of our own boots, up to a
+    /// container's first byte. Instructions, calls and exits are counted as well
+    Boot(Box<boot::Options>),
     /// Files by virtio-blk and virtio-fs, next to runc on the same files: a big one read from end to end and at random, a tree
     /// walked and unpacked
     Storage(Box<storage::Options>),
@@ -150,6 +154,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome = match &cli.command {
         Command::Shims(scenario) => shims(scenario, &cli.setting),
         Command::Hotplug(options) => hotplug::run(options, &cli.setting),
+        Command::Boot(options) => boot::run(options, &cli.setting),
         Command::Storage(options) => storage::run(options, &cli.setting),
         Command::Net(options) => net::run(options, &cli.setting),
     };
@@ -247,17 +252,10 @@ fn save(file: &Path, mut value: serde_json::Value) -> Result<()> {
 
 impl Setting {
     fn peers(&self) -> Result<Vec<Peer>> {
-        let beside = std::env::current_exe()?.with_file_name("containerd-shim-nacre-v1");
-        let ours = match &self.shim {
-            Some(shim) => shim.clone(),
-            None if beside.is_file() => beside,
-            None => in_path("containerd-shim-nacre-v1").context(
-                "There is no containerd-shim-nacre-v1 beside this program or in PATH: --shim names it",
-            )?,
-        };
+        let ours = Self::ours(self.shim.as_deref(), "containerd-shim-nacre-v1", "--shim")?;
         let mut peers = vec![Peer {
             name: "nacre",
-            program: absolute(&ours)?,
+            program: ours,
             path: None,
             config: None,
         }];
@@ -287,6 +285,20 @@ impl Setting {
             config: None,
         });
         Ok(peers)
+    }
+
+    /// A program of ours beside this one, or in PATH, unless it was named.
+    fn ours(given: Option<&Path>, name: &str, option: &str) -> Result<PathBuf> {
+        let beside = std::env::current_exe()?.with_file_name(name);
+        let found = match given {
+            Some(given) => Some(given.to_owned()),
+            None if beside.is_file() => Some(beside),
+            None => in_path(name),
+        };
+        let found = found.with_context(|| {
+            format!("There is no {name} beside this program or in PATH: {option} names it")
+        })?;
+        absolute(&found)
     }
 
     fn busybox(&self) -> Result<PathBuf> {

@@ -473,6 +473,7 @@ impl Sandbox {
             kvm_ns: vm.kvm_ns,
             loaded_ns: vm.loaded_ns,
             first_run_ns: vm.first_run_ns,
+            first_exit_ns: vm.first_exit_ns,
             init_ns: vm
                 .marks
                 .iter()

@@ -230,6 +230,7 @@ impl Machine for Vm {
             kvm_ns: phases.kvm_ns,
             loaded_ns: phases.loaded_ns,
             first_run_ns: phases.first_run_ns,
+            first_exit_ns: phases.first_exit_ns,
             marks: phases.marks,
         }
     }

@@ -1,5 +1,6 @@
 //! `vmctl boot`: a kernel by itself, with its console on the terminal.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -93,6 +94,8 @@ struct Report {
     agent_build: Option<String>,
     /// Host CLOCK_MONOTONIC in nanoseconds, absent where not reached.
     phases: BootPhases,
+    /// Exits of the vCPUs to the VMM so far, by reason.
+    exits: BTreeMap<String, u64>,
 }
 
 pub(super) async fn boot(config: &Config, args: &Args, main_ns: u64) -> anyhow::Result<u8> {
@@ -247,6 +250,7 @@ fn report(id: String, exit: Option<ExitReason>, sandbox: &Sandbox) -> Report {
         kernel_release: told(inspection.kernel_release),
         agent_build: told(inspection.agent_build),
         phases: inspection.phases,
+        exits: inspection.exits,
     }
 }
 

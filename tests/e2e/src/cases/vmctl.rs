@@ -121,6 +121,7 @@ fn boot_phases(context: &Context) -> Result<()> {
         "kvm_ns",
         "loaded_ns",
         "first_run_ns",
+        "first_exit_ns",
         "init_ns",
         "connected_ns",
         "ready_ns",
@@ -134,6 +135,10 @@ fn boot_phases(context: &Context) -> Result<()> {
         );
         before = at;
     }
+    ensure!(
+        report["exits"]["port-write"].as_u64() > Some(0),
+        "the guest wrote to no port: {report}"
+    );
     // The guest's own clock agrees that time went by.
     let guest = |phase: &str| report["phases"][phase].as_u64().unwrap_or_default();
     ensure!(
