@@ -5,15 +5,19 @@
 //! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
 //! how one is driven, `storage` and `net` what is measured of files and of the
 //! network in them (by `probed` and, in QEMU, `console`; `steady` has their VMs'
-//! configuration), `hotplug` what is measured of a VM, `boot` how it begins, `memory` what a process
+//! configuration), `hotplug` what is measured of a VM, `boot` how it begins, `density` and `parallel` what several containers
+//! hold and how they begin at once (`first_byte` is one's beginning), `memory` what a process
 //! holds, `report` how it is shown.
 
 mod boot;
 mod console;
+mod density;
+mod first_byte;
 mod hotplug;
 mod listeners;
 mod memory;
 mod net;
+mod parallel;
 mod peers;
 mod probed;
 mod report;
@@ -89,6 +93,10 @@ enum Command {
     /// From a VMM's process to its guest's init, next to other VMMs with the same guest; and the phases of our own boots, up to a
     /// container's first byte. Instructions, calls and exits are counted as well
     Boot(Box<boot::Options>),
+    /// What containers that do nothing hold of the host: memory beyond the guest's, threads, descriptors; next to runc
+    Density(density::Options),
+    /// Several containers started at once, each until its first byte, next to runc
+    Parallel(parallel::Options),
     /// Files by virtio-blk and virtio-fs, next to runc on the same files: a big one read from end to end and at random, a tree
     /// walked and unpacked
     Storage(Box<storage::Options>),
@@ -155,6 +163,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Shims(scenario) => shims(scenario, &cli.setting),
         Command::Hotplug(options) => hotplug::run(options, &cli.setting),
         Command::Boot(options) => boot::run(options, &cli.setting),
+        Command::Density(options) => density::run(options, &cli.setting),
+        Command::Parallel(options) => parallel::run(options, &cli.setting),
         Command::Storage(options) => storage::run(options, &cli.setting),
         Command::Net(options) => net::run(options, &cli.setting),
     };

@@ -201,9 +201,7 @@ impl<'o> Bench<'o> {
                     .env("NACRE_CONFIG", &self.kept)
                     .current_dir(self.folder.path());
                 let booted = launched::boot(&mut command, self.folder.path(), self.patience)
-                    .with_context(|| {
-                        format!("{} failed in round {}", side.vmm.name(), round + 1)
-                    });
+                    .with_context(|| format!("{} failed in round {}", side.vmm.name(), round + 1));
                 match booted {
                     Ok(boot) if counts => measured.booted(side.vmm, boot),
                     Ok(_) => {}
@@ -269,7 +267,8 @@ impl<'o> Bench<'o> {
 }
 
 fn size(file: &Path) -> Result<u64> {
-    let metadata = std::fs::metadata(file).with_context(|| format!("reading {}", file.display()))?;
+    let metadata =
+        std::fs::metadata(file).with_context(|| format!("reading {}", file.display()))?;
     Ok(metadata.len())
 }
 
@@ -311,12 +310,7 @@ mod tests {
         let vmms: Vec<Vmm> = some.vmms().map(|(vmm, _)| vmm).collect();
         assert_eq!(
             vmms,
-            [
-                Vmm::Ours,
-                Vmm::Qemu,
-                Vmm::Firecracker,
-                Vmm::CloudHypervisor
-            ]
+            [Vmm::Ours, Vmm::Qemu, Vmm::Firecracker, Vmm::CloudHypervisor]
         );
         for words in [
             "--vcpus 0",

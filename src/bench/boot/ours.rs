@@ -2,22 +2,17 @@
 //! are what the VMM stamped, by CLOCK_MONOTONIC; those of the caller are by the same clock here.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::bench::listeners::both_ways;
-use crate::bench::peers::{Container, Fifos, NAMESPACE, Peer, Surroundings};
+use crate::bench::first_byte::Prepared;
+use crate::bench::peers::{NAMESPACE, Peer, Surroundings};
 use crate::config::Config;
 use crate::control::Client;
 use crate::sandbox::{BootPhases, monotonic_ns};
-
-/// What a container says first.
-const FIRST: &[u8] = b"up\n";
-const SAYS: [&str; 3] = ["/bin/sh", "-c", "echo up; exec sleep 100000"];
 
 /// Phases in their order; each is told as the time since the first.
 pub(super) const PHASES: [&str; 11] = [
@@ -84,31 +79,7 @@ pub(super) fn by_vmctl(vmctl: &Path, config: &Path) -> Result<Phased> {
 
 /// By the shim: until the first byte of a container. Its VM is looked at when that has come.
 pub(super) fn by_shim(around: &Surroundings, peer: &Peer, config: &Config) -> Result<Phased> {
-    let mut container = Container::bundle(around, peer, &SAYS)?;
-    let stdout = container.fifo("stdout")?;
-    let stderr = container.fifo("stderr")?;
-    let mut reader = both_ways(&stdout)?;
-    let _silent = both_ways(&stderr)?;
-    let stdio = Fifos {
-        stdin: None,
-        stdout: Some(stdout),
-        stderr: Some(stderr),
-    };
-    let began = monotonic_ns();
-    let answer = container.start_shim()?;
-    container.connect(&answer)?;
-    container.create(&stdio)?;
-    container.start("")?;
-    let started = monotonic_ns();
-    let mut said = [0; FIRST.len()];
-    reader
-        .read_exact(&mut said[..1])
-        .context("its first byte")?;
-    let first = monotonic_ns();
-    reader
-        .read_exact(&mut said[1..])
-        .context("its first line")?;
-    ensure!(said == FIRST, "it said {said:?} instead of {FIRST:?}");
+    let (container, stamps) = Prepared::new(around, peer)?.start()?;
     let directory = config.vm_dir(NAMESPACE, &container.id);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -116,8 +87,8 @@ pub(super) fn by_shim(around: &Surroundings, peer: &Peer, config: &Config) -> Re
     let seen = runtime.block_on(async { Client::connect(&directory).await?.inspect().await });
     let seen = seen.with_context(|| format!("inspecting the VM of {}", container.id))?;
     container.end()?;
-    let ours = [(PHASES[9], started), (PHASES[10], first)];
-    phased(began, &seen.phases, &seen.exits, &ours)
+    let ours = [(PHASES[9], stamps.started), (PHASES[10], stamps.first)];
+    phased(stamps.began, &seen.phases, &seen.exits, &ours)
 }
 
 fn phased(

@@ -185,9 +185,7 @@ mod tests {
     #[test]
     fn firecracker_is_given_it_by_a_file() {
         let folder = tempfile::tempdir().unwrap();
-        let words = Vmm::Firecracker
-            .arguments(&guest(), folder.path())
-            .unwrap();
+        let words = Vmm::Firecracker.arguments(&guest(), folder.path()).unwrap();
         assert_eq!(words[..2], ["--no-api", "--config-file"]);
         let text = std::fs::read(&words[2]).unwrap();
         let value: serde_json::Value = serde_json::from_slice(&text).unwrap();

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::apt::Release;
@@ -41,6 +41,10 @@ const EMULATED_FILES: u32 = 1000;
 const EMULATED_MIB: u32 = 8;
 const EMULATED_REQUESTS: u32 = 100;
 const EMULATED_PATIENCE: u32 = 3600;
+/// VMs at once of density and parallel there.
+const EMULATED_VMS: &str = "1,2,4";
+/// Where the kernel tells the numbers of its tracepoints. Not everywhere is it built in.
+const TRACEFS: &str = "mount -t tracefs tracefs /sys/kernel/tracing || true\n";
 /// A disk for the emulated machine, whose root is in its memory: so that files can be cold on it, and be read past its cache. By its
 /// path, since busybox has a mke2fs of its own.
 const DISK: &str = "\
@@ -62,9 +66,18 @@ pub struct BenchArgs {
     /// The Debian release whose newest cloud kernel is the guest's
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     release: KernelRelease,
-    /// Measure hotplug, storage and net of QEMU as well: Debian's, unpacked, and for storage its virtiofsd
+    /// Measure boot, hotplug, storage and net of QEMU as well: Debian's, unpacked, and for storage its virtiofsd
     #[arg(long)]
     qemu: bool,
+    /// Measure boot of this Firecracker as well
+    #[arg(long, value_name = "PROGRAM")]
+    firecracker: Option<PathBuf>,
+    /// Measure boot of this Cloud Hypervisor as well
+    #[arg(long, value_name = "PROGRAM")]
+    cloud_hypervisor: Option<PathBuf>,
+    /// In the emulated machine, with time that is a count of its instructions, whatever else this machine does; it has one CPU then
+    #[arg(long)]
+    counted: bool,
     /// Use the debug build: to try a scenario, not for figures
     #[arg(long)]
     debug: bool,
@@ -87,23 +100,35 @@ enum Scenario {
     Cat,
     /// 1000 execs, and what the shim holds before and after
     Execs,
+    /// From a process to its guest's init, next to other VMMs, and to a container's first byte
+    Boot,
+    /// What idle containers hold
+    Density,
+    /// Several starts at once
+    Parallel,
     /// vCPUs and memory of a VM come and go
     Hotplug,
     /// Files by virtio-blk and virtio-fs
     Storage,
     /// The network and the vsock
     Net,
+    /// A stream of the vsock, in process and through vmctl's Unix socket
+    Vsock,
 }
 
 impl Scenario {
-    const ALL: [Scenario; 7] = [
+    const ALL: [Scenario; 11] = [
         Self::Lifecycle,
         Self::Exec,
         Self::Cat,
         Self::Execs,
+        Self::Boot,
+        Self::Density,
+        Self::Parallel,
         Self::Hotplug,
         Self::Storage,
         Self::Net,
+        Self::Vsock,
     ];
 
     /// Its name, and how often an emulated machine can be asked to do it.
@@ -113,27 +138,32 @@ impl Scenario {
             Self::Exec => ("exec", 50),
             Self::Cat => ("cat", 3),
             Self::Execs => ("execs", 1000),
+            Self::Boot => ("boot", 5),
+            Self::Density => ("density", 1),
+            Self::Parallel => ("parallel", 3),
             Self::Hotplug => ("hotplug", 10),
             Self::Storage => ("storage", 3),
             Self::Net => ("net", 3),
+            Self::Vsock => ("vsock", 3),
         }
     }
 
     /// The command of nacre-bench, its files in `$NACRE_OUT`.
-    fn command(
-        self,
-        place: Place,
-        count: Option<u64>,
-        qemu: Option<&Qemu>,
-        options: &str,
-    ) -> String {
+    fn command(self, place: Place, count: Option<u64>, peers: &Peers<'_>, options: &str) -> String {
+        let qemu = peers.qemu;
         let (name, _) = self.describe();
         let mut command = format!("nacre-bench {name} --json \"$NACRE_OUT/{name}.json\"");
         let mut add = |option: &str, value: &dyn Display| {
             command.push_str(&format!(" --{option} '{value}'"));
         };
         let count_option = match self {
-            Self::Hotplug | Self::Storage | Self::Net => "rounds",
+            Self::Boot
+            | Self::Density
+            | Self::Parallel
+            | Self::Hotplug
+            | Self::Storage
+            | Self::Net
+            | Self::Vsock => "rounds",
             Self::Lifecycle | Self::Exec | Self::Cat | Self::Execs => "count",
         };
         if let Some(count) = count {
@@ -141,6 +171,29 @@ impl Scenario {
         }
         let mut before = "";
         match self {
+            Self::Boot => {
+                if place == Place::Testbed {
+                    before = TRACEFS;
+                    add("patience", &EMULATED_PATIENCE);
+                }
+                if let Some(qemu) = qemu {
+                    add("qemu", &qemu.program.display());
+                }
+                for (option, program) in [
+                    ("firecracker", peers.firecracker),
+                    ("cloud-hypervisor", peers.cloud_hypervisor),
+                ] {
+                    if let Some(program) = program {
+                        add(option, &program.display());
+                    }
+                }
+            }
+            Self::Density | Self::Parallel => {
+                if place == Place::Testbed {
+                    add("vms", &EMULATED_VMS);
+                    add("patience", &EMULATED_PATIENCE);
+                }
+            }
             Self::Hotplug => {
                 if let Some(qemu) = qemu {
                     add("qemu", &qemu.program.display());
@@ -158,6 +211,12 @@ impl Scenario {
                     add(option, &file.display());
                 }
             }
+            Self::Vsock => {
+                if place == Place::Testbed {
+                    add("mib", &EMULATED_MIB);
+                    add("patience", &EMULATED_PATIENCE);
+                }
+            }
             Self::Net => {
                 if place == Place::Testbed {
                     add("mib", &EMULATED_MIB);
@@ -172,6 +231,38 @@ impl Scenario {
         }
         format!("{before}{command}{options}\necho\n")
     }
+}
+
+/// Who else is measured, where the benchmarks run.
+#[derive(Clone, Copy, Default)]
+struct Peers<'p> {
+    qemu: Option<&'p Qemu>,
+    firecracker: Option<&'p Path>,
+    cloud_hypervisor: Option<&'p Path>,
+}
+
+/// A program that the user named, where the benchmarks run: in the testbed it is brought along.
+fn brought(
+    place: Place,
+    program: Option<&Path>,
+    name: &str,
+    request: &mut Request,
+) -> Result<Option<PathBuf>> {
+    let Some(program) = program else {
+        return Ok(None);
+    };
+    ensure!(
+        program.is_file(),
+        "There is no program {} to measure",
+        program.display()
+    );
+    let program = std::path::absolute(program)?;
+    if place == Place::Host {
+        return Ok(Some(program));
+    }
+    let there = Path::new("/opt").join(name);
+    request.copies.push((program, there.clone()));
+    Ok(Some(there))
 }
 
 /// QEMU's programs and files, where the benchmarks run.
@@ -328,36 +419,54 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     step("making the guest's kernel and initrd");
     image::run(&image::ImageArgs::of(args.release))?;
 
-    let (place, _) = kvm::place(args.nested);
+    let nested = args.nested || args.counted;
+    let (place, _) = kvm::place(nested);
     let scenarios = match args.scenarios.as_slice() {
         [] => &Scenario::ALL[..],
         some => some,
     };
     let mut request = Request::new(Vec::new());
     let storage = scenarios.contains(&Scenario::Storage);
-    let probed = storage || scenarios.contains(&Scenario::Net);
-    if probed {
+    let net = scenarios.contains(&Scenario::Net);
+    let in_memory = storage || net || scenarios.contains(&Scenario::Hotplug);
+    let probed = [
+        Scenario::Boot,
+        Scenario::Storage,
+        Scenario::Net,
+        Scenario::Vsock,
+    ];
+    if probed.iter().any(|scenario| scenarios.contains(scenario)) {
         image::build_probe()?;
     }
     let parts = Parts {
         virtiofsd: storage,
-        initrd: probed.then_some(args.release),
+        initrd: (storage || net).then_some(args.release),
     };
     let qemu = match args.qemu {
         true => Some(Qemu::bring(place, &parts, &mut request)?),
         false => None,
+    };
+    let given = args.firecracker.as_deref();
+    let firecracker = brought(place, given, "firecracker", &mut request)?;
+    let given = args.cloud_hypervisor.as_deref();
+    let cloud_hypervisor = brought(place, given, "cloud-hypervisor", &mut request)?;
+    let peers = Peers {
+        qemu: qemu.as_ref(),
+        firecracker: firecracker.as_deref(),
+        cloud_hypervisor: cloud_hypervisor.as_deref(),
     };
     let options = quoted(&args.options);
     let mut script = String::from("set -e\n");
     for scenario in scenarios {
         let (_, emulated) = scenario.describe();
         let count = args.count.or((place == Place::Testbed).then_some(emulated));
-        script.push_str(&scenario.command(place, count, qemu.as_ref(), &options));
+        script.push_str(&scenario.command(place, count, &peers, &options));
     }
     request.argv = vec!["sh".into(), "-c".into(), script];
     request.programs = paths::target().join(folder);
-    request.force_nested = args.nested;
-    if probed || scenarios.contains(&Scenario::Hotplug) {
+    request.force_nested = nested;
+    request.counted = args.counted;
+    if in_memory {
         request.memory = MORE_MIB;
     }
     request.time_limit = Some(Duration::from_secs(4 * 3600));
@@ -385,9 +494,13 @@ mod tests {
             virtiofsd: Some("/opt/virtiofsd/run".into()),
             initrd: Some(QEMU_INITRD.into()),
         };
-        let of = |scenario: Scenario, count| {
-            scenario.command(Place::Testbed, count, Some(&qemu), &options)
+        let peers = Peers {
+            qemu: Some(&qemu),
+            firecracker: Some(Path::new("/opt/firecracker")),
+            cloud_hypervisor: None,
         };
+        let of =
+            |scenario: Scenario, count| scenario.command(Place::Testbed, count, &peers, &options);
         for (command, words) in [
             (
                 of(Scenario::Hotplug, Some(3)),
@@ -415,20 +528,50 @@ mod tests {
                     "--qemu '/opt/qemu/run' --qemu-initrd '/opt/qemu/initrd'",
                 ],
             ),
+            (
+                of(Scenario::Boot, Some(2)),
+                &[
+                    "tracefs",
+                    "--rounds '2'",
+                    "--qemu '/opt/qemu/run' --firecracker '/opt/firecracker'",
+                ],
+            ),
+            (of(Scenario::Density, None), &["--vms '1,2,4'", "'1G'"]),
+            (of(Scenario::Vsock, Some(1)), &["--mib '8'"]),
         ] {
             for words in words {
                 assert!(command.contains(words), "{words} in {command}");
             }
         }
-        let storage = Scenario::Storage.command(Place::Host, Some(2), None, "");
+        let storage = Scenario::Storage.command(Place::Host, Some(2), &Peers::default(), "");
         assert_eq!(
             storage,
             "nacre-bench storage --json \"$NACRE_OUT/storage.json\" --rounds '2'\necho\n"
         );
-        let exec = Scenario::Exec.command(Place::Host, None, Some(&qemu), "");
+        let exec = Scenario::Exec.command(Place::Host, None, &peers, "");
         assert_eq!(
             exec,
             "nacre-bench exec --json \"$NACRE_OUT/exec.json\"\necho\n"
+        );
+    }
+
+    #[test]
+    fn a_program_that_the_user_named_is_brought_along() {
+        let mut request = Request::new(Vec::new());
+        let mut bring =
+            |place, program: &str| brought(place, Some(Path::new(program)), "vmm", &mut request);
+        assert_eq!(
+            bring(Place::Host, "/bin/sh").unwrap(),
+            Some("/bin/sh".into())
+        );
+        assert_eq!(
+            bring(Place::Testbed, "/bin/sh").unwrap(),
+            Some("/opt/vmm".into())
+        );
+        assert!(bring(Place::Host, "/nowhere").is_err());
+        assert_eq!(
+            request.copies,
+            [(PathBuf::from("/bin/sh"), PathBuf::from("/opt/vmm"))]
         );
     }
 
