@@ -25,6 +25,7 @@ mod scenarios;
 pub mod shim;
 mod steady;
 mod storage;
+mod vsock;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -95,6 +96,9 @@ enum Command {
     Boot(Box<boot::Options>),
     /// What containers that do nothing hold of the host: memory beyond the guest's, threads, descriptors; next to runc
     Density(density::Options),
+    /// A stream of the vsock in 64 KiB writes, each way: in the VM's own process, as the shim has it, and through vmctl's Unix
+    /// socket
+    Vsock(vsock::Options),
     /// Several containers started at once, each until its first byte, next to runc
     Parallel(parallel::Options),
     /// Files by virtio-blk and virtio-fs, next to runc on the same files: a big one read from end to end and at random, a tree
@@ -165,6 +169,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Boot(options) => boot::run(options, &cli.setting),
         Command::Density(options) => density::run(options, &cli.setting),
         Command::Parallel(options) => parallel::run(options, &cli.setting),
+        Command::Vsock(options) => vsock::run(options, &cli.setting),
         Command::Storage(options) => storage::run(options, &cli.setting),
         Command::Net(options) => net::run(options, &cli.setting),
     };
