@@ -226,5 +226,4 @@ fn port(line: &str) -> Result<u32> {
 }
 
 #[cfg(test)]
-#[path = "vsock_tests.rs"]
 mod tests;

@@ -325,10 +325,9 @@ mod tests {
 
     #[test]
     fn a_program_says_its_version_or_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("vmm");
-        std::os::unix::fs::symlink("/bin/true", &file).unwrap();
-        assert!(version(&file).is_none_or(|line| !line.is_empty()));
+        let line = version(Path::new(env!("CARGO"))).unwrap();
+        assert!(line.starts_with("cargo ") && !line.contains('\n'), "{line}");
         assert_eq!(version(Path::new("/nowhere/vmm")), None);
+        assert_eq!(version(Path::new("/bin/false")), None);
     }
 }

@@ -67,8 +67,9 @@ impl Vmm {
                 "-display",
                 "none",
                 "-machine",
-                // As few devices as its guest can do without, and the serial port.
-                "microvm,accel=kvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on",
+                // With ACPI, SeaBIOS's tables are where the initrd is then put; without, the serial port's interrupt needs the
+                // PIC, and the kernel waits for a clock that is not there.
+                "microvm,accel=kvm,acpi=off,x-option-roms=off,rtc=on,isa-serial=on",
                 "-cpu",
                 "host",
                 "-smp",

@@ -1,46 +1,34 @@
 //! `cargo xtask bench`: builds for speed and runs nacre-bench where guests run, next to runc in the same boot. What the figures mean is in
 //! docs/benchmarks.md.
 
+mod peers;
+
 use std::fmt::Display;
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
-use crate::apt::Release;
 use crate::image::KernelRelease;
 use crate::kvm::{self, Place};
 use crate::run::{self, step};
 use crate::testbed::{self, Request, Terminal};
 use crate::{apt, image, paths};
+use peers::{Parts, Peers, Qemu, brought};
 
 /// MiB of the emulated machine for hotplug, where what is plugged is never touched, but for the guest's page structures; for
 /// storage, whose files and disks are in its memory; and for net, whose VMs run at once.
 const MORE_MIB: u32 = 6144;
-/// Where QEMU is in the testbed, and what of its root is needed.
-const QEMU: &str = "/opt/qemu";
-const QEMU_PARTS: [&str; 5] = [
-    "lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu",
-    "usr/share/qemu",
-    "usr/share/seabios",
-    "usr/bin/qemu-system-x86_64",
-];
-
-/// Where virtiofsd is in the testbed, and what of its root is needed.
-const VIRTIOFSD: &str = "/opt/virtiofsd";
-const VIRTIOFSD_PARTS: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/libexec/virtiofsd"];
-/// QEMU's initrd in the testbed.
-const QEMU_INITRD: &str = "/opt/qemu/initrd";
 /// Files in the tree of storage, MiB and requests of net, and seconds for one call, where a request of a guest takes some ten times as
 /// long as elsewhere.
 const EMULATED_FILES: u32 = 1000;
 const EMULATED_MIB: u32 = 8;
 const EMULATED_REQUESTS: u32 = 100;
 const EMULATED_PATIENCE: u32 = 3600;
+/// The same for a boot, where it takes some 10 s; one that takes so long has failed.
+const EMULATED_BOOT: u32 = 300;
 /// VMs at once of density and parallel there.
 const EMULATED_VMS: &str = "1,2,4";
 /// Where the kernel tells the numbers of its tracepoints. Not everywhere is it built in.
@@ -76,8 +64,11 @@ pub struct BenchArgs {
     #[arg(long, value_name = "PROGRAM")]
     cloud_hypervisor: Option<PathBuf>,
     /// In the emulated machine, with time that is a count of its instructions, whatever else this machine does; it has one CPU then
-    #[arg(long)]
+    #[arg(long, conflicts_with = "cpus")]
     counted: bool,
+    /// CPUs of the emulated machine; with more than one it loses registers now and then
+    #[arg(long, value_name = "N", default_value_t = testbed::CPUS)]
+    cpus: u32,
     /// Use the debug build: to try a scenario, not for figures
     #[arg(long)]
     debug: bool,
@@ -174,7 +165,7 @@ impl Scenario {
             Self::Boot => {
                 if place == Place::Testbed {
                     before = TRACEFS;
-                    add("patience", &EMULATED_PATIENCE);
+                    add("patience", &EMULATED_BOOT);
                 }
                 if let Some(qemu) = qemu {
                     add("qemu", &qemu.program.display());
@@ -231,161 +222,6 @@ impl Scenario {
         }
         format!("{before}{command}{options}\necho\n")
     }
-}
-
-/// Who else is measured, where the benchmarks run.
-#[derive(Clone, Copy, Default)]
-struct Peers<'p> {
-    qemu: Option<&'p Qemu>,
-    firecracker: Option<&'p Path>,
-    cloud_hypervisor: Option<&'p Path>,
-}
-
-/// A program that the user named, where the benchmarks run: in the testbed it is brought along.
-fn brought(
-    place: Place,
-    program: Option<&Path>,
-    name: &str,
-    request: &mut Request,
-) -> Result<Option<PathBuf>> {
-    let Some(program) = program else {
-        return Ok(None);
-    };
-    ensure!(
-        program.is_file(),
-        "There is no program {} to measure",
-        program.display()
-    );
-    let program = std::path::absolute(program)?;
-    if place == Place::Host {
-        return Ok(Some(program));
-    }
-    let there = Path::new("/opt").join(name);
-    request.copies.push((program, there.clone()));
-    Ok(Some(there))
-}
-
-/// QEMU's programs and files, where the benchmarks run.
-struct Qemu {
-    program: PathBuf,
-    virtiofsd: Option<PathBuf>,
-    initrd: Option<PathBuf>,
-}
-
-/// What of it is needed.
-struct Parts {
-    virtiofsd: bool,
-    /// With the kernel of this release.
-    initrd: Option<KernelRelease>,
-}
-
-impl Qemu {
-    /// Options of storage, and their values.
-    fn of_storage(&self) -> Option<[(&'static str, &Path); 3]> {
-        let [qemu, initrd] = self.of_net()?;
-        Some([qemu, ("virtiofsd", self.virtiofsd.as_ref()?), initrd])
-    }
-
-    /// The same of net.
-    fn of_net(&self) -> Option<[(&'static str, &Path); 2]> {
-        let initrd = self.initrd.as_ref()?;
-        Some([("qemu", &self.program), ("qemu-initrd", initrd)])
-    }
-
-    /// In the testbed all of it is brought along.
-    fn bring(place: Place, parts: &Parts, request: &mut Request) -> Result<Self> {
-        let program = bring_qemu(place, request)?;
-        let virtiofsd = match parts.virtiofsd {
-            true => Some(bring_virtiofsd(place, request)?),
-            false => None,
-        };
-        let mut initrd = parts.initrd.map(image::initrd_with_pci).transpose()?;
-        if place == Place::Testbed
-            && let Some(made) = initrd.take()
-        {
-            request.copies.push((made, QEMU_INITRD.into()));
-            initrd = Some(QEMU_INITRD.into());
-        }
-        Ok(Self {
-            program,
-            virtiofsd,
-            initrd,
-        })
-    }
-}
-
-/// Debian's QEMU as one program: a script that starts it by its own loader, with its own libraries and firmware.
-fn bring_qemu(place: Place, request: &mut Request) -> Result<PathBuf> {
-    let unpacked = apt::closure(Release::BookwormBackports, &["qemu-system-x86"])?;
-    bring(
-        place,
-        request,
-        ("bench-qemu", &unpacked),
-        (QEMU, &QEMU_PARTS),
-        qemu_script,
-    )
-}
-
-/// The same with virtiofsd, which QEMU no longer has with it.
-fn bring_virtiofsd(place: Place, request: &mut Request) -> Result<PathBuf> {
-    let unpacked = apt::closure(Release::Trixie, &["virtiofsd"])?;
-    bring(
-        place,
-        request,
-        ("bench-virtiofsd", &unpacked),
-        (VIRTIOFSD, &VIRTIOFSD_PARTS),
-        virtiofsd_script,
-    )
-}
-
-/// A script that starts a program of an unpacked root, and in the testbed the parts of that root that it needs.
-fn bring(
-    place: Place,
-    request: &mut Request,
-    (name, unpacked): (&str, &Path),
-    (root, parts): (&str, &[&str]),
-    script: fn(&Path) -> String,
-) -> Result<PathBuf> {
-    let file = paths::cache(name);
-    let root = match place {
-        Place::Host => unpacked,
-        Place::Testbed => Path::new(root),
-    };
-    fs::write(&file, script(root))
-        .and_then(|()| fs::set_permissions(&file, Permissions::from_mode(0o755)))
-        .with_context(|| format!("writing {}", file.display()))?;
-    if place == Place::Host {
-        return Ok(file);
-    }
-    for part in parts {
-        request.roots.push((unpacked.join(part), root.join(part)));
-    }
-    let program = root.join("run");
-    request.copies.push((file, program.clone()));
-    Ok(program)
-}
-
-fn qemu_script(root: &Path) -> String {
-    let root = root.display();
-    format!(
-        "#!/bin/sh
-root='{root}'
-export QEMU_MODULE_DIR=\"$root/usr/lib/x86_64-linux-gnu/qemu\"
-exec \"$root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2\" \\
-  --library-path \"$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu\" \\
-  \"$root/usr/bin/qemu-system-x86_64\" -L \"$root/usr/share/qemu\" -L \"$root/usr/share/seabios\" \"$@\"
-"
-    )
-}
-
-fn virtiofsd_script(root: &Path) -> String {
-    let root = root.display();
-    format!(
-        "#!/bin/sh
-libraries='{root}/usr/lib/x86_64-linux-gnu'
-exec \"$libraries/ld-linux-x86-64.so.2\" --library-path \"$libraries\" '{root}/usr/libexec/virtiofsd' \"$@\"
-"
-    )
 }
 
 /// Words for a shell, each with a space before it.
@@ -466,6 +302,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     request.programs = paths::target().join(folder);
     request.force_nested = nested;
     request.counted = args.counted;
+    request.cpus = args.cpus;
     if in_memory {
         request.memory = MORE_MIB;
     }
@@ -483,6 +320,9 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use super::peers::QEMU_INITRD;
     use super::*;
 
     #[test]
@@ -553,35 +393,5 @@ mod tests {
             exec,
             "nacre-bench exec --json \"$NACRE_OUT/exec.json\"\necho\n"
         );
-    }
-
-    #[test]
-    fn a_program_that_the_user_named_is_brought_along() {
-        let mut request = Request::new(Vec::new());
-        let mut bring =
-            |place, program: &str| brought(place, Some(Path::new(program)), "vmm", &mut request);
-        assert_eq!(
-            bring(Place::Host, "/bin/sh").unwrap(),
-            Some("/bin/sh".into())
-        );
-        assert_eq!(
-            bring(Place::Testbed, "/bin/sh").unwrap(),
-            Some("/opt/vmm".into())
-        );
-        assert!(bring(Place::Host, "/nowhere").is_err());
-        assert_eq!(
-            request.copies,
-            [(PathBuf::from("/bin/sh"), PathBuf::from("/opt/vmm"))]
-        );
-    }
-
-    #[test]
-    fn qemu_is_started_by_its_own_loader() {
-        let script = qemu_script(Path::new("/opt/qemu"));
-        assert!(script.starts_with("#!/bin/sh\nroot='/opt/qemu'\n"));
-        assert!(script.trim_end().ends_with("\"$@\""), "{script}");
-        let script = virtiofsd_script(Path::new("/opt/virtiofsd"));
-        assert!(script.contains("'/opt/virtiofsd/usr/libexec/virtiofsd' \"$@\""));
-        assert!(script.trim_end().ends_with("\"$@\""), "{script}");
     }
 }
