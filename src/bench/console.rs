@@ -188,21 +188,37 @@ pub(super) fn with_probe(
 ) -> Result<()> {
     let mut whole =
         std::fs::read(initrd).with_context(|| format!("reading {}", initrd.display()))?;
-    let program = std::fs::read(probe).with_context(|| format!("reading {}", probe.display()))?;
     whole.resize(whole.len().next_multiple_of(4), 0);
+    add_archive(&mut whole, probe, others)?;
+    write(to, &whole)
+}
+
+/// An initrd of the probe and nothing else.
+pub(super) fn probe_alone(probe: &Path, to: &Path) -> Result<()> {
+    let mut whole = Vec::new();
+    add_archive(&mut whole, probe, &[])?;
+    write(to, &whole)
+}
+
+fn add_archive(whole: &mut Vec<u8>, probe: &Path, others: &[(&str, &[u8])]) -> Result<()> {
+    let program = std::fs::read(probe).with_context(|| format!("reading {}", probe.display()))?;
     let programs = [(PROBE, 0o100_755, program.as_slice())].into_iter();
     let others = others
         .iter()
         .map(|(name, content)| (*name, 0o100_644, *content));
     for (number, (name, mode, content)) in (1..).zip(programs.chain(others)) {
         let header = cpio::NewcBuilder::new(name).mode(mode).ino(number).nlink(1);
-        let mut writer = header.write(&mut whole, u32::try_from(content.len())?);
+        let mut writer = header.write(&mut *whole, u32::try_from(content.len())?);
         writer.write_all(content)?;
         writer.finish()?;
     }
-    cpio::newc::trailer(&mut whole)?;
+    cpio::newc::trailer(&mut *whole)?;
+    Ok(())
+}
+
+fn write(to: &Path, bytes: &[u8]) -> Result<()> {
     File::create(to)
-        .and_then(|mut file| file.write_all(&whole))
+        .and_then(|mut file| file.write_all(bytes))
         .with_context(|| format!("writing {}", to.display()))
 }
 
@@ -230,6 +246,19 @@ mod tests {
         assert_eq!(reader.entry().mode(), 0o100_755);
         let reader = cpio::NewcReader::new(reader.finish().unwrap()).unwrap();
         assert_eq!(reader.entry().name(), "network.json");
+    }
+
+    #[test]
+    fn the_probe_may_be_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("probe"), b"\x7fELF").unwrap();
+        probe_alone(&at("probe"), &at("out")).unwrap();
+        let whole = std::fs::read(at("out")).unwrap();
+        let reader = cpio::NewcReader::new(whole.as_slice()).unwrap();
+        assert_eq!(reader.entry().name(), PROBE);
+        let reader = cpio::NewcReader::new(reader.finish().unwrap()).unwrap();
+        assert!(reader.entry().is_trailer());
     }
 
     #[test]

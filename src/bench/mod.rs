@@ -5,22 +5,27 @@
 //! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
 //! how one is driven, `storage` and `net` what is measured of files and of the
 //! network in them (by `probed` and, in QEMU, `console`; `steady` has their VMs'
-//! configuration), `hotplug` what is measured of a VM, `memory` what a process
+//! configuration), `hotplug` what is measured of a VM, `boot` how it begins, `density` and `parallel` what several containers
+//! hold and how they begin at once (`first_byte` is one's beginning), `memory` what a process
 //! holds.
 //!
 //! `run` is a scenario under way, with its `progress` and what an `interrupt`
 //! does to it; `document` what it leaves, with a `report` for each table; `page`
 //! (with `plot`) and `compare` are made of that.
 
+mod boot;
 mod compare;
 mod console;
+mod density;
 mod document;
+mod first_byte;
 mod hotplug;
 mod interrupt;
 mod listeners;
 mod memory;
 mod net;
 mod page;
+mod parallel;
 mod peers;
 mod plot;
 mod probed;
@@ -31,6 +36,7 @@ mod scenarios;
 pub mod shim;
 mod steady;
 mod storage;
+mod vsock;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -102,6 +108,16 @@ enum Command {
     /// vCPUs and memory of a VM come and go, by their parts: host call, noticed, online, acknowledged. Starts no shim: the
     /// options of shims mean nothing here
     Hotplug(Box<hotplug::Options>),
+    /// From a VMM's process to its guest's init, next to other VMMs with the same guest; and the phases of our own boots, up to a
+    /// container's first byte. Instructions, calls and exits are counted as well
+    Boot(Box<boot::Options>),
+    /// What containers that do nothing hold of the host: memory beyond the guest's, threads, descriptors; next to runc
+    Density(density::Options),
+    /// A stream of the vsock in 64 KiB writes, each way: in the VM's own process, as the shim has it, and through vmctl's Unix
+    /// socket
+    Vsock(vsock::Options),
+    /// Several containers started at once, each until its first byte, next to runc
+    Parallel(parallel::Options),
     /// Files by virtio-blk and virtio-fs, next to runc on the same files: a big one read from end to end and at random, a tree
     /// walked and unpacked
     Storage(Box<storage::Options>),
@@ -177,6 +193,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome = match &cli.command {
         Command::Shims(scenario) => measure(&|| shims(scenario, setting)),
         Command::Hotplug(options) => measure(&|| hotplug::run(options, setting)),
+        Command::Boot(options) => measure(&|| boot::run(options, setting)),
+        Command::Density(options) => measure(&|| density::run(options, setting)),
+        Command::Parallel(options) => measure(&|| parallel::run(options, setting)),
+        Command::Vsock(options) => measure(&|| vsock::run(options, setting)),
         Command::Storage(options) => measure(&|| storage::run(options, setting)),
         Command::Net(options) => measure(&|| net::run(options, setting)),
         Command::Page(options) => page::run(options, setting).map(|()| ExitCode::SUCCESS),
@@ -246,17 +266,10 @@ fn shims(scenario: &Scenario, setting: &Setting) -> Result<()> {
 
 impl Setting {
     fn peers(&self) -> Result<Vec<Peer>> {
-        let beside = std::env::current_exe()?.with_file_name("containerd-shim-nacre-v1");
-        let ours = match &self.shim {
-            Some(shim) => shim.clone(),
-            None if beside.is_file() => beside,
-            None => in_path("containerd-shim-nacre-v1").context(
-                "There is no containerd-shim-nacre-v1 beside this program or in PATH: --shim names it",
-            )?,
-        };
+        let ours = Self::ours(self.shim.as_deref(), "containerd-shim-nacre-v1", "--shim")?;
         let mut peers = vec![Peer {
             name: "nacre",
-            program: absolute(&ours)?,
+            program: ours,
             path: None,
             config: None,
         }];
@@ -286,6 +299,20 @@ impl Setting {
             config: None,
         });
         Ok(peers)
+    }
+
+    /// A program of ours beside this one, or in PATH, unless it was named.
+    fn ours(given: Option<&Path>, name: &str, option: &str) -> Result<PathBuf> {
+        let beside = std::env::current_exe()?.with_file_name(name);
+        let found = match given {
+            Some(given) => Some(given.to_owned()),
+            None if beside.is_file() => Some(beside),
+            None => in_path(name),
+        };
+        let found = found.with_context(|| {
+            format!("There is no {name} beside this program or in PATH: {option} names it")
+        })?;
+        absolute(&found)
     }
 
     fn busybox(&self) -> Result<PathBuf> {

@@ -26,7 +26,7 @@ use super::listeners::{Drain, Heard};
 use super::shim::{Answer, Connection};
 
 /// containerd's namespace of all that is measured.
-const NAMESPACE: &str = "nacre-bench";
+pub(super) const NAMESPACE: &str = "nacre-bench";
 /// What an exec's specification is called on the wire.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 

@@ -88,6 +88,9 @@ pub(super) struct Report {
     /// Rows that are times which follow one another, in their order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub phases: Vec<String>,
+    /// Rows that are times since one beginning, in their order: what is between two of them is a phase.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub milestones: Vec<String>,
     #[serde(default)]
     pub notes: Vec<String>,
 }
@@ -152,6 +155,7 @@ impl Report {
             title: title.into(),
             sides: sides.into_iter().map(side).collect(),
             phases: Vec::new(),
+            milestones: Vec::new(),
             notes: Vec::new(),
         }
     }
@@ -159,6 +163,11 @@ impl Report {
     /// Says which rows are phases that follow one another: they are also shown as the parts of a bar.
     pub fn phases(&mut self, names: &[&str]) {
         self.phases = names.iter().map(|name| (*name).to_owned()).collect();
+    }
+
+    /// Says which rows are times since one beginning: what is between two of them is also shown as a part of a bar.
+    pub fn milestones(&mut self, names: &[&str]) {
+        self.milestones = names.iter().map(|name| (*name).to_owned()).collect();
     }
 
     fn series_mut(&mut self, side: &str, name: &str) -> Option<&mut Series> {

@@ -26,8 +26,12 @@ use crate::config::Config;
 use bridge::Bridge;
 pub(super) use options::Options;
 use qemu::Qemu;
-use vsock::{Size, Vm};
-use work::{NETWORK, Sizes, VSOCK, Work};
+use work::{NETWORK, VSOCK};
+
+// The scenario vsock has the same server, words and VM.
+pub(super) use host::answer;
+pub(super) use vsock::{Size, Vm};
+pub(super) use work::{BIG, Sizes, Work};
 
 const OURS: &str = "nacre";
 const QEMU: &str = "qemu";
@@ -152,23 +156,12 @@ impl<'o> Bench<'o> {
             patience: Duration::from_secs(setting.patience),
             folder,
         };
-        bench.make_root()?;
+        make_root(&bench.root(), &bench.probe)?;
         Ok(bench)
     }
 
     fn root(&self) -> PathBuf {
         self.folder.path().join("root")
-    }
-
-    fn make_root(&self) -> Result<()> {
-        let root = self.root();
-        for name in FOLDERS {
-            let path = root.join(name);
-            std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
-        }
-        std::fs::copy(&self.probe, root.join(PROBE))
-            .with_context(|| format!("copying {}: --probe names another", self.probe.display()))?;
-        Ok(())
     }
 
     fn network(&self, run: &mut Run<'_>) -> Result<()> {
@@ -298,6 +291,17 @@ fn add(
     for value in values.into_iter().filter(|_| round.counts) {
         run.add(table, side, work.name, unit, value);
     }
+}
+
+/// A root that has the probe and nothing else.
+pub(super) fn make_root(root: &Path, probe: &Path) -> Result<()> {
+    for name in FOLDERS {
+        let path = root.join(name);
+        std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+    }
+    std::fs::copy(probe, root.join(PROBE))
+        .with_context(|| format!("copying {}: --probe names another", probe.display()))?;
+    Ok(())
 }
 
 fn container<'s>(

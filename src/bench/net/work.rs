@@ -17,7 +17,7 @@ const REQUEST: u32 = 64;
 
 /// How much there is of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Sizes {
+pub(in crate::bench) struct Sizes {
     /// MiB of all streams together.
     pub mib: u64,
     /// Requests.
@@ -34,7 +34,7 @@ enum What {
 
 /// One thing that is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Work {
+pub(in crate::bench) struct Work {
     /// Its row.
     pub name: &'static str,
     what: What,
@@ -62,6 +62,9 @@ pub(super) const NETWORK: [Work; 6] = [
     work("TCP request", ASK, 1, REQUEST),
     work("UDP request", What::Ask { udp: true }, 1, REQUEST),
 ];
+
+/// Of the vsock with big writes, each way.
+pub(in crate::bench) const BIG: [Work; 2] = [VSOCK[6], VSOCK[7]];
 
 /// Of the vsock.
 pub(super) const VSOCK: [Work; 9] = [

@@ -21,8 +21,45 @@ struct Part {
     median: f64,
 }
 
-/// The medians of all phases, each from where the one before ends; None if the side lacks one.
+/// The rows that parts are called by.
+fn names(table: &Report) -> &[String] {
+    match table.phases.as_slice() {
+        [] => &table.milestones,
+        phases => phases,
+    }
+}
+
+/// What a bar is made of; None if it has no parts.
 fn parts(table: &Report, side: &str) -> Option<Vec<Part>> {
+    let parts = match table.phases.as_slice() {
+        [] => Some(between(table, side)),
+        _ => phases(table, side),
+    };
+    parts.filter(|parts| !parts.is_empty())
+}
+
+/// From each milestone's median to the next one's, as far as the side has come.
+fn between(table: &Report, side: &str) -> Vec<Part> {
+    let reached = table.milestones.iter().map_while(|milestone| {
+        let values = table.values(side, milestone);
+        (!values.is_empty()).then(|| quantile(values, 50.0))
+    });
+    let mut from = 0.0;
+    reached
+        .map(|until: f64| {
+            // Medians of few rounds may be in another order.
+            let part = Part {
+                from,
+                median: (until - from).max(0.0),
+            };
+            from += part.median;
+            part
+        })
+        .collect()
+}
+
+/// The medians of all phases, each from where the one before ends; None if the side lacks one.
+fn phases(table: &Report, side: &str) -> Option<Vec<Part>> {
     let mut from = 0.0;
     let part = |phase: &String| {
         let values = table.values(side, phase);
@@ -36,9 +73,7 @@ fn parts(table: &Report, side: &str) -> Option<Vec<Part>> {
 
 /// The picture, with a legend; none if no side has all of the phases.
 pub(super) fn bars(table: &Report) -> Option<Markup> {
-    if table.phases.is_empty() {
-        return None;
-    }
+    let names = names(table);
     let sides = table.sides.iter();
     let sides: Vec<_> = sides
         .filter_map(|side| Some((side.name.as_str(), parts(table, &side.name)?)))
@@ -54,13 +89,16 @@ pub(super) fn bars(table: &Report) -> Option<Markup> {
     let unit = table
         .rows()
         .into_iter()
-        .find(|row| table.phases.iter().any(|phase| phase == row.name));
+        .find(|row| names.iter().any(|name| name == row.name));
     let unit = unit.map_or("", |row| row.unit.label());
     let scale = (WIDTH - NAMES - TOTALS) / longest;
     let height = STEP * sides.len() as f64;
     Some(html! {
         figure {
-            figcaption { "Phases one after another, medians in " (unit) ". Their sum need not be the median of the whole." }
+            figcaption {
+                @if table.phases.is_empty() { "What is between milestones, each part by the one that ends it, medians in " (unit) "." }
+                @else { "Phases one after another, medians in " (unit) ". Their sum need not be the median of the whole." }
+            }
             svg xmlns="http://www.w3.org/2000/svg" width=(WIDTH) height=(height) viewBox=(format!("0 0 {WIDTH} {height}")) role="img" {
                 @for (line, (side, parts)) in sides.iter().enumerate() {
                     @let top = STEP * line as f64 + (STEP - BAR) / 2.0;
@@ -68,7 +106,7 @@ pub(super) fn bars(table: &Report) -> Option<Markup> {
                     @for (at, part) in parts.iter().enumerate() {
                         @let (x, width) = (NAMES + part.from * scale, part.median * scale);
                         rect x=(format!("{x:.1}")) y=(top) width=(format!("{width:.1}")) height=(BAR) fill=(colour(at)) {
-                            title { (side) ", " (table.phases[at]) ": " (format!("{:.2}", part.median)) " " (unit) }
+                            title { (side) ", " (names[at]) ": " (format!("{:.2}", part.median)) " " (unit) }
                         }
                         @if width >= ROOM {
                             text.on-colour x=(format!("{:.1}", x + 5.0)) y=(top + 18.0) font-size="12" { (format!("{:.1}", part.median)) }
@@ -80,7 +118,7 @@ pub(super) fn bars(table: &Report) -> Option<Markup> {
                 }
             }
             ul.legend {
-                @for (at, phase) in table.phases.iter().enumerate() {
+                @for (at, phase) in names.iter().enumerate() {
                     li {
                         svg xmlns="http://www.w3.org/2000/svg" width="12" height="12" viewBox="0 0 12 12" { rect width="12" height="12" fill=(colour(at)) { } }
                         (phase)
@@ -134,6 +172,28 @@ mod tests {
         }
         // The longer part has three quarters of what is between names and totals.
         assert!(picture.contains("width=\"577.5\""), "{picture}");
+    }
+
+    #[test]
+    fn what_is_between_milestones_is_a_part_as_far_as_a_side_came() {
+        let mut table = Report::new("boot", ["shim", "vmctl"]);
+        for (side, row, value) in [
+            ("shim", "T1 main", 10.0),
+            ("shim", "T2 ready", 40.0),
+            ("shim", "T3 first byte", 38.0),
+            ("vmctl", "T1 main", 5.0),
+            ("vmctl", "T2 ready", 30.0),
+        ] {
+            table.add(side, row, Unit::Ms, value);
+        }
+        table.milestones(&["T1 main", "T2 ready", "T3 first byte"]);
+        let part = |from, median| Part { from, median };
+        let shim = vec![part(0.0, 10.0), part(10.0, 30.0), part(40.0, 0.0)];
+        assert_eq!(parts(&table, "shim"), Some(shim));
+        let vmctl = vec![part(0.0, 5.0), part(5.0, 25.0)];
+        assert_eq!(parts(&table, "vmctl"), Some(vmctl));
+        let picture = bars(&table).unwrap().into_string();
+        assert!(picture.contains(">vmctl<") && picture.contains("T3 first byte</li>"));
     }
 
     #[test]
