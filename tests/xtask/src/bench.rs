@@ -33,6 +33,10 @@ const EMULATED_BOOT: u32 = 300;
 const EMULATED_VMS: &str = "1,2,4";
 /// Where the kernel tells the numbers of its tracepoints. Not everywhere is it built in.
 const TRACEFS: &str = "mount -t tracefs tracefs /sys/kernel/tracing || true\n";
+/// A configuration whose deadlines leave time for several VMs that share an emulated CPU or two; the command follows on its last line.
+const PATIENT: &str = "\
+for key in boot agent create stdio; do echo \"${key}_timeout = \\\"10m\\\"\"; done > /tmp/patient.toml
+NACRE_CONFIG=/tmp/patient.toml ";
 /// A disk for the emulated machine, whose root is in its memory: so that files can be cold on it, and be read past its cache. By its
 /// path, since busybox has a mke2fs of its own.
 const DISK: &str = "\
@@ -183,6 +187,7 @@ impl Scenario {
             }
             Self::Density | Self::Parallel => {
                 if place == Place::Testbed {
+                    before = PATIENT;
                     add("vms", &EMULATED_VMS);
                     add("patience", &EMULATED_PATIENCE);
                 }
@@ -381,7 +386,14 @@ mod tests {
                     "--qemu '/opt/qemu/run' --firecracker '/opt/firecracker'",
                 ],
             ),
-            (of(Scenario::Density, None), &["--vms '1,2,4'", "'1G'"]),
+            (
+                of(Scenario::Density, None),
+                &[
+                    "\nNACRE_CONFIG=/tmp/patient.toml nacre-bench density ",
+                    "--vms '1,2,4'",
+                    "'1G'",
+                ],
+            ),
             (of(Scenario::Vsock, Some(1)), &["--mib '8'"]),
         ] {
             for words in words {
