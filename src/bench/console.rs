@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nacre_vmm::config::default_cmdline;
 
+use super::interrupt;
 use super::probed::PROBE;
 
 /// What the probe's lines begin with, and its first one.
@@ -18,6 +19,8 @@ const MARK: &str = "nacre-probe: ";
 const READY: &str = "ready";
 /// Between two looks for what a process is to do.
 pub(super) const LOOK: Duration = Duration::from_millis(10);
+/// Between two looks for a signal.
+const ASK: Duration = Duration::from_millis(200);
 /// How long an end may take.
 const END: Duration = Duration::from_secs(20);
 
@@ -128,13 +131,15 @@ impl Guest {
         let deadline = Instant::now() + self.patience;
         let mut last = String::new();
         loop {
+            interrupt::check()?;
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
+            match self.lines.recv_timeout(left.min(ASK)) {
                 Ok(line) => match line.split_once(MARK) {
                     Some((_, said)) => return Ok(said.to_owned()),
                     None if line.is_empty() => {}
                     None => last = line,
                 },
+                Err(RecvTimeoutError::Timeout) if left > ASK => {}
                 Err(RecvTimeoutError::Timeout) => bail!(
                     "QEMU's guest did not answer within {:?}; its console ends with {last:?}",
                     self.patience
@@ -183,21 +188,37 @@ pub(super) fn with_probe(
 ) -> Result<()> {
     let mut whole =
         std::fs::read(initrd).with_context(|| format!("reading {}", initrd.display()))?;
-    let program = std::fs::read(probe).with_context(|| format!("reading {}", probe.display()))?;
     whole.resize(whole.len().next_multiple_of(4), 0);
+    add_archive(&mut whole, probe, others)?;
+    write(to, &whole)
+}
+
+/// An initrd of the probe and nothing else.
+pub(super) fn probe_alone(probe: &Path, to: &Path) -> Result<()> {
+    let mut whole = Vec::new();
+    add_archive(&mut whole, probe, &[])?;
+    write(to, &whole)
+}
+
+fn add_archive(whole: &mut Vec<u8>, probe: &Path, others: &[(&str, &[u8])]) -> Result<()> {
+    let program = std::fs::read(probe).with_context(|| format!("reading {}", probe.display()))?;
     let programs = [(PROBE, 0o100_755, program.as_slice())].into_iter();
     let others = others
         .iter()
         .map(|(name, content)| (*name, 0o100_644, *content));
     for (number, (name, mode, content)) in (1..).zip(programs.chain(others)) {
         let header = cpio::NewcBuilder::new(name).mode(mode).ino(number).nlink(1);
-        let mut writer = header.write(&mut whole, u32::try_from(content.len())?);
+        let mut writer = header.write(&mut *whole, u32::try_from(content.len())?);
         writer.write_all(content)?;
         writer.finish()?;
     }
-    cpio::newc::trailer(&mut whole)?;
+    cpio::newc::trailer(&mut *whole)?;
+    Ok(())
+}
+
+fn write(to: &Path, bytes: &[u8]) -> Result<()> {
     File::create(to)
-        .and_then(|mut file| file.write_all(&whole))
+        .and_then(|mut file| file.write_all(bytes))
         .with_context(|| format!("writing {}", to.display()))
 }
 
@@ -225,6 +246,19 @@ mod tests {
         assert_eq!(reader.entry().mode(), 0o100_755);
         let reader = cpio::NewcReader::new(reader.finish().unwrap()).unwrap();
         assert_eq!(reader.entry().name(), "network.json");
+    }
+
+    #[test]
+    fn the_probe_may_be_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("probe"), b"\x7fELF").unwrap();
+        probe_alone(&at("probe"), &at("out")).unwrap();
+        let whole = std::fs::read(at("out")).unwrap();
+        let reader = cpio::NewcReader::new(whole.as_slice()).unwrap();
+        assert_eq!(reader.entry().name(), PROBE);
+        let reader = cpio::NewcReader::new(reader.finish().unwrap()).unwrap();
+        assert!(reader.entry().is_trailer());
     }
 
     #[test]

@@ -1,25 +1,42 @@
 //! `nacre-bench`: measures our shim, next to runc's in the same run, by driving
-//! both as containerd does; and how a VM grows and shrinks. It prints and never
-//! judges: a time is no test.
+//! both as containerd does; and how a VM grows and shrinks. What it measures it
+//! prints and does not judge: a time is no test. Two runs it compares.
 //!
 //! `scenarios` is what is measured of shims, `peers`, `listeners` and `shim`
 //! how one is driven, `storage` and `net` what is measured of files and of the
 //! network in them (by `probed` and, in QEMU, `console`; `steady` has their VMs'
-//! configuration), `hotplug` what is measured of a VM, `memory` what a process
-//! holds, `report` how it is shown.
+//! configuration), `hotplug` what is measured of a VM, `boot` how it begins, `density` and `parallel` what several containers
+//! hold and how they begin at once (`first_byte` is one's beginning), `memory` what a process
+//! holds.
+//!
+//! `run` is a scenario under way, with its `progress` and what an `interrupt`
+//! does to it; `document` what it leaves, with a `report` for each table; `page`
+//! (with `plot`) and `compare` are made of that.
 
+mod boot;
+mod compare;
 mod console;
+mod density;
+mod document;
+mod first_byte;
 mod hotplug;
+mod interrupt;
 mod listeners;
 mod memory;
 mod net;
+mod page;
+mod parallel;
 mod peers;
+mod plot;
 mod probed;
+mod progress;
 mod report;
+mod run;
 mod scenarios;
 pub mod shim;
 mod steady;
 mod storage;
+mod vsock;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -28,12 +45,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand};
+use serde_json::json;
 
+use crate::config::Config;
+use document::GuestKernel;
 use peers::{Peer, Surroundings};
-use report::Report;
-use scenarios::Rounds;
+use run::{Rounds, Run};
 
 /// Measures nacre's shim, and runc's beside it; and how a VM grows and shrinks. Run it as root where guests run; `cargo xtask bench` does all of that.
+/// SIGINT or SIGTERM ends a scenario: what it has made is cleaned up, and what it has measured is shown and written.
 #[derive(Debug, Parser)]
 #[command(name = "nacre-bench", version)]
 struct Cli {
@@ -44,7 +64,7 @@ struct Cli {
 }
 
 /// What every scenario needs.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 struct Setting {
     /// nacre's shim [default: containerd-shim-nacre-v1 beside this program, else in PATH]
     #[arg(long, value_name = "PROGRAM", global = true)]
@@ -64,9 +84,12 @@ struct Setting {
     /// A static busybox to make the root of [default: NACRE_BUSYBOX, else the one in PATH]
     #[arg(long, value_name = "PROGRAM", global = true, conflicts_with = "rootfs")]
     busybox: Option<PathBuf>,
-    /// Also write every value to this file, as JSON
+    /// Also write every value to this file, as JSON; after each round, at most once a second
     #[arg(long, value_name = "FILE", global = true)]
     json: Option<PathBuf>,
+    /// Also write a page of it to this file, as HTML that needs nothing else
+    #[arg(long, value_name = "FILE", global = true)]
+    html: Option<PathBuf>,
     /// Longest time of one call, in seconds
     #[arg(
         long,
@@ -85,12 +108,26 @@ enum Command {
     /// vCPUs and memory of a VM come and go, by their parts: host call, noticed, online, acknowledged. Starts no shim: the
     /// options of shims mean nothing here
     Hotplug(Box<hotplug::Options>),
+    /// From a VMM's process to its guest's init, next to other VMMs with the same guest; and the phases of our own boots, up to a
+    /// container's first byte. Instructions, calls and exits are counted as well
+    Boot(Box<boot::Options>),
+    /// What containers that do nothing hold of the host: memory beyond the guest's, threads, descriptors; next to runc
+    Density(density::Options),
+    /// A stream of the vsock in 64 KiB writes, each way: in the VM's own process, as the shim has it, and through vmctl's Unix
+    /// socket
+    Vsock(vsock::Options),
+    /// Several containers started at once, each until its first byte, next to runc
+    Parallel(parallel::Options),
     /// Files by virtio-blk and virtio-fs, next to runc on the same files: a big one read from end to end and at random, a tree
     /// walked and unpacked
     Storage(Box<storage::Options>),
     /// The network by virtio-net, next to runc with veth: TCP streams each way, requests and answers; and the vsock that stdio
     /// goes over
     Net(Box<net::Options>),
+    /// Makes the page of --html anew, of files that --json has written
+    Page(page::Options),
+    /// Compares what --json has written in two runs of one scenario: what has changed beyond the noise, and how that is known
+    Compare(compare::Options),
 }
 
 /// What is measured of shims.
@@ -137,7 +174,8 @@ enum Scenario {
     },
 }
 
-/// The program. Measurements go to stdout; an error to stderr, and the exit code is then 1, or 2 for wrong arguments.
+/// The program. Measurements go to stdout; an error to stderr, and the exit code is then 1, or 2 for wrong arguments; 1 as
+/// well where `compare --fail` has found something worse.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
@@ -147,14 +185,25 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
+    let measure = |scenario: &dyn Fn() -> Result<()>| -> Result<ExitCode> {
+        interrupt::listen()?;
+        scenario().map(|()| ExitCode::SUCCESS)
+    };
+    let setting = &cli.setting;
     let outcome = match &cli.command {
-        Command::Shims(scenario) => shims(scenario, &cli.setting),
-        Command::Hotplug(options) => hotplug::run(options, &cli.setting),
-        Command::Storage(options) => storage::run(options, &cli.setting),
-        Command::Net(options) => net::run(options, &cli.setting),
+        Command::Shims(scenario) => measure(&|| shims(scenario, setting)),
+        Command::Hotplug(options) => measure(&|| hotplug::run(options, setting)),
+        Command::Boot(options) => measure(&|| boot::run(options, setting)),
+        Command::Density(options) => measure(&|| density::run(options, setting)),
+        Command::Parallel(options) => measure(&|| parallel::run(options, setting)),
+        Command::Vsock(options) => measure(&|| vsock::run(options, setting)),
+        Command::Storage(options) => measure(&|| storage::run(options, setting)),
+        Command::Net(options) => measure(&|| net::run(options, setting)),
+        Command::Page(options) => page::run(options, setting).map(|()| ExitCode::SUCCESS),
+        Command::Compare(options) => compare::run(options, setting),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("nacre-bench: {error:#}");
             ExitCode::FAILURE
@@ -170,94 +219,57 @@ fn as_root() -> Result<()> {
     Ok(())
 }
 
+impl Scenario {
+    /// Its name, its rounds, and what else is set.
+    fn describe(&self) -> (&'static str, Rounds, serde_json::Value) {
+        let (name, count, warm_up, mib) = match *self {
+            Self::Lifecycle { count, warm_up } => ("lifecycle", count, warm_up, None),
+            Self::Exec { count, warm_up } => ("exec", count, warm_up, None),
+            Self::Cat {
+                count,
+                warm_up,
+                mib,
+            } => ("cat", count, warm_up, Some(mib)),
+            Self::Execs { count, warm_up } => ("execs", count, warm_up, None),
+        };
+        let mut settings = json!({ "rounds": count, "warm_up": warm_up });
+        if let Some(mib) = mib {
+            settings["mib"] = mib.into();
+        }
+        (name, Rounds { warm_up, count }, settings)
+    }
+}
+
 fn shims(scenario: &Scenario, setting: &Setting) -> Result<()> {
     as_root()?;
     let peers = setting.peers()?;
+    let config = Config::load()?;
     let busybox = setting.busybox()?;
     let patience = Duration::from_secs(setting.patience);
     let around = Surroundings::new(setting.rootfs.as_deref(), &busybox, patience)?;
-    let report = match *scenario {
-        Scenario::Lifecycle { count, warm_up } => {
-            scenarios::lifecycle(&around, &peers, Rounds { warm_up, count })?
-        }
-        Scenario::Exec { count, warm_up } => {
-            scenarios::exec(&around, &peers, Rounds { warm_up, count })?
-        }
-        Scenario::Cat {
-            count,
-            warm_up,
-            mib,
-        } => scenarios::cat(&around, &peers, Rounds { warm_up, count }, mib.into())?,
-        Scenario::Execs { count, warm_up } => {
-            scenarios::execs(&around, &peers, Rounds { warm_up, count })?
-        }
+    let (name, rounds, mut settings) = scenario.describe();
+    settings["rootfs"] = match &setting.rootfs {
+        Some(rootfs) => rootfs.display().to_string().into(),
+        None => "made of busybox".into(),
     };
-    println!("{}", machine());
-    println!("{}", report.table());
-    match &setting.json {
-        Some(file) => write(file, &report, &peers),
-        None => Ok(()),
-    }
-}
-
-/// Where it was measured, for people.
-fn machine() -> String {
-    let release = release();
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let emulated = if emulated() {
-        "; the machine is emulated: ratios and counts mean something, times do not"
-    } else {
-        ""
+    let mut run = Run::new(name, settings, setting);
+    run.peers(&peers);
+    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel));
+    let outcome = match *scenario {
+        Scenario::Lifecycle { .. } => scenarios::lifecycle(&around, &peers, rounds, &mut run),
+        Scenario::Exec { .. } => scenarios::exec(&around, &peers, rounds, &mut run),
+        Scenario::Cat { mib, .. } => scenarios::cat(&around, &peers, rounds, mib.into(), &mut run),
+        Scenario::Execs { .. } => scenarios::execs(&around, &peers, rounds, &mut run),
     };
-    format!("Linux {release}, {cpus} CPUs{emulated}")
-}
-
-/// This machine's `uname -r`.
-fn release() -> String {
-    nix::sys::utsname::uname()
-        .map(|name| name.release().to_string_lossy().into_owned())
-        .unwrap_or_default()
-}
-
-/// Whether this runs in the testbed of `cargo xtask`.
-fn emulated() -> bool {
-    std::env::var_os("NACRE_TESTBED").is_some()
-}
-
-fn write(file: &Path, report: &Report, peers: &[Peer]) -> Result<()> {
-    let mut value = report.json();
-    for peer in peers {
-        value["programs"][peer.name] = peer.program.display().to_string().into();
-    }
-    save(file, value)
-}
-
-/// Writes what was measured, with where and by which build, in place of what is in the file; never a half of it.
-fn save(file: &Path, mut value: serde_json::Value) -> Result<()> {
-    value["build"] = crate::BUILD_ID.into();
-    value["machine"] = machine().into();
-    value["host_kernel"] = release().into();
-    value["emulated"] = emulated().into();
-    let mut partial = file.as_os_str().to_owned();
-    partial.push(".partial");
-    std::fs::write(&partial, serde_json::to_vec_pretty(&value)?)
-        .and_then(|()| std::fs::rename(&partial, file))
-        .with_context(|| format!("writing {}", file.display()))
+    run.end(outcome)
 }
 
 impl Setting {
     fn peers(&self) -> Result<Vec<Peer>> {
-        let beside = std::env::current_exe()?.with_file_name("containerd-shim-nacre-v1");
-        let ours = match &self.shim {
-            Some(shim) => shim.clone(),
-            None if beside.is_file() => beside,
-            None => in_path("containerd-shim-nacre-v1").context(
-                "There is no containerd-shim-nacre-v1 beside this program or in PATH: --shim names it",
-            )?,
-        };
+        let ours = Self::ours(self.shim.as_deref(), "containerd-shim-nacre-v1", "--shim")?;
         let mut peers = vec![Peer {
             name: "nacre",
-            program: absolute(&ours)?,
+            program: ours,
             path: None,
             config: None,
         }];
@@ -287,6 +299,20 @@ impl Setting {
             config: None,
         });
         Ok(peers)
+    }
+
+    /// A program of ours beside this one, or in PATH, unless it was named.
+    fn ours(given: Option<&Path>, name: &str, option: &str) -> Result<PathBuf> {
+        let beside = std::env::current_exe()?.with_file_name(name);
+        let found = match given {
+            Some(given) => Some(given.to_owned()),
+            None if beside.is_file() => Some(beside),
+            None => in_path(name),
+        };
+        let found = found.with_context(|| {
+            format!("There is no {name} beside this program or in PATH: {option} names it")
+        })?;
+        absolute(&found)
     }
 
     fn busybox(&self) -> Result<PathBuf> {
@@ -336,7 +362,16 @@ mod tests {
             cli.command,
             Command::Shims(Scenario::Cat { mib: 3, .. })
         ));
-        assert!(Cli::try_parse_from(["nacre-bench", "cat", "--mib", "0"]).is_err());
+        let none = [
+            "cat --mib 0",
+            "page",
+            "compare a",
+            "compare a b --threshold -1",
+        ];
+        for words in none.map(|words| words.split(' ')) {
+            let words = std::iter::once("nacre-bench").chain(words);
+            assert!(Cli::try_parse_from(words.clone()).is_err(), "{words:?}");
+        }
     }
 
     #[test]

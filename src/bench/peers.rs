@@ -21,11 +21,12 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use serde_json::json;
 
+use super::interrupt;
 use super::listeners::{Drain, Heard};
 use super::shim::{Answer, Connection};
 
 /// containerd's namespace of all that is measured.
-const NAMESPACE: &str = "nacre-bench";
+pub(super) const NAMESPACE: &str = "nacre-bench";
 /// What an exec's specification is called on the wire.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 
@@ -271,8 +272,9 @@ impl<'s> Container<'s> {
         Ok(())
     }
 
-    /// The connection, after [`Container::connect`].
+    /// The connection, after [`Container::connect`]; none once a signal has come.
     pub fn shim(&self) -> Result<&Connection> {
+        interrupt::check()?;
         self.shim.as_ref().context("the shim is not connected")
     }
 
@@ -375,6 +377,7 @@ impl<'s> Container<'s> {
         if let Some(pid) = self.shim_pid {
             let began = Instant::now();
             while alive(pid) {
+                interrupt::check()?;
                 ensure!(
                     began.elapsed() < self.around.patience,
                     "the shim of {} (process {pid}) does not end",

@@ -9,10 +9,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
+use super::document::Document;
 use super::listeners::both_ways;
 use super::memory::Held;
 use super::peers::{Container, Fifos, Peer, Surroundings};
-use super::report::{Report, Unit};
+use super::report::{Better, Report, Unit};
+use super::run::{Round, Rounds, Run, turns};
 
 const MIB: usize = 1 << 20;
 /// What a container says when it is there.
@@ -20,31 +22,53 @@ const READY: &[u8] = b"up\n";
 /// A container that says so, and then stays.
 const STAYS: [&str; 3] = ["/bin/sh", "-c", "echo up; exec sleep 100000"];
 
-/// A stopwatch whose laps go into a report, unless the round is one to warm up.
+/// The phases of a container's life, one after another.
+const LIFE: [&str; 9] = [
+    "shim-start",
+    "connect",
+    "create",
+    "start",
+    "first-output",
+    "kill",
+    "exit",
+    "delete",
+    "shutdown",
+];
+/// The same of an exec.
+const CYCLE: [&str; 4] = ["exec", "start", "wait", "delete"];
+
+/// A stopwatch whose laps go into a table, unless the round is one to warm up.
 struct Laps<'r> {
-    report: Option<&'r mut Report>,
-    shim: &'static str,
+    document: Option<&'r mut Document>,
+    table: &'static str,
+    side: &'static str,
     last: Instant,
 }
 
 impl<'r> Laps<'r> {
-    fn start(report: &'r mut Report, counts: bool, shim: &'static str) -> Self {
+    fn start(
+        document: &'r mut Document,
+        counts: bool,
+        table: &'static str,
+        side: &'static str,
+    ) -> Self {
         Self {
-            report: counts.then_some(report),
-            shim,
+            document: counts.then_some(document),
+            table,
+            side,
             last: Instant::now(),
         }
     }
 
-    fn lap(&mut self, name: &'static str) {
+    fn lap(&mut self, name: &str) {
         let now = Instant::now();
         self.add(name, Unit::Ms, ms(self.last, now));
         self.last = now;
     }
 
-    fn add(&mut self, name: &'static str, unit: Unit, value: f64) {
-        if let Some(report) = &mut self.report {
-            report.add(self.shim, name, unit, value);
+    fn add(&mut self, name: &str, unit: Unit, value: f64) {
+        if let Some(document) = &mut self.document {
+            document.add(self.table, self.side, name, unit, value);
         }
     }
 }
@@ -53,52 +77,55 @@ fn ms(from: Instant, to: Instant) -> f64 {
     (to - from).as_secs_f64() * 1e3
 }
 
-fn names(peers: &[Peer]) -> impl Iterator<Item = &'static str> {
-    peers.iter().map(|peer| peer.name)
+/// A table of the shims, some rows of which may be phases.
+fn table(title: &str, peers: &[Peer], phases: &[&str]) -> Report {
+    let mut table = Report::new(title, peers.iter().map(|peer| peer.name));
+    table.phases(phases);
+    table
 }
 
-/// Which of `count` is whose turn: each is first every other round.
-pub(super) fn turns(count: usize, round: u64) -> impl Iterator<Item = usize> {
-    (0..count).map(move |turn| {
-        if round.is_multiple_of(2) {
-            turn
-        } else {
-            count - 1 - turn
+/// All rounds, in each of which the shims take turns.
+fn taking_turns(
+    run: &mut Run<'_>,
+    of: &str,
+    peers: &[Peer],
+    rounds: Rounds,
+    mut one: impl FnMut(&mut Document, usize, Round) -> Result<()>,
+) -> Result<()> {
+    run.expect(rounds);
+    run.rounds(of, rounds, |run, round| {
+        for at in turns(peers.len(), round.number) {
+            let name = peers[at].name;
+            run.now(name);
+            one(&mut run.document, at, round)
+                .with_context(|| format!("in round {} of {name}", round.number + 1))?;
         }
+        Ok(())
     })
 }
 
-/// Rounds to measure, after some that are not.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Rounds {
-    pub warm_up: u64,
-    pub count: u64,
-}
-
-impl Rounds {
-    fn each(self, peers: usize, mut run: impl FnMut(usize, u64, bool) -> Result<()>) -> Result<()> {
-        for round in 0..self.warm_up + self.count {
-            for peer in turns(peers, round) {
-                run(peer, round, round >= self.warm_up)?;
-            }
-        }
-        Ok(())
-    }
-}
-
 /// A container's life by its phases.
-pub(super) fn lifecycle(around: &Surroundings, peers: &[Peer], rounds: Rounds) -> Result<Report> {
-    let mut report = Report::new("lifecycle", names(peers));
-    rounds.each(peers.len(), |at, _, counts| {
-        let peer = &peers[at];
-        one_life(around, peer, &mut report, counts)
-            .with_context(|| format!("in the life of a container of {}", peer.name))
-    })?;
-    report.note(format!("{} events came in", around.events()));
-    Ok(report)
+pub(super) fn lifecycle(
+    around: &Surroundings,
+    peers: &[Peer],
+    rounds: Rounds,
+    run: &mut Run<'_>,
+) -> Result<()> {
+    run.table(table("lifecycle", peers, &LIFE));
+    let outcome = taking_turns(run, "lifecycle", peers, rounds, |document, at, round| {
+        one_life(around, &peers[at], document, round.counts)
+    });
+    run.document
+        .note(&format!("{} events came in", around.events()));
+    outcome
 }
 
-fn one_life(around: &Surroundings, peer: &Peer, report: &mut Report, counts: bool) -> Result<()> {
+fn one_life(
+    around: &Surroundings,
+    peer: &Peer,
+    document: &mut Document,
+    counts: bool,
+) -> Result<()> {
     let mut container = Container::bundle(around, peer, &STAYS)?;
     let stdout = container.fifo("stdout")?;
     let stderr = container.fifo("stderr")?;
@@ -110,7 +137,7 @@ fn one_life(around: &Surroundings, peer: &Peer, report: &mut Report, counts: boo
         stderr: Some(stderr),
     };
     let began = Instant::now();
-    let mut laps = Laps::start(report, counts, peer.name);
+    let mut laps = Laps::start(document, counts, "lifecycle", peer.name);
     let answer = container.start_shim()?;
     laps.lap("shim-start");
     container.connect(&answer)?;
@@ -138,16 +165,19 @@ fn one_life(around: &Surroundings, peer: &Peer, report: &mut Report, counts: boo
 }
 
 /// `true` as an exec: added, started, waited for, deleted.
-pub(super) fn exec(around: &Surroundings, peers: &[Peer], rounds: Rounds) -> Result<Report> {
-    let mut report = Report::new("exec", names(peers));
+pub(super) fn exec(
+    around: &Surroundings,
+    peers: &[Peer],
+    rounds: Rounds,
+    run: &mut Run<'_>,
+) -> Result<()> {
+    run.table(table("exec", peers, &CYCLE));
     let containers = containers(around, peers)?;
-    rounds.each(peers.len(), |at, round, counts| {
-        let mut laps = Laps::start(&mut report, counts, peers[at].name);
-        one_exec(&containers[at], &format!("e{round}"), &mut laps)
-            .with_context(|| format!("in exec {round} of {}", peers[at].name))
+    taking_turns(run, "exec", peers, rounds, |document, at, round| {
+        let mut laps = Laps::start(document, round.counts, "exec", peers[at].name);
+        one_exec(&containers[at], &format!("e{}", round.number), &mut laps)
     })?;
-    end(containers)?;
-    Ok(report)
+    end(containers)
 }
 
 fn containers<'s>(around: &'s Surroundings, peers: &[Peer]) -> Result<Vec<Container<'s>>> {
@@ -183,19 +213,19 @@ pub(super) fn cat(
     peers: &[Peer],
     rounds: Rounds,
     mib: usize,
-) -> Result<Report> {
-    let mut report = Report::new("cat", names(peers));
+    run: &mut Run<'_>,
+) -> Result<()> {
+    run.table(table("cat", peers, &[]));
+    run.document
+        .note(&format!("{mib} MiB each way, SHA-256 compared each time"));
     let containers = containers(around, peers)?;
     let sent = noise(mib * MIB);
     let digest = Sha256::digest(&sent);
-    rounds.each(peers.len(), |at, round, counts| {
-        let mut laps = Laps::start(&mut report, counts, peers[at].name);
-        one_cat(&containers[at], round, &sent, &digest, &mut laps)
-            .with_context(|| format!("in round {round} of {}", peers[at].name))
+    taking_turns(run, "cat", peers, rounds, |document, at, round| {
+        let mut laps = Laps::start(document, round.counts, "cat", peers[at].name);
+        one_cat(&containers[at], round.number, &sent, &digest, &mut laps)
     })?;
-    end(containers)?;
-    report.note(format!("{mib} MiB each way, SHA-256 compared each time"));
-    Ok(report)
+    end(containers)
 }
 
 fn one_cat(
@@ -271,92 +301,76 @@ fn noise(len: usize) -> Vec<u8> {
 }
 
 /// Many execs one after another in one container, and what its shim holds before and after.
-pub(super) fn execs(around: &Surroundings, peers: &[Peer], rounds: Rounds) -> Result<Report> {
-    let mut report = Report::new("execs", names(peers));
-    for peer in peers {
-        let container = containers(around, std::slice::from_ref(peer))?;
-        let pid = container[0]
-            .shim_pid
-            .context("the shim does not say its pid")?;
-        for round in 0..rounds.warm_up {
-            let mut laps = Laps::start(&mut report, false, peer.name);
-            one_exec(&container[0], &format!("w{round}"), &mut laps)?;
-        }
-        let before = Held::of(pid)?;
-        let began = Instant::now();
-        for round in 0..rounds.count {
-            let mut laps = Laps::start(&mut report, false, peer.name);
-            one_exec(&container[0], &format!("e{round}"), &mut laps)
-                .with_context(|| format!("in exec {round} of {}", peer.name))?;
-        }
-        let took = ms(began, Instant::now());
-        let after = Held::of(pid)?;
-        let mut add = |name, unit, value| report.add(peer.name, name, unit, value);
-        add("mean cycle", Unit::Ms, took / rounds.count.max(1) as f64);
-        let growth = |from: u64, to: u64| to as f64 - from as f64;
-        for (name, unit, value) in [
-            ("own RSS before", Unit::Kib, before.own_kib as f64),
-            ("own RSS after", Unit::Kib, after.own_kib as f64),
-            (
-                "own RSS growth",
-                Unit::Kib,
-                growth(before.own_kib, after.own_kib),
-            ),
-            ("RSS before", Unit::Kib, before.rss_kib as f64),
-            (
-                "RSS growth",
-                Unit::Kib,
-                growth(before.rss_kib, after.rss_kib),
-            ),
-            (
-                "descriptors growth",
-                Unit::Count,
-                growth(before.descriptors, after.descriptors),
-            ),
-            (
-                "threads growth",
-                Unit::Count,
-                growth(before.threads, after.threads),
-            ),
-        ] {
-            add(name, unit, value);
-        }
-        end(container)?;
-    }
-    report.note(format!(
+pub(super) fn execs(
+    around: &Surroundings,
+    peers: &[Peer],
+    rounds: Rounds,
+    run: &mut Run<'_>,
+) -> Result<()> {
+    run.table(table("execs", peers, &[]));
+    run.document.note(&format!(
         "{} execs after {} to warm up; own RSS is without the guest's memory",
         rounds.count, rounds.warm_up
     ));
-    Ok(report)
+    peers.iter().for_each(|_| run.expect(rounds));
+    for peer in peers {
+        let container = containers(around, std::slice::from_ref(peer))?;
+        execs_in(&container[0], peer.name, rounds, run)
+            .with_context(|| format!("in execs of {}", peer.name))?;
+        end(container)?;
+    }
+    Ok(())
+}
+
+fn execs_in(
+    container: &Container<'_>,
+    name: &'static str,
+    rounds: Rounds,
+    run: &mut Run<'_>,
+) -> Result<()> {
+    let pid = container
+        .shim_pid
+        .context("the shim does not say its pid")?;
+    let mut first = None;
+    run.rounds(&format!("execs of {name}"), rounds, |run, round| {
+        if round.counts && first.is_none() {
+            first = Some((Held::of(pid)?, Instant::now()));
+        }
+        let mut laps = Laps::start(&mut run.document, false, "execs", name);
+        one_exec(container, &format!("e{}", round.number), &mut laps)
+            .with_context(|| format!("in exec {}", round.number + 1))
+    })?;
+    let Some((before, began)) = first else {
+        return Ok(());
+    };
+    let took = ms(began, Instant::now());
+    let after = Held::of(pid)?;
+    let mut add = |row, unit, value| run.add("execs", name, row, unit, value);
+    add("mean cycle", Unit::Ms, took / rounds.count.max(1) as f64);
+    add("own RSS before", Unit::Kib, before.own_kib as f64);
+    add("own RSS after", Unit::Kib, after.own_kib as f64);
+    let growth = |from: u64, to: u64| to as f64 - from as f64;
+    let own = growth(before.own_kib, after.own_kib);
+    add("own RSS growth", Unit::Kib, own);
+    add("RSS before", Unit::Kib, before.rss_kib as f64);
+    let all = growth(before.rss_kib, after.rss_kib);
+    add("RSS growth", Unit::Kib, all);
+    let counted = [
+        ("descriptors growth", before.descriptors, after.descriptors),
+        ("threads growth", before.threads, after.threads),
+    ];
+    for (row, from, to) in counted {
+        run.add("execs", name, row, Unit::Count, growth(from, to));
+        if let Some(table) = run.document.table("execs") {
+            table.better(name, row, Better::Less);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn each_shim_is_first_every_other_round() {
-        assert_eq!(turns(2, 0).collect::<Vec<_>>(), [0, 1]);
-        assert_eq!(turns(2, 1).collect::<Vec<_>>(), [1, 0]);
-    }
-
-    #[test]
-    fn rounds_to_warm_up_do_not_count() {
-        let rounds = Rounds {
-            warm_up: 2,
-            count: 3,
-        };
-        let mut counted = Vec::new();
-        rounds
-            .each(2, |peer, round, counts| {
-                counted.push((peer, round, counts));
-                Ok(())
-            })
-            .unwrap();
-        assert_eq!(counted.iter().filter(|(_, _, counts)| *counts).count(), 6);
-        assert_eq!(counted[0], (0, 0, false));
-        assert_eq!(counted[9], (1, 4, true));
-    }
 
     #[test]
     fn noise_is_the_same_each_time_and_as_long_as_asked() {

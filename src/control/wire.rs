@@ -15,6 +15,7 @@ impl From<Inspection> for proto::InspectResponse {
         phases.kvm_ns = from.phases.kvm_ns.unwrap_or(0);
         phases.loaded_ns = from.phases.loaded_ns.unwrap_or(0);
         phases.first_run_ns = from.phases.first_run_ns.unwrap_or(0);
+        phases.first_exit_ns = from.phases.first_exit_ns.unwrap_or(0);
         phases.init_ns = from.phases.init_ns.unwrap_or(0);
         phases.connected_ns = from.phases.connected_ns.unwrap_or(0);
         phases.ready_ns = from.phases.ready_ns.unwrap_or(0);
@@ -126,6 +127,7 @@ impl From<proto::InspectResponse> for Inspection {
                 kvm_ns: reached(phases.kvm_ns),
                 loaded_ns: reached(phases.loaded_ns),
                 first_run_ns: reached(phases.first_run_ns),
+                first_exit_ns: reached(phases.first_exit_ns),
                 init_ns: reached(phases.init_ns),
                 connected_ns: reached(phases.connected_ns),
                 ready_ns: reached(phases.ready_ns),

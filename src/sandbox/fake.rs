@@ -34,6 +34,8 @@ use crate::control::Traffic;
 pub(crate) struct Fake {
     end: watch::Sender<Option<ExitReason>>,
     ports: Arc<Mutex<HashMap<u32, mpsc::Sender<GuestStream>>>>,
+    /// Ports that the guest listens on.
+    listens: Mutex<HashMap<u32, mpsc::Sender<DuplexStream>>>,
     plugged: AtomicUsize,
     pub(crate) unplugged: Mutex<Vec<u8>>,
     /// What links of network devices were set to.
@@ -130,6 +132,7 @@ impl Fake {
             has_mem,
             end,
             ports: Arc::default(),
+            listens: Mutex::default(),
             plugged: AtomicUsize::new(0),
             unplugged: Mutex::default(),
             links: Arc::default(),
@@ -212,6 +215,14 @@ impl Fake {
             .try_send(GuestStream::new(host))
             .map_err(|_| refused())?;
         Ok(guest)
+    }
+
+    /// The guest listens on a port.
+    #[cfg(test)]
+    pub(crate) fn guest_listens(&self, port: u32) -> mpsc::Receiver<DuplexStream> {
+        let (sender, receiver) = mpsc::channel(4);
+        self.listens.lock().unwrap().insert(port, sender);
+        receiver
     }
 
     pub(crate) fn listener(&self, port: u32) -> Box<dyn PortListener> {
@@ -362,6 +373,18 @@ impl Machine for Fake {
 
     fn listen(&self, port: u32) -> Result<Box<dyn PortListener>, Error> {
         Ok(self.listener(port))
+    }
+
+    async fn connect(&self, port: u32) -> Result<(GuestStream, u32), Error> {
+        let listener = self.listens.lock().unwrap().get(&port).cloned();
+        let refused = || Error::Machine {
+            doing: format!("connect to vsock port {port} of the guest"),
+            cause: "nobody listens".to_owned(),
+        };
+        let (guest, host) = tokio::io::duplex(1 << 16);
+        let listener = listener.ok_or_else(refused)?;
+        listener.send(guest).await.map_err(|_| refused())?;
+        Ok((GuestStream::new(host), 40_000))
     }
 
     fn plug_disk(&self, _disk: DiskConfig) -> Result<u8, Error> {

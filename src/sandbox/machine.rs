@@ -73,6 +73,8 @@ pub(crate) trait Machine: Plug {
     fn stop(&self);
     /// Listens for the guest's connections to a vsock port of the host.
     fn listen(&self, port: u32) -> Result<Box<dyn PortListener>, Error>;
+    /// Connects to a vsock port of the guest; the stream, and the host's port of it.
+    async fn connect(&self, port: u32) -> Result<(GuestStream, u32), Error>;
     /// Puts a disk into a spare window and answers with the window.
     fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error>;
     /// Puts a network device over a TAP interface into a spare window; the window, and a hand on the device.

@@ -48,6 +48,7 @@ use tokio::task::JoinSet;
 pub use console::{ConsoleSink, GuestLine, LineSink, Source, Tail};
 pub use error::{Error, chain};
 pub use machine::GuestStream;
+pub(crate) use machine::PortListener;
 pub use nacre_fs::{Access, Caching};
 pub use nacre_protocol::agent::{GuestDirectory, GuestMount, Process, StatsResponse, Stdio};
 pub use nacre_vmm::config::PlugConfig;
@@ -374,6 +375,28 @@ impl Sandbox {
         WeakSandbox(Arc::downgrade(&self.0))
     }
 
+    /// Connects to a vsock port that something in the guest listens on; the stream, and the host's port of it.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if the guest refuses, or there is no vsock device.
+    pub async fn connect(&self, port: u32) -> Result<(GuestStream, u32), Error> {
+        self.0.machine.connect(port).await
+    }
+
+    /// Listens on a vsock port of the host for the guest's connections.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if the port has a listener, is one of those for stdio, or there is no vsock device.
+    pub(crate) fn listen(&self, port: u32) -> Result<Box<dyn PortListener>, Error> {
+        if port >= PORT_STDIO_FIRST {
+            return Err(Error::Machine {
+                doing: format!("listen on vsock port {port}"),
+                cause: format!("ports from {PORT_STDIO_FIRST} on are for stdio"),
+            });
+        }
+        self.0.machine.listen(port)
+    }
+
     /// A fresh port with a listener, for one stdio stream; its number goes into [`Stdio`].
     pub fn stdio_listener(&self) -> Result<StdioListener, Error> {
         let port = self.0.next_port.fetch_add(1, Ordering::Relaxed);
@@ -476,6 +499,7 @@ impl Sandbox {
             kvm_ns: vm.kvm_ns,
             loaded_ns: vm.loaded_ns,
             first_run_ns: vm.first_run_ns,
+            first_exit_ns: vm.first_exit_ns,
             init_ns: vm
                 .marks
                 .iter()

@@ -9,6 +9,7 @@ pub(crate) struct MachinePhases {
     pub kvm_ns: Option<u64>,
     pub loaded_ns: Option<u64>,
     pub first_run_ns: Option<u64>,
+    pub first_exit_ns: Option<u64>,
     pub marks: Vec<(u8, u64)>,
 }
 
@@ -27,6 +28,9 @@ pub struct BootPhases {
     pub loaded_ns: Option<u64>,
     /// The first KVM_RUN.
     pub first_run_ns: Option<u64>,
+    /// The guest's first access to a device of the VMM: the first sign of its kernel.
+    #[serde(default)]
+    pub first_exit_ns: Option<u64>,
     /// The guest's init began.
     pub init_ns: Option<u64>,
     /// The agent's connection for calls was accepted.
@@ -54,6 +58,7 @@ impl BootPhases {
             ("KVM VM made", self.kvm_ns),
             ("kernel loaded", self.loaded_ns),
             ("first vCPU run", self.first_run_ns),
+            ("guest kernel", self.first_exit_ns),
             ("guest init", self.init_ns),
             ("agent connected", self.connected_ns),
             ("agent ready", self.ready_ns),

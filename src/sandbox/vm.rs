@@ -226,6 +226,20 @@ impl Machine for Vm {
         Ok(Box::new(listener))
     }
 
+    async fn connect(&self, port: u32) -> Result<(GuestStream, u32), Error> {
+        let doing = || format!("connect to vsock port {port} of the guest");
+        let host = self.vsock().ok_or_else(|| Error::Machine {
+            doing: doing(),
+            cause: "the VM has no vsock device".to_owned(),
+        })?;
+        let stream = host
+            .connect(port)
+            .await
+            .map_err(|error| Error::machine(doing(), &error))?;
+        let from = stream.host_port();
+        Ok((GuestStream::new(stream), from))
+    }
+
     fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error> {
         let doing = format!("plug the disk {}", disk.source);
         Vm::plug_disk(self, disk).map_err(|error| Error::machine(doing, &error))
@@ -250,6 +264,7 @@ impl Machine for Vm {
             kvm_ns: phases.kvm_ns,
             loaded_ns: phases.loaded_ns,
             first_run_ns: phases.first_run_ns,
+            first_exit_ns: phases.first_exit_ns,
             marks: phases.marks,
         }
     }

@@ -1,5 +1,6 @@
 //! `vmctl boot`: a kernel by itself, with its console on the terminal.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use super::inspect::phases_text;
 use super::resize::Most;
 use super::session::{Session, Signals, check_name, default_name};
 use super::terminal::{ConsoleOutput, RawMode, console_input};
+use super::vsock::Vsock;
 use super::{say, say_json};
 use crate::config::{ByteSize, Config, parse_duration};
 use crate::sandbox::{BootPhases, Error, ExitReason, Sandbox, SandboxConfig, cmdline};
@@ -63,7 +65,7 @@ pub(super) struct Args {
     #[arg(long = "disk", value_name = "PATH[:ro]")]
     disks: Vec<DiskArg>,
     /// The kernel does not run nacre's agent: no vsock device, no wait for the agent
-    #[arg(long)]
+    #[arg(long, conflicts_with = "vsock")]
     no_agent: bool,
     /// Wait for the agent, print the boot's phases from process start to agent ready, and power off
     #[arg(long, conflicts_with = "no_agent")]
@@ -78,6 +80,8 @@ pub(super) struct Args {
     /// How long the agent may take to be ready [default: from the configuration]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, conflicts_with = "no_agent")]
     timeout: Option<Duration>,
+    #[command(flatten)]
+    vsock: Vsock,
     /// Name of the VM in `vmctl list` [default: boot-PID]
     #[arg(long, value_parser = check_name)]
     name: Option<String>,
@@ -93,6 +97,8 @@ struct Report {
     agent_build: Option<String>,
     /// Host CLOCK_MONOTONIC in nanoseconds, absent where not reached.
     phases: BootPhases,
+    /// Exits of the vCPUs to the VMM so far, by reason.
+    exits: BTreeMap<String, u64>,
 }
 
 pub(super) async fn boot(config: &Config, args: &Args, main_ns: u64) -> anyhow::Result<u8> {
@@ -115,7 +121,9 @@ pub(super) async fn boot(config: &Config, args: &Args, main_ns: u64) -> anyhow::
     };
     let sandbox = Sandbox::boot(sandbox_config)?;
     session.serve(&sandbox).await?;
+    let sockets = args.vsock.serve(&sandbox)?;
     let ended = run(args, &id, &sandbox, &mut quitting, &mut signals, &ending).await;
+    drop(sockets);
     // Whatever ended it, no console is waited for any more.
     ending.store(true, Ordering::Relaxed);
     let reason = sandbox.shutdown().await;
@@ -247,6 +255,7 @@ fn report(id: String, exit: Option<ExitReason>, sandbox: &Sandbox) -> Report {
         kernel_release: told(inspection.kernel_release),
         agent_build: told(inspection.agent_build),
         phases: inspection.phases,
+        exits: inspection.exits,
     }
 }
 

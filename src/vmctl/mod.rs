@@ -14,6 +14,7 @@ mod run;
 mod session;
 mod terminal;
 mod top;
+mod vsock;
 
 use std::ffi::OsString;
 use std::io::Write;

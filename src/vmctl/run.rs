@@ -17,6 +17,7 @@ use super::RUN_FAILED;
 use super::resize::Most;
 use super::session::{NAMESPACE, Session, Signals, check_name, default_name};
 use super::terminal::{self, RawMode};
+use super::vsock::Vsock;
 use crate::config::{ByteSize, Config};
 use crate::network::{Cni, List, Names, Network, cni_id};
 use crate::record::Resource;
@@ -115,6 +116,8 @@ pub(super) struct Args {
     /// Show the guest's console and the agent's log on standard error
     #[arg(long)]
     verbose: bool,
+    #[command(flatten)]
+    vsock: Vsock,
     /// Name of the VM in `vmctl list` [default: run-PID]
     #[arg(long, value_parser = check_name)]
     name: Option<String>,
@@ -197,6 +200,7 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
     };
     let ran = async {
         session.serve(&sandbox).await?;
+        let _sockets = args.vsock.serve(&sandbox)?;
         container
             .run(config, args, &session, spec, &mut signals)
             .await

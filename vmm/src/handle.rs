@@ -68,6 +68,9 @@ pub struct Phases {
     pub loaded_ns: Option<u64>,
     /// The first KVM_RUN.
     pub first_run_ns: Option<u64>,
+    /// The guest's first access to a device (port or memory) that came to the VMM: the first sign of its kernel, which PVH
+    /// enters with the first KVM_RUN.
+    pub first_exit_ns: Option<u64>,
     /// Phases that the guest marked through the phase port, by number.
     pub marks: Vec<(u8, u64)>,
 }
@@ -328,6 +331,7 @@ impl Vm {
             kvm_ns: reached(progress.kvm_ns.load(Ordering::Relaxed)),
             loaded_ns: reached(progress.loaded_ns.load(Ordering::Relaxed)),
             first_run_ns: reached(progress.first_run_ns.load(Ordering::Relaxed)),
+            first_exit_ns: reached(progress.first_exit_ns.load(Ordering::Relaxed)),
             marks: progress.marks.all(),
         }
     }

@@ -282,6 +282,8 @@ pub struct Progress {
     pub marks: Arc<PhaseMarks>,
     /// CLOCK_MONOTONIC of the first KVM_RUN in nanoseconds, 0 before.
     pub first_run_ns: Arc<AtomicU64>,
+    /// CLOCK_MONOTONIC of the guest's first access to a device in nanoseconds, 0 before.
+    pub first_exit_ns: Arc<AtomicU64>,
     /// CLOCK_MONOTONIC of KVM's VM being there, 0 before.
     pub kvm_ns: AtomicU64,
     /// CLOCK_MONOTONIC of kernel and initrd being in guest memory, 0 before.
@@ -400,6 +402,7 @@ impl Machine {
             memory: memory.ram(),
             ending: Arc::clone(&ending),
             first_run_ns: Arc::clone(&progress.first_run_ns),
+            first_exit_ns: Arc::clone(&progress.first_exit_ns),
         })?;
 
         let mut machine = Self {

@@ -272,6 +272,7 @@ fn a_flood_of_the_phase_port_leaves_one_mark_of_each_value() {
         phases.kvm_ns,
         phases.loaded_ns,
         phases.first_run_ns,
+        phases.first_exit_ns,
     ];
     times.extend(phases.marks.iter().map(|mark| Some(mark.1)));
     assert!(times.is_sorted() && times.iter().all(Option::is_some));

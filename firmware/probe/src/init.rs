@@ -151,7 +151,10 @@ fn answer(words: &str) -> String {
     let outcome = Cli::try_parse_from(command)
         .map_err(|error| anyhow::anyhow!("{}", error.to_string().replace('\n', " ")))
         .and_then(|cli| match cli.command {
-            Command::Init { .. } | Command::Idle | Command::Net(net::Command::Serve { .. }) => {
+            Command::Init { .. }
+            | Command::Hello
+            | Command::Idle
+            | Command::Net(net::Command::Serve { .. }) => {
                 Err(anyhow::anyhow!("{words} is not for a console"))
             }
             command => command.run(),

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use measure::Outcome;
-use nacre_probe::net;
+use nacre_probe::{HELLO, net};
 
 /// Measures files and the network from within: prints one line of JSON. `nacre-bench` runs it.
 #[derive(Debug, Parser)]
@@ -78,6 +78,8 @@ enum Command {
     Net(net::Command),
     /// Do nothing until killed
     Idle,
+    /// Be the first process of a guest that only says so on its console, and then waits for its end
+    Hello,
     /// Be the first process of a guest: mount /disk and /share, or configure a network, and do what lines on the console say
     Init {
         /// The network that nacre-net describes, as JSON, in place of the disk and the share
@@ -99,6 +101,12 @@ impl Command {
             Self::Idle => loop {
                 nix::unistd::pause();
             },
+            Self::Hello => {
+                println!("{HELLO}");
+                loop {
+                    nix::unistd::pause();
+                }
+            }
             Self::Init { network } => Err(init::run(network.as_deref())),
         };
         Ok(serde_json::to_string::<Outcome>(&outcome?)?)

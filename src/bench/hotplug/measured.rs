@@ -1,15 +1,18 @@
-//! What was measured so far, whether all rounds are done or not: tables, JSON
-//! with every value, and the picture.
+//! What was measured so far: a table for each plug and each unplug; and the
+//! picture of all of them.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Error, Result};
 use serde_json::{Value, json};
 
-use super::parts::{Parts, REPORTED, TOTAL};
-use super::plot::{self, Line};
-use super::{Options, Setup, What};
+use super::parts::{PLUGGED, Parts, REPORTED, REQUESTED, TOTAL, UNPLUGGED};
+use super::{Options, Setup, Way, What};
+use crate::bench::Setting;
+use crate::bench::document::GuestKernel;
+use crate::bench::plot::{self, Ground, Labels, Line};
 use crate::bench::report::{Report, Unit};
+use crate::bench::run::Run;
 use crate::config::Config;
 
 /// The two that are measured, as tables and files call them.
@@ -23,222 +26,191 @@ pub(super) enum Direction {
     Unplug,
 }
 
-/// One thing that came and went.
-struct Operation {
-    what: What,
-    plug: Report,
-    unplug: Report,
-    /// Whose, and why.
-    failures: Vec<(&'static str, String)>,
+impl Direction {
+    const BOTH: [Direction; 2] = [Self::Plug, Self::Unplug];
+
+    /// The title of the table.
+    fn of(self, what: What) -> String {
+        let verb = match self {
+            Self::Plug => "plug",
+            Self::Unplug => "unplug",
+        };
+        format!("{verb} {}", what.name())
+    }
+
+    /// The rows that follow one another.
+    fn phases(self, what: What) -> &'static [&'static str] {
+        match (what, self) {
+            (What::Memory(_, Way::VirtioMem), _) => &REQUESTED,
+            (_, Self::Plug) => &PLUGGED,
+            (_, Self::Unplug) => &UNPLUGGED,
+        }
+    }
+
+    /// The row that ends where QEMU's interface can tell.
+    fn end(self) -> &'static str {
+        match self {
+            Self::Plug => REPORTED,
+            Self::Unplug => TOTAL,
+        }
+    }
 }
 
 /// All of it.
-pub(super) struct Measured {
-    /// By VM.
-    setups: Vec<Vec<Operation>>,
-    settings: Value,
-    kernel: PathBuf,
-    initrd: PathBuf,
-    qemu: Option<PathBuf>,
-    /// The guest's `uname -r`.
-    pub kernel_release: String,
-    /// QEMU's version as it says it.
-    pub qemu_version: Option<String>,
-    /// Why there are fewer rounds than were asked for; empty: there are not.
-    ended_by: Option<String>,
+pub(super) struct Measured<'s> {
+    pub run: Run<'s>,
+    /// What is done to each VM.
+    setups: Vec<Vec<What>>,
+    /// What has failed, and whose.
+    failures: Vec<(What, &'static str)>,
 }
 
-impl Measured {
+fn settings(options: &Options, config: &Config) -> Value {
+    json!({
+        "rounds": options.rounds,
+        "warm_up": options.warm_up,
+        "boot_vcpus": 1,
+        "boot_memory_mib": options.memory.mib(),
+        "vcpus": options.vcpus,
+        "sizes_mib": options.sizes.iter().map(|size| size.mib()).collect::<Vec<_>>(),
+        "ways": options.ways,
+        "initrd": config.initrd,
+    })
+}
+
+impl<'s> Measured<'s> {
     /// Nothing yet.
-    pub fn new(options: &Options, config: &Config, setups: &[Setup]) -> Self {
-        let operation = |what: &What| {
-            let sides = match &options.qemu {
-                Some(_) if what.has_peer() => vec![OURS, PEER],
-                Some(_) | None => vec![OURS],
-            };
-            Operation {
-                what: *what,
-                plug: Report::new(format!("plug {}", what.name()), sides.clone()),
-                unplug: Report::new(format!("unplug {}", what.name()), sides),
-                failures: Vec::new(),
+    pub fn new(options: &Options, config: &Config, setups: &[Setup], setting: &'s Setting) -> Self {
+        let mut run = Run::new("hotplug", settings(options, config), setting);
+        for setup in setups {
+            run.expect(options.all_rounds());
+            for what in setup.operations.iter().copied() {
+                let peer = options.qemu.as_ref().filter(|_| what.has_peer());
+                for direction in Direction::BOTH {
+                    let sides = [OURS].into_iter().chain(peer.map(|_| PEER));
+                    let mut table = Report::new(direction.of(what), sides);
+                    table.phases(direction.phases(what));
+                    run.table(table);
+                }
             }
-        };
-        let all = |setup: &Setup| setup.operations.iter().map(operation).collect();
+        }
         Self {
-            setups: setups.iter().map(all).collect(),
-            settings: json!({
-                "rounds": options.rounds,
-                "warm_up": options.warm_up,
-                "boot_vcpus": 1,
-                "boot_memory_mib": options.memory.mib(),
-                "vcpus": options.vcpus,
-                "sizes_mib": options.sizes.iter().map(|size| size.mib()).collect::<Vec<_>>(),
-                "ways": options.ways,
-            }),
-            kernel: config.kernel.clone(),
-            initrd: config.initrd.clone(),
-            qemu: options.qemu.clone(),
-            kernel_release: String::new(),
-            qemu_version: None,
-            ended_by: Some("not all rounds are done".to_owned()),
+            run,
+            setups: setups
+                .iter()
+                .map(|setup| setup.operations.clone())
+                .collect(),
+            failures: Vec::new(),
         }
     }
 
-    fn operation(&mut self, setup: usize, place: usize) -> Option<&mut Operation> {
-        self.setups.get_mut(setup)?.get_mut(place)
+    /// Notes what the guests run.
+    pub fn guest(&mut self, config: &Config, release: &str) {
+        self.run.document.guest_kernel = Some(GuestKernel {
+            file: config.kernel.clone(),
+            release: Some(release.to_owned()),
+        });
+    }
+
+    /// Notes which QEMU is beside ours.
+    pub fn qemu(&mut self, program: &Path, version: &str) {
+        let document = &mut self.run.document;
+        let program = format!("{}, version {version}", program.display());
+        document.programs.insert(PEER.to_owned(), program);
+        document.note(&format!(
+            "QEMU {version}, q35: plug until the guest's kernel reports success (_OST), as the row \"{REPORTED}\" of both; unplug until it is gone"
+        ));
     }
 
     /// Adds what one plug or unplug of `side` took.
-    pub fn add(
-        &mut self,
-        setup: usize,
-        place: usize,
-        direction: Direction,
-        side: &'static str,
-        parts: &Parts,
-    ) {
-        let Some(operation) = self.operation(setup, place) else {
-            return;
-        };
-        let report = match direction {
-            Direction::Plug => &mut operation.plug,
-            Direction::Unplug => &mut operation.unplug,
-        };
+    pub fn add(&mut self, what: What, direction: Direction, side: &str, parts: &Parts) {
+        let title = direction.of(what);
         for (name, ms) in parts {
-            report.add(side, name, Unit::Ms, *ms);
+            self.run.add(&title, side, name, Unit::Ms, *ms);
         }
     }
 
-    /// Adds a failure.
-    pub fn failed(&mut self, setup: usize, place: usize, side: &'static str, why: String) {
-        if let Some(operation) = self.operation(setup, place) {
-            let note = format!("{side} failed: {why}");
-            operation.plug.note(note.clone());
-            eprintln!("\nnacre-bench: {}: {note}", operation.what.name());
-            operation.failures.push((side, why));
-        }
+    /// Tells of a failure, and notes it.
+    pub fn failed(&mut self, what: What, side: &'static str, why: &Error) {
+        self.run
+            .failed(&format!("{}: {side} failed: {why:#}", what.name()));
+        self.failures.push((what, side));
     }
 
     /// How often an operation of one side has failed.
-    pub fn failures(&self, setup: usize, place: usize, side: &str) -> usize {
-        let operation = self.setups.get(setup).and_then(|all| all.get(place));
-        let failures = operation.map_or(&[][..], |operation| &operation.failures);
-        failures.iter().filter(|(whose, _)| *whose == side).count()
-    }
-
-    /// Nothing more comes.
-    pub fn end(&mut self, error: Option<&Error>) {
-        self.ended_by = error.map(|error| format!("{error:#}"));
-    }
-
-    fn reports(&self) -> impl Iterator<Item = &Report> {
-        let operations = self.setups.iter().flatten();
-        operations.flat_map(|operation| [&operation.plug, &operation.unplug])
-    }
-
-    /// A table an operation.
-    pub fn tables(&self) -> String {
-        let mut text = format!(
-            "Guest: Linux {}, from {}\n",
-            self.kernel_release,
-            self.kernel.display()
-        );
-        if let Some(version) = &self.qemu_version {
-            text.push_str(&format!(
-                "QEMU {version}, q35: plug until the guest's kernel reports success (_OST), as the row \"{REPORTED}\" of both; unplug until it is gone\n"
-            ));
-        }
-        for report in self.reports() {
-            text.push_str(&format!("\n{}\n", report.table()));
-        }
-        if let Some(why) = &self.ended_by {
-            text.push_str(&format!("\nNot all of it: {why}\n"));
-        }
-        text
-    }
-
-    /// All values, and what they are of.
-    pub fn json(&self) -> Value {
-        let failures = self.setups.iter().flatten().flat_map(|operation| {
-            let failure = |(side, why): &(&str, String)| {
-                json!({ "operation": operation.what.name(), "of": side, "why": why })
-            };
-            operation.failures.iter().map(failure)
-        });
-        json!({
-            "scenario": "hotplug",
-            "complete": self.ended_by.is_none(),
-            "ended_by": self.ended_by,
-            "settings": self.settings,
-            "kernel": self.kernel,
-            "kernel_release": self.kernel_release,
-            "initrd": self.initrd,
-            "qemu": self.qemu.as_ref().map(|program| json!({
-                "program": program,
-                "version": self.qemu_version,
-            })),
-            "failures": failures.collect::<Vec<_>>(),
-            "operations": self.reports().map(Report::json).collect::<Vec<_>>(),
-        })
+    pub fn failures(&self, what: What, side: &str) -> usize {
+        let all = self.failures.iter();
+        all.filter(|(known, whose)| *known == what && *whose == side)
+            .count()
     }
 
     /// A line for each operation, ours whole; and beside QEMU's up to its last event, ours up to the same.
-    pub fn plot(&self, machine: &str) -> Result<String> {
+    pub fn plot(&self) -> Result<String> {
         let mut lines = Vec::new();
-        let mut family = 0;
-        for operations in &self.setups {
-            for (verb, direction) in [("plug", Direction::Plug), ("unplug", Direction::Unplug)] {
-                for operation in operations {
-                    let name = format!("{verb} {}", operation.what.name());
-                    let (report, end) = match direction {
-                        Direction::Plug => (&operation.plug, REPORTED),
-                        Direction::Unplug => (&operation.unplug, TOTAL),
-                    };
-                    lines.push(Line {
-                        label: name.clone(),
-                        family,
-                        values: report.values(OURS, TOTAL).to_vec(),
-                        thin: false,
-                    });
-                    let theirs = report.values(PEER, end);
-                    if theirs.is_empty() {
-                        continue;
-                    }
-                    let mut compared = vec![(PEER, theirs)];
-                    if direction == Direction::Plug {
-                        compared.insert(0, (OURS, report.values(OURS, end)));
-                    }
-                    for (side, values) in compared {
-                        let until = if direction == Direction::Plug {
-                            ", reported"
-                        } else {
-                            ""
-                        };
-                        lines.push(Line {
-                            label: format!("{name}: {side}{until}"),
-                            family: family + 1,
-                            values: values.to_vec(),
-                            thin: true,
-                        });
-                    }
-                }
-                family += 2;
+        let document = &self.run.document;
+        let families = self
+            .setups
+            .iter()
+            .flat_map(|operations| Direction::BOTH.map(|direction| (operations, direction)));
+        for (family, (operations, direction)) in families.enumerate() {
+            for what in operations.iter().copied() {
+                let title = direction.of(what);
+                let table = document.tables.iter().find(|table| table.title == title);
+                lines.extend(
+                    table
+                        .into_iter()
+                        .flat_map(|table| of(table, direction, 2 * family)),
+                );
             }
         }
+        let release = document
+            .guest_kernel
+            .as_ref()
+            .and_then(|kernel| kernel.release.as_deref());
         let title = format!(
-            "Plug and unplug, guest Linux {}; host {machine}",
-            self.kernel_release
+            "Plug and unplug, guest Linux {}; host {}",
+            release.unwrap_or_default(),
+            document.machine
         );
-        plot::cdf(&title, &lines)
+        let labels = Labels {
+            title: &title,
+            unit: Unit::Ms.label(),
+            ground: Ground::Paper,
+        };
+        plot::cdf(&labels, &lines)
     }
+}
+
+/// The lines of one operation.
+fn of(table: &Report, direction: Direction, family: usize) -> Vec<Line> {
+    let line = |label: String, family: usize, values: &[f64], thin: bool| Line {
+        label,
+        family,
+        values: values.to_vec(),
+        thin,
+    };
+    let whole = table.values(OURS, TOTAL);
+    let mut lines = vec![line(table.title.clone(), family, whole, false)];
+    let end = direction.end();
+    let (suffix, sides): (_, &[&str]) = match direction {
+        Direction::Plug => (", reported", &[OURS, PEER]),
+        // Ours ends there as a whole.
+        Direction::Unplug => ("", &[PEER]),
+    };
+    if !table.values(PEER, end).is_empty() {
+        for side in sides {
+            let label = format!("{}: {side}{suffix}", table.title);
+            lines.push(line(label, family + 1, table.values(side, end), true));
+        }
+    }
+    lines
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Way;
     use super::*;
 
-    fn measured() -> Measured {
+    fn measured(setting: &Setting) -> Measured<'_> {
         use clap::Parser;
         #[derive(Parser)]
         struct Whole {
@@ -248,45 +220,51 @@ mod tests {
         let words = ["x", "--vcpus", "1", "--sizes", "1G", "--qemu", "/bin/qemu"];
         let options = Whole::parse_from(words).options;
         let setups = options.setups();
-        Measured::new(&options, &Config::default(), &setups)
+        Measured::new(&options, &Config::default(), &setups, setting)
     }
 
+    const ONE: What = What::Vcpus(1);
+
     #[test]
-    fn an_interrupted_run_has_what_was_measured_and_says_why_it_ended() {
-        let mut measured = measured();
-        let value = measured.json();
-        assert_eq!(value["complete"], false);
+    fn each_operation_has_its_tables_and_those_their_phases() {
+        let setting = Setting::default();
+        let mut measured = measured(&setting);
         let plug = vec![("host call", 1.0), (TOTAL, 40.0), (REPORTED, 30.0)];
-        measured.add(0, 0, Direction::Plug, OURS, &plug);
-        measured.add(0, 0, Direction::Plug, PEER, &vec![(REPORTED, 60.0)]);
-        measured.add(0, 0, Direction::Unplug, OURS, &vec![(TOTAL, 7.0)]);
-        measured.end(Some(&anyhow::anyhow!("interrupted")));
-        let text = measured.tables();
-        for words in [
-            "plug 1 vCPU",
-            "qemu p99",
-            "0.50",
-            "Not all of it: interrupted",
-        ] {
+        measured.add(ONE, Direction::Plug, OURS, &plug);
+        measured.add(ONE, Direction::Plug, PEER, &vec![(REPORTED, 60.0)]);
+        measured.add(ONE, Direction::Unplug, OURS, &vec![(TOTAL, 7.0)]);
+        let text = measured.run.document.text();
+        for words in ["| plug 1 vCPU", "| unplug 1 vCPU", "qemu p99", "0.50"] {
             assert!(text.contains(words), "{words} in {text}");
         }
-        let value = measured.json();
-        assert_eq!(value["ended_by"], "interrupted");
-        assert_eq!(value["settings"]["sizes_mib"], json!([1024]));
-        let series = &value["operations"][0]["shims"][1]["series"];
-        assert_eq!(series[0]["values"], json!([60.0]));
-        measured.end(None);
-        assert_eq!(measured.json()["complete"], true);
+        let document = &measured.run.document;
+        assert_eq!(document.settings["sizes_mib"], json!([1024]));
+        assert_eq!(document.tables[0].values(PEER, REPORTED), [60.0]);
+        let sides = |title: &str| {
+            let table = document.tables.iter().find(|table| table.title == title);
+            table.map(|table| (table.sides.len(), table.phases.clone()))
+        };
+        let phases = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        for (title, count, names) in [
+            ("plug 1 vCPU", 2, &PLUGGED[..]),
+            ("unplug 1 vCPU", 2, &UNPLUGGED),
+            ("plug 1G virtio-mem", 1, &REQUESTED),
+            ("unplug 1G virtio-mem", 1, &REQUESTED),
+            ("plug 1G acpi", 2, &PLUGGED),
+        ] {
+            assert_eq!(sides(title), Some((count, phases(names))), "{title}");
+        }
     }
 
     #[test]
     fn what_is_compared_is_drawn_beside_it() {
-        let mut measured = measured();
+        let setting = Setting::default();
+        let mut measured = measured(&setting);
         let plug = vec![(TOTAL, 40.0), (REPORTED, 30.0)];
-        measured.add(0, 0, Direction::Plug, OURS, &plug);
-        measured.add(0, 0, Direction::Plug, PEER, &vec![(REPORTED, 60.0)]);
-        measured.add(0, 0, Direction::Unplug, PEER, &vec![(TOTAL, 9.0)]);
-        let svg = measured.plot("a machine").unwrap();
+        measured.add(ONE, Direction::Plug, OURS, &plug);
+        measured.add(ONE, Direction::Plug, PEER, &vec![(REPORTED, 60.0)]);
+        measured.add(ONE, Direction::Unplug, PEER, &vec![(TOTAL, 9.0)]);
+        let svg = measured.plot().unwrap();
         for label in [
             "plug 1 vCPU: nacre, reported",
             "plug 1 vCPU: qemu, reported",
@@ -299,16 +277,14 @@ mod tests {
 
     #[test]
     fn failures_are_counted_by_side_and_told() {
-        let mut measured = measured();
-        measured.failed(2, 0, OURS, "it stays".to_owned());
-        assert_eq!(measured.failures(2, 0, OURS), 1);
-        assert_eq!(measured.failures(2, 0, PEER), 0);
-        assert_eq!(measured.failures(9, 9, OURS), 0);
-        let value = measured.json();
-        assert_eq!(
-            value["failures"][0]["operation"],
-            What::Memory(1024, Way::Acpi).name()
-        );
-        assert!(measured.tables().contains("nacre failed: it stays"));
+        let setting = Setting::default();
+        let mut measured = measured(&setting);
+        let memory = What::Memory(1024, Way::Acpi);
+        measured.failed(memory, OURS, &anyhow::anyhow!("it stays"));
+        assert_eq!(measured.failures(memory, OURS), 1);
+        assert_eq!(measured.failures(memory, PEER), 0);
+        assert_eq!(measured.failures(ONE, OURS), 0);
+        let text = measured.run.document.text();
+        assert!(text.contains("1G acpi: nacre failed: it stays"), "{text}");
     }
 }

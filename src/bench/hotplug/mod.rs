@@ -1,31 +1,27 @@
 //! `nacre-bench hotplug`: vCPUs and memory come and go in a VM of ours, and in
 //! QEMU's if there is one. Here are the rounds; `ours` and `qemu` are the VMs,
-//! `parts` what a time is made of, `measured` what was measured, `plot` its
+//! `parts` what a time is made of, `measured` what was measured, and its
 //! picture.
 
 mod measured;
 mod ours;
 mod parts;
-mod plot;
 mod qemu;
 mod qmp;
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::Instant;
 
-use super::Setting;
-use super::scenarios::turns;
+use super::run::{Rounds, turns};
+use super::{Setting, interrupt};
 use crate::config::{ByteSize, Config};
 use measured::{Direction, Measured, OURS, PEER};
 use ours::Ours;
-use parts::{Parts, REPORTED, TOTAL};
+use parts::Parts;
 use qemu::{Booted, Qemu};
 
 /// An operation that has failed so often is left out from there on.
@@ -155,13 +151,29 @@ impl Setup {
 }
 
 impl Options {
+    fn all_rounds(&self) -> Rounds {
+        Rounds {
+            warm_up: self.warm_up,
+            count: self.rounds,
+        }
+    }
+
     /// The VMs, one after another.
     fn setups(&self) -> Vec<Setup> {
         let boot_mib = self.memory.mib();
-        let setup = |way, operations| Setup {
-            operations,
-            way,
-            boot_mib,
+        let setup = |way, all: Vec<What>| {
+            let mut operations = Vec::new();
+            for what in all {
+                // Each has its table, by its name.
+                if !operations.contains(&what) {
+                    operations.push(what);
+                }
+            }
+            Setup {
+                operations,
+                way,
+                boot_mib,
+            }
         };
         let mut setups = Vec::new();
         if !self.no_vcpus {
@@ -188,65 +200,47 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     };
     let bench = Bench {
         options,
-        setting,
         config: &config,
         busybox,
         patience: Duration::from_secs(setting.patience),
     };
     let setups = options.setups();
-    let mut measured = Measured::new(options, &config, &setups);
+    let mut measured = Measured::new(options, &config, &setups, setting);
     let runtime = tokio::runtime::Runtime::new().context("starting threads")?;
     let outcome = runtime.block_on(async {
-        let (mut interrupt, mut terminate) = (
-            signal(SignalKind::interrupt())?,
-            signal(SignalKind::terminate())?,
-        );
         tokio::select! {
             outcome = bench.all(&setups, &mut measured) => outcome,
-            _ = interrupt.recv() => Err(anyhow!("interrupted")),
-            _ = terminate.recv() => Err(anyhow!("terminated")),
+            why = interrupt::come() => Err(why),
         }
     });
-    measured.end(outcome.as_ref().err());
-    println!("{}", super::machine());
-    println!("{}", measured.tables());
-    let saved = bench.save(&measured);
-    if let Some(file) = &options.plot {
-        let svg = measured.plot(&super::machine())?;
-        std::fs::write(file, svg).with_context(|| format!("writing {}", file.display()))?;
-    }
-    outcome.and(saved)
+    let drawn = options.plot.as_ref().map_or(Ok(()), |file| {
+        let svg = measured.plot()?;
+        std::fs::write(file, svg).with_context(|| format!("writing {}", file.display()))
+    });
+    measured.run.end(outcome).and(drawn)
 }
 
 /// All that stays the same.
 struct Bench<'o> {
     options: &'o Options,
-    setting: &'o Setting,
     config: &'o Config,
     busybox: PathBuf,
     patience: Duration,
 }
 
 impl Bench<'_> {
-    async fn all(&self, setups: &[Setup], measured: &mut Measured) -> Result<()> {
-        for (at, setup) in setups.iter().enumerate() {
-            self.one(setup, at, measured)
+    async fn all(&self, setups: &[Setup], measured: &mut Measured<'_>) -> Result<()> {
+        for setup in setups {
+            self.one(setup, measured)
                 .await
                 .with_context(|| format!("measuring {}", setup.name()))?;
         }
         Ok(())
     }
 
-    fn save(&self, measured: &Measured) -> Result<()> {
-        match &self.setting.json {
-            Some(file) => super::save(file, measured.json()),
-            None => Ok(()),
-        }
-    }
-
-    async fn one(&self, setup: &Setup, at: usize, measured: &mut Measured) -> Result<()> {
+    async fn one(&self, setup: &Setup, measured: &mut Measured<'_>) -> Result<()> {
         let mut ours = Ours::boot(self.config, setup, self.patience).await?;
-        measured.kernel_release.clone_from(&ours.kernel_release);
+        measured.guest(self.config, &ours.kernel_release);
         let mut peer = match &self.options.qemu {
             Some(program) if setup.operations.iter().all(|what| what.has_peer()) => {
                 let what = Booted {
@@ -255,42 +249,41 @@ impl Bench<'_> {
                     busybox: &self.busybox,
                 };
                 let qemu = Qemu::boot(&what, setup, self.patience).await?;
-                measured.qemu_version = Some(qemu.version.clone());
+                measured.qemu(program, &qemu.version);
                 Some(qemu)
             }
             Some(_) | None => None,
         };
-        let rounds = self.options.warm_up + self.options.rounds;
-        for round in 0..rounds {
-            let counts = round >= self.options.warm_up;
-            let progress = Progress::begin(setup.name(), round, rounds, counts);
-            for (place, what) in setup.operations.iter().copied().enumerate() {
-                for side in turns(1 + usize::from(peer.is_some()), round) {
+        let rounds = self.options.all_rounds();
+        for round in rounds.each() {
+            measured.run.begin(setup.name(), rounds, round)?;
+            for what in setup.operations.iter().copied() {
+                for side in turns(1 + usize::from(peer.is_some()), round.number) {
                     let name = if side == 0 { OURS } else { PEER };
-                    if measured.failures(at, place, name) >= FAILURES {
+                    if measured.failures(what, name) >= FAILURES {
                         continue;
                     }
-                    progress.now(name, what);
+                    measured.run.now(&format!("{name}, {}", what.name()));
                     let done = match (&mut peer, side) {
                         (Some(peer), 1) => there_and_back(peer, what).await,
                         _ => there_and_back(&mut ours, what).await,
                     };
                     match done {
-                        Ok((plug, unplug)) => {
-                            progress.done(&plug, &unplug);
-                            if counts {
-                                measured.add(at, place, Direction::Plug, name, &plug);
-                                measured.add(at, place, Direction::Unplug, name, &unplug);
-                            }
+                        Ok((plug, unplug)) if round.counts => {
+                            measured.add(what, Direction::Plug, name, &plug);
+                            measured.add(what, Direction::Unplug, name, &unplug);
                         }
+                        Ok(_) => {}
                         Err(error) if side == 1 => {
-                            measured.failed(at, place, name, format!("{error:#}"));
+                            // The signal may have been QEMU's as well.
+                            interrupt::check()?;
+                            measured.failed(what, name, &error);
                             // What it has now is not known.
                             peer = None;
                             break;
                         }
                         Err(error) => {
-                            measured.failed(at, place, name, format!("{error:#}"));
+                            measured.failed(what, name, &error);
                             let back = ours.back(what).await;
                             eprint!("{}", ours.console());
                             back.context("going back after a failure")?;
@@ -298,8 +291,7 @@ impl Bench<'_> {
                     }
                 }
             }
-            progress.end();
-            self.save(measured)?;
+            measured.run.done()?;
         }
         ours.end().await;
         Ok(())
@@ -320,57 +312,6 @@ async fn there_and_back(vm: &mut impl Plugging, what: What) -> Result<(Parts, Pa
     let unplug = vm.unplug(what).await;
     let unplug = unplug.with_context(|| format!("unplugging {}", what.name()))?;
     Ok((plug, unplug))
-}
-
-/// What is being done, on standard error: in one line that changes on a terminal, else in one that grows.
-struct Progress {
-    head: String,
-    terminal: bool,
-    began: Instant,
-}
-
-impl Progress {
-    fn begin(name: &str, round: u64, rounds: u64, counts: bool) -> Self {
-        let note = if counts { "" } else { ", to warm up" };
-        let this = Self {
-            head: format!("{name}: round {} of {rounds}{note}", round + 1),
-            terminal: std::io::stderr().is_terminal(),
-            began: Instant::now(),
-        };
-        if !this.terminal {
-            eprint!("{}:", this.head);
-        }
-        this
-    }
-
-    fn now(&self, side: &str, what: What) {
-        if self.terminal {
-            eprint!("\r\x1b[K{}: {side}, {} …", self.head, what.name());
-        } else {
-            eprint!(" {side} {}", what.name());
-        }
-        // A closed stderr has no remedy.
-        let _ = std::io::stderr().flush();
-    }
-
-    fn done(&self, plug: &Parts, unplug: &Parts) {
-        let whole = |parts: &Parts| {
-            let of = |wanted| parts.iter().find(|(name, _)| *name == wanted);
-            of(TOTAL).or(of(REPORTED)).map_or(0.0, |(_, ms)| *ms)
-        };
-        if !self.terminal {
-            eprint!(" {:.0}/{:.0} ms,", whole(plug), whole(unplug));
-        }
-    }
-
-    fn end(self) {
-        let seconds = self.began.elapsed().as_secs_f64();
-        if self.terminal {
-            eprintln!("\r\x1b[K{}: {seconds:.1} s", self.head);
-        } else {
-            eprintln!(" in {seconds:.1} s");
-        }
-    }
 }
 
 #[cfg(test)]
@@ -397,7 +338,7 @@ mod tests {
         assert_eq!(names, ["vCPUs", "virtio-mem", "acpi"]);
         assert_eq!((setups[0].most_vcpus(), setups[0].most_mib()), (8, 0));
         assert_eq!((setups[2].most_vcpus(), setups[2].most_mib()), (0, 4096));
-        let chosen = options(&["--vcpus", "3,1", "--sizes", "256M,1G", "--ways", "acpi"]);
+        let chosen = options(&["--vcpus", "3,1,3", "--sizes", "256M,1G", "--ways", "acpi"]);
         let setups = chosen.unwrap().setups();
         assert_eq!(setups.len(), 2);
         assert_eq!(setups[0].operations, [What::Vcpus(3), What::Vcpus(1)]);

@@ -9,6 +9,11 @@ pub(super) const TOTAL: &str = "= total";
 /// Until the guest's kernel has reported success by `_OST`, without what our agent did in between.
 pub(super) const REPORTED: &str = "= reported";
 
+/// What those of each kind are, one after another.
+pub(super) const PLUGGED: [&str; 4] = ["host call", "noticed", "online", "acknowledged"];
+pub(super) const UNPLUGGED: [&str; 3] = ["offline", "ejected", "acknowledged"];
+pub(super) const REQUESTED: [&str; 4] = ["host call", "first block", "last block", "acknowledged"];
+
 /// Named times, in the order in which they are shown.
 pub(super) type Parts = Vec<(&'static str, f64)>;
 
@@ -81,8 +86,11 @@ mod tests {
         }
     }
 
-    /// All but the sums add up to the total.
-    fn adds_up(parts: &Parts) -> bool {
+    /// All but the sums add up to the total, and are the ones that are told.
+    fn adds_up(parts: &Parts, names: &[&str]) -> bool {
+        let phases = parts.iter().map(|(name, _)| *name);
+        let phases: Vec<_> = phases.filter(|name| !name.starts_with('=')).collect();
+        assert_eq!(phases, names);
         let total = parts.iter().find(|(name, _)| *name == TOTAL).unwrap().1;
         let parts = parts.iter().filter(|(name, _)| !name.starts_with('='));
         (parts.map(|(_, ms)| ms).sum::<f64>() - total).abs() < 1e-6
@@ -101,11 +109,11 @@ mod tests {
             (REPORTED, 25.0),
         ];
         assert_eq!(parts, expected);
-        assert!(adds_up(&parts));
+        assert!(adds_up(&parts, &PLUGGED));
         let parts = unplugged(&steps, 70_000);
         assert_eq!(parts[0], ("offline", 60.0));
         assert_eq!(parts[1], ("ejected", 3.0));
-        assert!(adds_up(&parts));
+        assert!(adds_up(&parts, &UNPLUGGED));
     }
 
     #[test]
@@ -119,6 +127,7 @@ mod tests {
             (TOTAL, 13.0),
         ];
         assert_eq!(parts, expected);
+        assert!(adds_up(&parts, &REQUESTED));
     }
 
     #[test]

@@ -13,7 +13,7 @@ const READ: usize = 64 << 10;
 ///
 /// # Errors
 /// What comes first is no header, or the stream breaks.
-pub(super) async fn answer(
+pub(in crate::bench) async fn answer(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     content: &Content,
 ) -> Result<()> {

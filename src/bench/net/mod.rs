@@ -1,10 +1,10 @@
 //! `nacre-bench net`: TCP and UDP between a container and a server, next to runc with the same kind of network, and next to QEMU if there is
 //! one; and the vsock of a VM. Here are the rounds; `work` is what is measured, `bridge` the network, `qemu` and `vsock` where beside
-//! containers, `host` the vsock's other end, `measured` what came of it. What measures is `nacre-probe`, the same everywhere.
+//! containers, `host` the vsock's other end, `options` what it is told. What measures is `nacre-probe`, the same everywhere.
 
 mod bridge;
 mod host;
-mod measured;
+mod options;
 mod qemu;
 mod vsock;
 mod work;
@@ -13,108 +13,55 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use clap::Args;
 
 use super::console::Booted;
+use super::document::GuestKernel;
 use super::peers::{Joined, Peer, Surroundings};
 use super::probed::{self, PROBE, Probed};
-use super::scenarios::turns;
+use super::report::Unit;
+use super::run::{Round, Run, turns};
 use super::steady::steady;
-use super::{Setting, as_root, variable};
-use crate::config::{ByteSize, Config};
+use super::{Setting, as_root, interrupt};
+use crate::config::Config;
 use bridge::Bridge;
-use measured::{Measured, Table};
+pub(super) use options::Options;
 use qemu::Qemu;
-use vsock::{Size, Vm};
-use work::{NETWORK, Sizes, VSOCK};
+use work::{NETWORK, VSOCK};
+
+// The scenario vsock has the same server, words and VM.
+pub(super) use host::answer;
+pub(super) use vsock::{Size, Vm};
+pub(super) use work::{BIG, Sizes, Work};
 
 const OURS: &str = "nacre";
 const QEMU: &str = "qemu";
+/// The tables.
+const OF_NETWORK: &str = "virtio-net";
+const OF_VSOCK: &str = "vsock";
 /// What containers have mounted over it.
 const FOLDERS: [&str; 5] = ["dev", "etc", "proc", "sys", "tmp"];
 
-/// Options of `nacre-bench net`.
-#[derive(Debug, Clone, Args)]
-pub(super) struct Options {
-    /// Rounds; in each, everything is measured once
-    #[arg(long, value_name = "N", default_value_t = 10)]
-    rounds: u64,
-    /// Rounds before that, which do not count
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    warm_up: u64,
-    /// MiB that all streams of a measurement carry together
-    #[arg(long, value_name = "N", default_value_t = 256, overrides_with = "mib", value_parser = clap::value_parser!(u64).range(1..=65536))]
-    mib: u64,
-    /// Requests of a measurement
-    #[arg(long, value_name = "N", default_value_t = 1000, overrides_with = "requests", value_parser = clap::value_parser!(u32).range(1..=4000))]
-    requests: u32,
-    /// Leave out the network
-    #[arg(long, conflicts_with = "no_vsock")]
-    no_network: bool,
-    /// Leave out the vsock
-    #[arg(long)]
-    no_vsock: bool,
-    /// vCPUs of the VMs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=254))]
-    vcpus: u8,
-    /// Memory of the VMs
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    memory: ByteSize,
-    /// The static program that measures [default: NACRE_PROBE, else nacre-probe beside this program or in PATH]
-    #[arg(long, value_name = "PROGRAM")]
-    probe: Option<PathBuf>,
-    /// Folder of the CNI plugins bridge and host-local, absolute [default: NACRE_CNI_BIN, else as the configuration has it]
-    #[arg(long, value_name = "DIR")]
-    cni: Option<PathBuf>,
-    /// Also measure this QEMU for x86-64
-    #[arg(long, value_name = "PROGRAM")]
-    qemu: Option<PathBuf>,
-    /// QEMU's initrd: nacre's with the module virtio_pci [default: nacre's, as the configuration names it]
-    #[arg(long, value_name = "FILE", requires = "qemu")]
-    qemu_initrd: Option<PathBuf>,
-}
-
-impl Options {
-    fn sizes(&self) -> Sizes {
-        Sizes {
-            mib: self.mib,
-            requests: self.requests,
-        }
-    }
-
-    fn plugins(&self, config: &Config) -> Vec<PathBuf> {
-        let given = self.cni.clone().or_else(|| variable("NACRE_CNI_BIN"));
-        given.map_or_else(
-            || config.network.cni_bin_dirs.clone(),
-            |folder| vec![folder],
-        )
-    }
-}
-
-/// Measures until all rounds are done or something fails; what there is then is shown and written.
+/// Measures until all rounds are done, something fails or a signal comes; what there is then is shown and written.
 pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     as_root()?;
     let bench = Bench::prepare(options, setting)?;
-    let mut measured = Measured::new(&bench.peers, options);
+    let mut run = Run::new("net", options.settings(), setting);
+    run.document.tables = options.tables(&bench.peers);
+    run.document.guest_kernel = Some(GuestKernel::of(&bench.config.kernel));
+    run.peers(&bench.peers);
+    if let Some(qemu) = &options.qemu {
+        run.document.program(QEMU, qemu);
+    }
+    (0..run.document.tables.len()).for_each(|_| run.expect(options.all_rounds()));
     let network = match options.no_network {
         true => Ok(()),
-        false => bench.network(&mut measured),
+        false => bench.network(&mut run),
     };
     let outcome = network.and_then(|()| match options.no_vsock {
         true => Ok(()),
-        false => bench.vsock(&mut measured),
+        false => bench.vsock(&mut run),
     });
-    println!("{}", super::machine());
-    println!("{}", measured.text());
-    let saved = match &setting.json {
-        Some(file) => {
-            let mut value = measured.json(options, &bench.peers, outcome.is_ok());
-            value["kernel"] = bench.config.kernel.display().to_string().into();
-            super::save(file, value)
-        }
-        None => Ok(()),
-    };
-    outcome.and(saved)
+    run.end(outcome)
 }
 
 /// What everything is measured with.
@@ -150,6 +97,37 @@ impl Side<'_> {
         }
     }
 
+    /// Measures one thing. A QEMU that fails is left out from there on.
+    fn measure(
+        &mut self,
+        work: Work,
+        words: &[String],
+        sizes: Sizes,
+        round: Round,
+        run: &mut Run<'_>,
+    ) -> Result<()> {
+        interrupt::check()?;
+        let name = self.name;
+        run.now(&format!("{name}, {}", work.name));
+        let asked = self
+            .ask(words)
+            .and_then(|line| work.values(&line, sizes))
+            .with_context(|| {
+                let round = round.number + 1;
+                format!("{name} failed in round {round}, {}", words.join(" "))
+            });
+        match asked {
+            Ok(values) => add(run, round, OF_NETWORK, name, work, values),
+            Err(error) if matches!(self.place, Place::Qemu(_)) => {
+                interrupt::check()?;
+                run.failed(&format!("{error:#}"));
+                self.left_out = true;
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
     fn end(self) -> Result<()> {
         match self.place {
             Place::Container(container) => container.end(),
@@ -178,7 +156,7 @@ impl<'o> Bench<'o> {
             patience: Duration::from_secs(setting.patience),
             folder,
         };
-        bench.make_root()?;
+        make_root(&bench.root(), &bench.probe)?;
         Ok(bench)
     }
 
@@ -186,28 +164,20 @@ impl<'o> Bench<'o> {
         self.folder.path().join("root")
     }
 
-    fn make_root(&self) -> Result<()> {
-        let root = self.root();
-        for name in FOLDERS {
-            let path = root.join(name);
-            std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
-        }
-        std::fs::copy(&self.probe, root.join(PROBE))
-            .with_context(|| format!("copying {}: --probe names another", self.probe.display()))?;
-        Ok(())
-    }
-
-    fn network(&self, measured: &mut Measured) -> Result<()> {
+    fn network(&self, run: &mut Run<'_>) -> Result<()> {
         let bridge = Bridge::make(self.folder.path(), self.options.plugins(&self.config))?;
         let around = Surroundings::over(&self.root(), self.patience)?;
         let mut sides = self.containers(&bridge, &around)?;
         if let Some(program) = &self.options.qemu {
             match self.qemu(program, &bridge) {
                 Ok(side) => sides.push(side),
-                Err(error) => measured.failed(format!("qemu is left out: {error:#}")),
+                Err(error) => {
+                    interrupt::check()?;
+                    run.failed(&format!("qemu is left out: {error:#}"));
+                }
             }
         }
-        self.rounds(&bridge, &mut sides, measured)?;
+        self.rounds(&bridge, &mut sides, run)?;
         let mut lasting = sides.into_iter().filter(|side| !side.left_out);
         lasting.try_for_each(Side::end)
     }
@@ -247,47 +217,23 @@ impl<'o> Bench<'o> {
         })
     }
 
-    fn rounds(
-        &self,
-        bridge: &Bridge,
-        sides: &mut [Side<'_>],
-        measured: &mut Measured,
-    ) -> Result<()> {
+    fn rounds(&self, bridge: &Bridge, sides: &mut [Side<'_>], run: &mut Run<'_>) -> Result<()> {
         let sizes = self.options.sizes();
-        for round in 0..self.all_rounds() {
-            let counts = self.begin(round, "network");
+        run.rounds("network", self.options.all_rounds(), |run, round| {
             for work in NETWORK {
                 let words = work.words(&bridge.server(), sizes);
-                for turn in turns(sides.len(), round) {
+                for turn in turns(sides.len(), round.number) {
                     let side = &mut sides[turn];
-                    if side.left_out {
-                        continue;
-                    }
-                    let asked = side
-                        .ask(&words)
-                        .and_then(|line| work.values(&line, sizes))
-                        .with_context(|| {
-                            let name = side.name;
-                            format!("{name} failed in round {}, {}", round + 1, words.join(" "))
-                        });
-                    match asked {
-                        Ok(values) if counts => {
-                            measured.add(Table::Network, side.name, work.name, values);
-                        }
-                        Ok(_) => {}
-                        Err(error) if matches!(side.place, Place::Qemu(_)) => {
-                            measured.failed(format!("{error:#}"));
-                            side.left_out = true;
-                        }
-                        Err(error) => return Err(error),
+                    if !side.left_out {
+                        side.measure(work, &words, sizes, round, run)?;
                     }
                 }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
-    fn vsock(&self, measured: &mut Measured) -> Result<()> {
+    fn vsock(&self, run: &mut Run<'_>) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()
@@ -296,44 +242,66 @@ impl<'o> Bench<'o> {
             vcpus: self.options.vcpus,
             memory_mib: self.options.memory.mib(),
         };
+        let root = self.root();
         runtime.block_on(async {
-            let mut vm = Vm::boot(&self.config, size, &self.root(), self.patience).await?;
-            let outcome = self.vsock_rounds(&mut vm, measured).await;
+            let mut vm = tokio::select! {
+                vm = Vm::boot(&self.config, size, &root, self.patience) => vm?,
+                why = interrupt::come() => return Err(why),
+            };
+            let outcome = tokio::select! {
+                outcome = self.vsock_rounds(&mut vm, run) => outcome,
+                why = interrupt::come() => Err(why),
+            };
             vm.end().await;
             outcome
         })
     }
 
-    async fn vsock_rounds(&self, vm: &mut Vm, measured: &mut Measured) -> Result<()> {
+    async fn vsock_rounds(&self, vm: &mut Vm, run: &mut Run<'_>) -> Result<()> {
         let sizes = self.options.sizes();
-        for round in 0..self.all_rounds() {
-            let counts = self.begin(round, "vsock");
+        let rounds = self.options.all_rounds();
+        for round in rounds.each() {
+            run.begin(OF_VSOCK, rounds, round)?;
             for work in VSOCK {
+                run.now(work.name);
                 let asked = vm.ask(work, sizes).await;
                 let values = asked
                     .and_then(|line| work.values(&line, sizes))
                     .with_context(|| {
-                        anyhow!("the vsock failed in round {}, {}", round + 1, work.name)
+                        let round = round.number + 1;
+                        anyhow!("the vsock failed in round {round}, {}", work.name)
                     })?;
-                if counts {
-                    measured.add(Table::Vsock, OURS, work.name, values);
-                }
+                add(run, round, OF_VSOCK, OURS, work, values);
             }
+            run.done()?;
         }
         Ok(())
     }
+}
 
-    fn all_rounds(&self) -> u64 {
-        self.options.warm_up + self.options.rounds
+/// Adds the values of one measurement, if its round counts.
+fn add(
+    run: &mut Run<'_>,
+    round: Round,
+    table: &str,
+    side: &str,
+    work: Work,
+    (unit, values): (Unit, Vec<f64>),
+) {
+    for value in values.into_iter().filter(|_| round.counts) {
+        run.add(table, side, work.name, unit, value);
     }
+}
 
-    /// Tells of a round; whether it counts.
-    fn begin(&self, round: u64, of: &str) -> bool {
-        let counts = round >= self.options.warm_up;
-        let note = if counts { "" } else { ", to warm up" };
-        eprintln!("{of}: round {} of {}{note}", round + 1, self.all_rounds());
-        counts
+/// A root that has the probe and nothing else.
+pub(super) fn make_root(root: &Path, probe: &Path) -> Result<()> {
+    for name in FOLDERS {
+        let path = root.join(name);
+        std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
     }
+    std::fs::copy(probe, root.join(PROBE))
+        .with_context(|| format!("copying {}: --probe names another", probe.display()))?;
+    Ok(())
 }
 
 fn container<'s>(
@@ -351,39 +319,41 @@ fn container<'s>(
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
+    use super::options::tests::{options, peers};
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
-    pub(super) fn options(words: &str) -> Result<Options, clap::Error> {
-        let words = std::iter::once("net").chain(words.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.options)
-    }
-
     #[test]
-    fn options_have_their_defaults_and_their_bounds() {
-        let all = options("").unwrap();
-        assert_eq!((all.mib, all.requests, all.rounds), (256, 1000, 10));
-        // xtask has its own in front of the user's.
-        let some = options("--mib 8 --mib 1 --requests 9 --memory 1G --cni /c").unwrap();
-        assert_eq!((some.mib, some.requests), (1, 9));
-        let config = Config::default();
-        assert_eq!(some.plugins(&config), [PathBuf::from("/c")]);
-        for words in [
-            "--mib 0",
-            "--requests 0",
-            "--requests 4001",
-            "--vcpus 0",
-            "--qemu-initrd /i",
-            "--no-network --no-vsock",
-        ] {
-            assert!(options(words).is_err(), "{words}");
+    fn every_value_of_a_round_that_counts_is_in_its_table() {
+        let options = options("--qemu /q").unwrap();
+        let setting = Setting::default();
+        let mut run = Run::new("net", options.settings(), &setting);
+        run.document.tables = options.tables(&peers());
+        for round in options.all_rounds().each().take(2) {
+            for work in NETWORK {
+                let run = &mut run;
+                add(
+                    run,
+                    round,
+                    OF_NETWORK,
+                    OURS,
+                    work,
+                    (Unit::Us, vec![3.0, 3.0]),
+                );
+                add(run, round, OF_NETWORK, "runc", work, (Unit::Us, vec![2.0]));
+            }
+            for work in VSOCK {
+                let values = (Unit::MibPerSecond, vec![7.0]);
+                add(&mut run, round, OF_VSOCK, OURS, work, values);
+            }
         }
+        let text = run.document.text();
+        for words in ["virtio-net", "vsock", "nacre/runc", "1.50", "qemu p99"] {
+            assert!(text.contains(words), "{words} in {text}");
+        }
+        let [network, vsock] = run.document.tables.as_slice() else {
+            panic!("two tables in {text}");
+        };
+        assert_eq!(network.values(OURS, NETWORK[5].name), [3.0, 3.0]);
+        assert_eq!(vsock.values(OURS, VSOCK[8].name), [7.0]);
     }
 }

@@ -26,7 +26,7 @@ const HOST: u32 = 2;
 const CONTAINER: &str = "bench";
 
 /// The VM with its container; stopped when dropped.
-pub(super) struct Vm {
+pub(in crate::bench) struct Vm {
     sandbox: Sandbox,
     events: Receiver<AgentEvent>,
     content: Content,
@@ -38,7 +38,7 @@ pub(super) struct Vm {
 
 /// Its size.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Size {
+pub(in crate::bench) struct Size {
     pub vcpus: u8,
     pub memory_mib: u64,
 }

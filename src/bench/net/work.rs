@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::bench::report::Unit;
 
@@ -16,8 +16,8 @@ const BLOCK: u32 = 65_536;
 const REQUEST: u32 = 64;
 
 /// How much there is of each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(super) struct Sizes {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::bench) struct Sizes {
     /// MiB of all streams together.
     pub mib: u64,
     /// Requests.
@@ -34,7 +34,7 @@ enum What {
 
 /// One thing that is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Work {
+pub(in crate::bench) struct Work {
     /// Its row.
     pub name: &'static str,
     what: What,
@@ -62,6 +62,9 @@ pub(super) const NETWORK: [Work; 6] = [
     work("TCP request", ASK, 1, REQUEST),
     work("UDP request", What::Ask { udp: true }, 1, REQUEST),
 ];
+
+/// Of the vsock with big writes, each way.
+pub(in crate::bench) const BIG: [Work; 2] = [VSOCK[6], VSOCK[7]];
 
 /// Of the vsock.
 pub(super) const VSOCK: [Work; 9] = [

@@ -1,30 +1,28 @@
 //! `nacre-bench storage`: a big file, a tree and an archive by virtio-blk and by virtio-fs, next to runc on the same files, and
 //! next to QEMU with virtiofsd if there is one. Here are the rounds; `work` is what is measured, `files` on what, `qemu` where beside
-//! containers, `measured` what came of it. The program that measures is `nacre-probe`, the same everywhere.
+//! containers, `options` what it is told. The program that measures is `nacre-probe`, the same everywhere.
 
 mod files;
-mod measured;
+mod options;
 mod qemu;
 mod work;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Args;
-use serde::Serialize;
 
 use super::console::Booted;
+use super::document::GuestKernel;
 use super::peers::{Joined, Peer, Surroundings};
 use super::probed::{self, Probed, Root};
-use super::scenarios::turns;
+use super::run::{Round, Run, turns};
 use super::steady::steady;
-use super::{Setting, as_root};
-use crate::config::{ByteSize, Config};
+use super::{Setting, as_root, interrupt};
+use crate::config::Config;
 use files::Files;
-use measured::Measured;
+pub(super) use options::Options;
 use qemu::Qemu;
-use work::{ALL, Answer};
+use work::{ALL, Answer, Work};
 
 const OURS: &str = "nacre";
 const QEMU: &str = "qemu";
@@ -33,49 +31,8 @@ const SHARE: &str = "/share";
 /// The page cache, dentries and inodes.
 const DROP_ALL: &str = "3";
 
-/// Options of `nacre-bench storage`.
-#[derive(Debug, Clone, Args)]
-pub(super) struct Options {
-    /// Rounds; in each, everything is measured once
-    #[arg(long, value_name = "N", default_value_t = 10)]
-    rounds: u64,
-    /// Rounds before that, which do not count
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    warm_up: u64,
-    /// MiB of the file that is read
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65536))]
-    mib: u64,
-    /// Files in the tree, of 100 to 4095 bytes
-    #[arg(long, value_name = "N", default_value_t = 10_000, overrides_with = "files", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
-    files: u64,
-    /// Reads of 4 KiB at random places, at each depth
-    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
-    reads: u32,
-    /// Folder of the host for the files and disks; on tmpfs nothing is ever cold on the host [default: that for temporary files]
-    #[arg(long, value_name = "DIR")]
-    dir: Option<PathBuf>,
-    /// vCPUs of the VMs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=254))]
-    vcpus: u8,
-    /// Memory of the VMs
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    memory: ByteSize,
-    /// The static program that measures [default: NACRE_PROBE, else nacre-probe beside this program or in PATH]
-    #[arg(long, value_name = "PROGRAM")]
-    probe: Option<PathBuf>,
-    /// Also measure this QEMU for x86-64, with --virtiofsd
-    #[arg(long, value_name = "PROGRAM", requires = "virtiofsd")]
-    qemu: Option<PathBuf>,
-    /// virtiofsd for QEMU
-    #[arg(long, value_name = "PROGRAM", requires = "qemu")]
-    virtiofsd: Option<PathBuf>,
-    /// QEMU's initrd: nacre's with the module virtio_pci [default: nacre's, as the configuration names it]
-    #[arg(long, value_name = "FILE", requires = "qemu")]
-    qemu_initrd: Option<PathBuf>,
-}
-
 /// How much there is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Sizes {
     /// MiB of the file.
     mib: u64,
@@ -83,7 +40,7 @@ struct Sizes {
     files: u64,
 }
 
-/// Measures until all rounds are done or something fails; what there is then is shown and written.
+/// Measures until all rounds are done, something fails or a signal comes; what there is then is shown and written.
 pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     as_root()?;
     let mut peers = setting.peers()?;
@@ -100,24 +57,22 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     let kept = files.beside("config.toml");
     peers[0].config = Some(steady(kept, options.vcpus, options.memory)?);
     let around = Surroundings::over(&files.root(), patience)?;
-    let mut measured = Measured::new(&peers, options);
+    let mut run = Run::new("storage", options.settings(&within), setting);
+    run.document.tables.extend(options.tables(&peers));
+    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel));
+    run.peers(&peers);
+    for (name, program) in [(QEMU, &options.qemu), ("virtiofsd", &options.virtiofsd)] {
+        if let Some(program) = program {
+            run.document.program(name, program);
+        }
+    }
     let outcome =
         sides(options, &config, &peers, &around, &files, patience).and_then(|mut sides| {
-            rounds(options, sizes, &mut sides, &mut measured)?;
+            measure(options, sizes, &mut sides, &mut run)?;
             let mut lasting = sides.into_iter().filter(|side| !side.left_out);
             lasting.try_for_each(Side::end)
         });
-    println!("{}", super::machine());
-    println!("{}", measured.tables().trim_end());
-    let saved = match &setting.json {
-        Some(file) => {
-            let mut value = measured.json(options, sizes, &peers, outcome.is_ok());
-            value["kernel"] = config.kernel.display().to_string().into();
-            super::save(file, value)
-        }
-        None => Ok(()),
-    };
-    outcome.and(saved)
+    run.end(outcome)
 }
 
 /// By which way the files come; runc has them by neither, and stands beside both.
@@ -160,6 +115,52 @@ impl Side<'_> {
             Place::Qemu(qemu) => qemu.guest.ask(words),
         }
         .and_then(|line| Answer::parse(&line))
+    }
+
+    /// Measures one thing in one of its folders. A QEMU that fails is left out from there on.
+    fn measure(
+        &mut self,
+        work: Work,
+        folder: usize,
+        (reads, sizes): (u32, Sizes),
+        out: &str,
+        round: Round,
+        run: &mut Run<'_>,
+    ) -> Result<()> {
+        interrupt::check()?;
+        let name = self.name;
+        let (ways, folder) = self.folders[folder];
+        run.now(&format!("{name}, {}", work.name()));
+        if work.is_cold() && !drop_caches() {
+            run.document
+                .note("the host's caches cannot be dropped: nothing is cold there");
+        }
+        let words = work.words(folder, out, reads);
+        let asked = self.ask(&words).and_then(|answer| {
+            let (unit, value) = work.value(&answer, sizes, reads)?;
+            Ok((unit, value, answer.remark()))
+        });
+        let asked = asked.with_context(|| {
+            let round = round.number + 1;
+            format!("{name} failed in round {round}, {}", words.join(" "))
+        });
+        let (unit, value, remark) = match asked {
+            Ok(asked) => asked,
+            Err(error) if matches!(self.place, Place::Qemu(_)) => {
+                interrupt::check()?;
+                run.failed(&format!("{error:#}"));
+                self.left_out = true;
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        if let Some(remark) = remark {
+            run.document.note(&format!("{name}: {remark}"));
+        }
+        for way in ways.iter().filter(|_| round.counts) {
+            run.add(way.name(), name, work.name(), unit, value);
+        }
+        Ok(())
     }
 
     fn end(self) -> Result<()> {
@@ -228,60 +229,31 @@ fn sides<'s>(
     Ok(sides)
 }
 
-fn rounds(
+fn measure(
     options: &Options,
     sizes: Sizes,
     sides: &mut [Side<'_>],
-    measured: &mut Measured,
+    run: &mut Run<'_>,
 ) -> Result<()> {
-    let all = options.warm_up + options.rounds;
     // Each way of each side has its turns.
     let places: Vec<(usize, usize)> = (0..sides.len())
         .flat_map(|side| (0..sides[side].folders.len()).map(move |folder| (side, folder)))
         .collect();
-    for round in 0..all {
-        let counts = round >= options.warm_up;
-        let note = if counts { "" } else { ", to warm up" };
-        eprintln!("round {} of {all}{note}", round + 1);
+    let rounds = options.all_rounds();
+    run.expect(rounds);
+    run.rounds("storage", rounds, |run, round| {
         for work in ALL {
-            for turn in turns(places.len(), round) {
+            for turn in turns(places.len(), round.number) {
                 let (at, folder) = places[turn];
+                let out = format!("out-{turn}-{}", round.number);
                 let side = &mut sides[at];
-                if side.left_out {
-                    continue;
-                }
-                let (ways, folder) = side.folders[folder];
-                if work.is_cold() && !drop_caches() {
-                    measured.remark("the host's caches cannot be dropped: nothing is cold there");
-                }
-                let name = side.name;
-                let words = work.words(folder, &format!("out-{turn}-{round}"), options.reads);
-                let asked = side.ask(&words).and_then(|answer| {
-                    let (unit, value) = work.value(&answer, sizes, options.reads)?;
-                    Ok((unit, value, answer.remark()))
-                });
-                let asked = asked.with_context(|| {
-                    format!("{name} failed in round {}, {}", round + 1, words.join(" "))
-                });
-                let (unit, value, remark) = match asked {
-                    Ok(asked) => asked,
-                    Err(error) if matches!(side.place, Place::Qemu(_)) => {
-                        measured.failed(format!("{error:#}"));
-                        side.left_out = true;
-                        continue;
-                    }
-                    Err(error) => return Err(error),
-                };
-                if let Some(remark) = remark {
-                    measured.remark(&format!("{name}: {remark}"));
-                }
-                if counts {
-                    measured.add(name, ways, work.name(), unit, value);
+                if !side.left_out {
+                    side.measure(work, folder, (options.reads, sizes), &out, round, run)?;
                 }
             }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Drops what the host has in its caches; whether it could.
@@ -292,39 +264,42 @@ fn drop_caches() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
+    use std::path::Path;
 
+    use super::options::tests::options;
     use super::*;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
-    pub(super) fn options(words: &str) -> Result<Options, clap::Error> {
-        let words = std::iter::once("storage").chain(words.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.options)
-    }
+    use crate::bench::report::Unit;
 
     #[test]
-    fn options_have_their_defaults_and_their_bounds() {
-        let all = options("").unwrap();
-        assert_eq!((all.mib, all.files, all.rounds), (64, 10_000, 10));
-        // xtask has its own count in front of the user's.
-        let some =
-            options("--files 1000 --mib 1 --files 9 --qemu /q --virtiofsd /v --memory 1G").unwrap();
-        assert_eq!((some.memory.mib(), some.vcpus, some.files), (1024, 1, 9));
-        for words in [
-            "--mib 0",
-            "--files 0",
-            "--reads 0",
-            "--vcpus 0",
-            "--qemu /q",
-            "--virtiofsd /v",
-            "--qemu-initrd /i",
+    fn runc_stands_beside_both_ways() {
+        let options = options("--qemu /q --virtiofsd /v").unwrap();
+        let peers = [OURS, "runc"].map(|name| Peer {
+            name,
+            program: format!("/bin/{name}").into(),
+            path: None,
+            config: None,
+        });
+        let setting = Setting::default();
+        let mut run = Run::new("storage", options.settings(Path::new("/d")), &setting);
+        run.document.tables.extend(options.tables(&peers));
+        for (side, ways, value) in [
+            (OURS, &[Way::Blk][..], 4.0),
+            (OURS, &[Way::Fs], 6.0),
+            ("runc", &Way::BOTH, 2.0),
+            (QEMU, &[Way::Fs], 12.0),
         ] {
-            assert!(options(words).is_err(), "{words}");
+            for (way, work) in ways.iter().flat_map(|way| ALL.map(|work| (way, work))) {
+                run.add(way.name(), side, work.name(), Unit::Ms, value);
+            }
+        }
+        let text = run.document.text();
+        for words in ["virtio-blk", "virtio-fs", "3.00", "0.50"] {
+            assert!(text.contains(words), "{words} in {text}");
+        }
+        assert_eq!(run.document.settings["dir"], "/d");
+        for (table, ours) in run.document.tables.iter().zip([4.0, 6.0]) {
+            assert_eq!(table.values(OURS, "untar"), [ours]);
+            assert_eq!(table.values("runc", "untar"), [2.0]);
         }
     }
 }

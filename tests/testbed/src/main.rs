@@ -5,9 +5,10 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -160,9 +161,37 @@ fn pump(mut stream: impl Read, port: &Port, frame: fn(Vec<u8>) -> Frame, done: &
     let _ = done.send(());
 }
 
+/// What of a file has been copied out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Sent {
+    inode: u64,
+    length: u64,
+    modified: SystemTime,
+}
+
+impl Sent {
+    fn all_of(metadata: &Metadata) -> io::Result<Self> {
+        Ok(Self {
+            inode: metadata.ino(),
+            length: metadata.len(),
+            modified: metadata.modified()?,
+        })
+    }
+
+    /// Where to go on in what is there now. A file that grew is a log and goes on where it was; any other change starts it anew,
+    /// and so does another file in its place, which a program leaves that replaces what it wrote before.
+    fn goes_on(self, now: Self) -> u64 {
+        if self.inode == now.inode && now.length > self.length {
+            self.length
+        } else {
+            0
+        }
+    }
+}
+
 /// Says every second that the guest lives, and copies out what changed under [`OUT_DIR`].
 fn beat(port: &Port, stop: &AtomicBool) {
-    let mut sent: HashMap<PathBuf, (u64, SystemTime)> = HashMap::new();
+    let mut sent: HashMap<PathBuf, Sent> = HashMap::new();
     loop {
         let last = stop.load(Ordering::SeqCst);
         let _ = send(port, &Frame::Heartbeat);
@@ -174,7 +203,7 @@ fn beat(port: &Port, stop: &AtomicBool) {
     }
 }
 
-fn copy_out(port: &Port, folder: &Path, sent: &mut HashMap<PathBuf, (u64, SystemTime)>) {
+fn copy_out(port: &Port, folder: &Path, sent: &mut HashMap<PathBuf, Sent>) {
     let Ok(entries) = fs::read_dir(folder) else {
         return;
     };
@@ -187,27 +216,30 @@ fn copy_out(port: &Port, folder: &Path, sent: &mut HashMap<PathBuf, (u64, System
             copy_out(port, &path, sent);
             continue;
         }
-        let (Ok(modified), true) = (metadata.modified(), metadata.is_file()) else {
+        let known = sent.get(&path).copied();
+        let (Ok(now), true) = (Sent::all_of(&metadata), metadata.is_file()) else {
             continue;
         };
-        let known = sent.get(&path).copied();
-        if known == Some((metadata.len(), modified)) {
+        if known == Some(now) {
             continue;
         }
-        // A file that grew is a log and goes on where it was; any other change starts it anew.
-        let offset = known.map_or(
-            0,
-            |(length, _)| if metadata.len() > length { length } else { 0 },
-        );
-        if let Ok(length) = copy_file(port, &path, offset) {
-            sent.insert(path, (length, modified));
+        if let Ok(now) = copy_changes(port, &path, known) {
+            sent.insert(path, now);
         }
     }
 }
 
-fn copy_file(port: &Port, path: &Path, mut offset: u64) -> io::Result<u64> {
-    use std::os::unix::fs::FileExt;
+/// Copies what is new in the file that has the path now.
+fn copy_changes(port: &Port, path: &Path, known: Option<Sent>) -> io::Result<Sent> {
     let file = File::open(path)?;
+    let now = Sent::all_of(&file.metadata()?)?;
+    let offset = known.map_or(0, |known| known.goes_on(now));
+    let length = copy_file(port, &file, path, offset)?;
+    Ok(Sent { length, ..now })
+}
+
+fn copy_file(port: &Port, file: &File, path: &Path, mut offset: u64) -> io::Result<u64> {
+    use std::os::unix::fs::FileExt;
     let name = path
         .strip_prefix(OUT_DIR)
         .unwrap_or(path)
@@ -431,4 +463,30 @@ fn set_clock(seconds: i64) {
 
 fn with(error: &io::Error, path: &Path) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_goes_on_and_a_file_that_was_replaced_starts_anew() {
+        let folder = std::env::temp_dir().join(format!("testbed-sent-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("a.json");
+        let sent = || Sent::all_of(&fs::metadata(&file).unwrap()).unwrap();
+        fs::write(&file, "one").unwrap();
+        let before = sent();
+        let mut log = OpenOptions::new().append(true).open(&file).unwrap();
+        std::io::Write::write_all(&mut log, b" more").unwrap();
+        assert_eq!(before.goes_on(sent()), 3);
+        // Longer than before, but another one.
+        let partial = folder.join("a.json.partial");
+        fs::write(&partial, "something else").unwrap();
+        fs::rename(&partial, &file).unwrap();
+        assert_eq!(before.goes_on(sent()), 0);
+        fs::write(&file, "x").unwrap();
+        assert_eq!(before.goes_on(sent()), 0);
+        fs::remove_dir_all(&folder).unwrap();
+    }
 }

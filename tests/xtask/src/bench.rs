@@ -1,46 +1,42 @@
 //! `cargo xtask bench`: builds for speed and runs nacre-bench where guests run, next to runc in the same boot. What the figures mean is in
 //! docs/benchmarks.md.
 
+mod peers;
+
 use std::fmt::Display;
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
-use crate::apt::Release;
 use crate::image::KernelRelease;
 use crate::kvm::{self, Place};
 use crate::run::{self, step};
 use crate::testbed::{self, Request, Terminal};
 use crate::{apt, image, paths};
+use peers::{Parts, Peers, Qemu, brought};
 
 /// MiB of the emulated machine for hotplug, where what is plugged is never touched, but for the guest's page structures; for
 /// storage, whose files and disks are in its memory; and for net, whose VMs run at once.
 const MORE_MIB: u32 = 6144;
-/// Where QEMU is in the testbed, and what of its root is needed.
-const QEMU: &str = "/opt/qemu";
-const QEMU_PARTS: [&str; 5] = [
-    "lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu",
-    "usr/share/qemu",
-    "usr/share/seabios",
-    "usr/bin/qemu-system-x86_64",
-];
-
-/// Where virtiofsd is in the testbed, and what of its root is needed.
-const VIRTIOFSD: &str = "/opt/virtiofsd";
-const VIRTIOFSD_PARTS: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/libexec/virtiofsd"];
-/// QEMU's initrd in the testbed.
-const QEMU_INITRD: &str = "/opt/qemu/initrd";
 /// Files in the tree of storage, MiB and requests of net, and seconds for one call, where a request of a guest takes some ten times as
 /// long as elsewhere.
 const EMULATED_FILES: u32 = 1000;
 const EMULATED_MIB: u32 = 8;
 const EMULATED_REQUESTS: u32 = 100;
 const EMULATED_PATIENCE: u32 = 3600;
+/// The same for a boot, where it takes some 10 s; one that takes so long has failed.
+const EMULATED_BOOT: u32 = 300;
+/// VMs at once of density and parallel there.
+const EMULATED_VMS: &str = "1,2,4";
+/// Where the kernel tells the numbers of its tracepoints. Not everywhere is it built in.
+const TRACEFS: &str = "mount -t tracefs tracefs /sys/kernel/tracing || true\n";
+/// A configuration whose deadlines leave time for several VMs that share an emulated CPU or two; the command follows on its last line.
+const PATIENT: &str = "\
+for key in boot agent create stdio; do echo \"${key}_timeout = \\\"10m\\\"\"; done > /tmp/patient.toml
+NACRE_CONFIG=/tmp/patient.toml ";
 /// A disk for the emulated machine, whose root is in its memory: so that files can be cold on it, and be read past its cache. By its
 /// path, since busybox has a mke2fs of its own.
 const DISK: &str = "\
@@ -62,9 +58,21 @@ pub struct BenchArgs {
     /// The Debian release whose newest cloud kernel is the guest's
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     release: KernelRelease,
-    /// Measure hotplug, storage and net of QEMU as well: Debian's, unpacked, and for storage its virtiofsd
+    /// Measure boot, hotplug, storage and net of QEMU as well: Debian's, unpacked, and for storage its virtiofsd
     #[arg(long)]
     qemu: bool,
+    /// Measure boot of this Firecracker as well
+    #[arg(long, value_name = "PROGRAM")]
+    firecracker: Option<PathBuf>,
+    /// Measure boot of this Cloud Hypervisor as well
+    #[arg(long, value_name = "PROGRAM")]
+    cloud_hypervisor: Option<PathBuf>,
+    /// In the emulated machine, with time that is a count of its instructions, whatever else this machine does; it has one CPU then
+    #[arg(long, conflicts_with = "cpus")]
+    counted: bool,
+    /// CPUs of the emulated machine; with more than one it loses registers now and then
+    #[arg(long, value_name = "N", default_value_t = testbed::CPUS)]
+    cpus: u32,
     /// Use the debug build: to try a scenario, not for figures
     #[arg(long)]
     debug: bool,
@@ -87,23 +95,35 @@ enum Scenario {
     Cat,
     /// 1000 execs, and what the shim holds before and after
     Execs,
+    /// From a process to its guest's init, next to other VMMs, and to a container's first byte
+    Boot,
+    /// What idle containers hold
+    Density,
+    /// Several starts at once
+    Parallel,
     /// vCPUs and memory of a VM come and go
     Hotplug,
     /// Files by virtio-blk and virtio-fs
     Storage,
     /// The network and the vsock
     Net,
+    /// A stream of the vsock, in process and through vmctl's Unix socket
+    Vsock,
 }
 
 impl Scenario {
-    const ALL: [Scenario; 7] = [
+    const ALL: [Scenario; 11] = [
         Self::Lifecycle,
         Self::Exec,
         Self::Cat,
         Self::Execs,
+        Self::Boot,
+        Self::Density,
+        Self::Parallel,
         Self::Hotplug,
         Self::Storage,
         Self::Net,
+        Self::Vsock,
     ];
 
     /// Its name, and how often an emulated machine can be asked to do it.
@@ -113,27 +133,34 @@ impl Scenario {
             Self::Exec => ("exec", 50),
             Self::Cat => ("cat", 3),
             Self::Execs => ("execs", 1000),
+            Self::Boot => ("boot", 5),
+            Self::Density => ("density", 1),
+            Self::Parallel => ("parallel", 3),
             Self::Hotplug => ("hotplug", 10),
             Self::Storage => ("storage", 3),
             Self::Net => ("net", 3),
+            Self::Vsock => ("vsock", 3),
         }
     }
 
     /// The command of nacre-bench, its files in `$NACRE_OUT`.
-    fn command(
-        self,
-        place: Place,
-        count: Option<u64>,
-        qemu: Option<&Qemu>,
-        options: &str,
-    ) -> String {
+    fn command(self, place: Place, count: Option<u64>, peers: &Peers<'_>, options: &str) -> String {
+        let qemu = peers.qemu;
         let (name, _) = self.describe();
-        let mut command = format!("nacre-bench {name} --json \"$NACRE_OUT/{name}.json\"");
+        let mut command = format!(
+            "nacre-bench {name} --json \"$NACRE_OUT/{name}.json\" --html \"$NACRE_OUT/{name}.html\""
+        );
         let mut add = |option: &str, value: &dyn Display| {
             command.push_str(&format!(" --{option} '{value}'"));
         };
         let count_option = match self {
-            Self::Hotplug | Self::Storage | Self::Net => "rounds",
+            Self::Boot
+            | Self::Density
+            | Self::Parallel
+            | Self::Hotplug
+            | Self::Storage
+            | Self::Net
+            | Self::Vsock => "rounds",
             Self::Lifecycle | Self::Exec | Self::Cat | Self::Execs => "count",
         };
         if let Some(count) = count {
@@ -141,6 +168,30 @@ impl Scenario {
         }
         let mut before = "";
         match self {
+            Self::Boot => {
+                if place == Place::Testbed {
+                    before = TRACEFS;
+                    add("patience", &EMULATED_BOOT);
+                }
+                if let Some(qemu) = qemu {
+                    add("qemu", &qemu.program.display());
+                }
+                for (option, program) in [
+                    ("firecracker", peers.firecracker),
+                    ("cloud-hypervisor", peers.cloud_hypervisor),
+                ] {
+                    if let Some(program) = program {
+                        add(option, &program.display());
+                    }
+                }
+            }
+            Self::Density | Self::Parallel => {
+                if place == Place::Testbed {
+                    before = PATIENT;
+                    add("vms", &EMULATED_VMS);
+                    add("patience", &EMULATED_PATIENCE);
+                }
+            }
             Self::Hotplug => {
                 if let Some(qemu) = qemu {
                     add("qemu", &qemu.program.display());
@@ -158,6 +209,12 @@ impl Scenario {
                     add(option, &file.display());
                 }
             }
+            Self::Vsock => {
+                if place == Place::Testbed {
+                    add("mib", &EMULATED_MIB);
+                    add("patience", &EMULATED_PATIENCE);
+                }
+            }
             Self::Net => {
                 if place == Place::Testbed {
                     add("mib", &EMULATED_MIB);
@@ -172,129 +229,6 @@ impl Scenario {
         }
         format!("{before}{command}{options}\necho\n")
     }
-}
-
-/// QEMU's programs and files, where the benchmarks run.
-struct Qemu {
-    program: PathBuf,
-    virtiofsd: Option<PathBuf>,
-    initrd: Option<PathBuf>,
-}
-
-/// What of it is needed.
-struct Parts {
-    virtiofsd: bool,
-    /// With the kernel of this release.
-    initrd: Option<KernelRelease>,
-}
-
-impl Qemu {
-    /// Options of storage, and their values.
-    fn of_storage(&self) -> Option<[(&'static str, &Path); 3]> {
-        let [qemu, initrd] = self.of_net()?;
-        Some([qemu, ("virtiofsd", self.virtiofsd.as_ref()?), initrd])
-    }
-
-    /// The same of net.
-    fn of_net(&self) -> Option<[(&'static str, &Path); 2]> {
-        let initrd = self.initrd.as_ref()?;
-        Some([("qemu", &self.program), ("qemu-initrd", initrd)])
-    }
-
-    /// In the testbed all of it is brought along.
-    fn bring(place: Place, parts: &Parts, request: &mut Request) -> Result<Self> {
-        let program = bring_qemu(place, request)?;
-        let virtiofsd = match parts.virtiofsd {
-            true => Some(bring_virtiofsd(place, request)?),
-            false => None,
-        };
-        let mut initrd = parts.initrd.map(image::initrd_with_pci).transpose()?;
-        if place == Place::Testbed
-            && let Some(made) = initrd.take()
-        {
-            request.copies.push((made, QEMU_INITRD.into()));
-            initrd = Some(QEMU_INITRD.into());
-        }
-        Ok(Self {
-            program,
-            virtiofsd,
-            initrd,
-        })
-    }
-}
-
-/// Debian's QEMU as one program: a script that starts it by its own loader, with its own libraries and firmware.
-fn bring_qemu(place: Place, request: &mut Request) -> Result<PathBuf> {
-    let unpacked = apt::closure(Release::BookwormBackports, &["qemu-system-x86"])?;
-    bring(
-        place,
-        request,
-        ("bench-qemu", &unpacked),
-        (QEMU, &QEMU_PARTS),
-        qemu_script,
-    )
-}
-
-/// The same with virtiofsd, which QEMU no longer has with it.
-fn bring_virtiofsd(place: Place, request: &mut Request) -> Result<PathBuf> {
-    let unpacked = apt::closure(Release::Trixie, &["virtiofsd"])?;
-    bring(
-        place,
-        request,
-        ("bench-virtiofsd", &unpacked),
-        (VIRTIOFSD, &VIRTIOFSD_PARTS),
-        virtiofsd_script,
-    )
-}
-
-/// A script that starts a program of an unpacked root, and in the testbed the parts of that root that it needs.
-fn bring(
-    place: Place,
-    request: &mut Request,
-    (name, unpacked): (&str, &Path),
-    (root, parts): (&str, &[&str]),
-    script: fn(&Path) -> String,
-) -> Result<PathBuf> {
-    let file = paths::cache(name);
-    let root = match place {
-        Place::Host => unpacked,
-        Place::Testbed => Path::new(root),
-    };
-    fs::write(&file, script(root))
-        .and_then(|()| fs::set_permissions(&file, Permissions::from_mode(0o755)))
-        .with_context(|| format!("writing {}", file.display()))?;
-    if place == Place::Host {
-        return Ok(file);
-    }
-    for part in parts {
-        request.roots.push((unpacked.join(part), root.join(part)));
-    }
-    let program = root.join("run");
-    request.copies.push((file, program.clone()));
-    Ok(program)
-}
-
-fn qemu_script(root: &Path) -> String {
-    let root = root.display();
-    format!(
-        "#!/bin/sh
-root='{root}'
-export QEMU_MODULE_DIR=\"$root/usr/lib/x86_64-linux-gnu/qemu\"
-exec \"$root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2\" \\
-  --library-path \"$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu\" \\
-  \"$root/usr/bin/qemu-system-x86_64\" -L \"$root/usr/share/qemu\" -L \"$root/usr/share/seabios\" \"$@\"
-"
-    )
-}
-
-fn virtiofsd_script(root: &Path) -> String {
-    let root = root.display();
-    format!(
-        "#!/bin/sh
-libraries='{root}/usr/lib/x86_64-linux-gnu'
-exec \"$libraries/ld-linux-x86-64.so.2\" --library-path \"$libraries\" '{root}/usr/libexec/virtiofsd' \"$@\"
-"
-    )
 }
 
 /// Words for a shell, each with a space before it.
@@ -328,36 +262,55 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     step("making the guest's kernel and initrd");
     image::run(&image::ImageArgs::of(args.release))?;
 
-    let (place, _) = kvm::place(args.nested);
+    let nested = args.nested || args.counted;
+    let (place, _) = kvm::place(nested);
     let scenarios = match args.scenarios.as_slice() {
         [] => &Scenario::ALL[..],
         some => some,
     };
     let mut request = Request::new(Vec::new());
     let storage = scenarios.contains(&Scenario::Storage);
-    let probed = storage || scenarios.contains(&Scenario::Net);
-    if probed {
+    let net = scenarios.contains(&Scenario::Net);
+    let in_memory = storage || net || scenarios.contains(&Scenario::Hotplug);
+    let probed = [
+        Scenario::Boot,
+        Scenario::Storage,
+        Scenario::Net,
+        Scenario::Vsock,
+    ];
+    if probed.iter().any(|scenario| scenarios.contains(scenario)) {
         image::build_probe()?;
     }
     let parts = Parts {
         virtiofsd: storage,
-        initrd: probed.then_some(args.release),
+        initrd: (storage || net).then_some(args.release),
     };
     let qemu = match args.qemu {
         true => Some(Qemu::bring(place, &parts, &mut request)?),
         false => None,
+    };
+    let given = args.firecracker.as_deref();
+    let firecracker = brought(place, given, "firecracker", &mut request)?;
+    let given = args.cloud_hypervisor.as_deref();
+    let cloud_hypervisor = brought(place, given, "cloud-hypervisor", &mut request)?;
+    let peers = Peers {
+        qemu: qemu.as_ref(),
+        firecracker: firecracker.as_deref(),
+        cloud_hypervisor: cloud_hypervisor.as_deref(),
     };
     let options = quoted(&args.options);
     let mut script = String::from("set -e\n");
     for scenario in scenarios {
         let (_, emulated) = scenario.describe();
         let count = args.count.or((place == Place::Testbed).then_some(emulated));
-        script.push_str(&scenario.command(place, count, qemu.as_ref(), &options));
+        script.push_str(&scenario.command(place, count, &peers, &options));
     }
     request.argv = vec!["sh".into(), "-c".into(), script];
     request.programs = paths::target().join(folder);
-    request.force_nested = args.nested;
-    if probed || scenarios.contains(&Scenario::Hotplug) {
+    request.force_nested = nested;
+    request.counted = args.counted;
+    request.cpus = args.cpus;
+    if in_memory {
         request.memory = MORE_MIB;
     }
     request.time_limit = Some(Duration::from_secs(4 * 3600));
@@ -368,12 +321,18 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     if let Some(why) = outcome.retried {
         step(format!("the testbed was booted twice: {why}"));
     }
-    step(format!("every value is in {}", request.out.display()));
+    step(format!(
+        "every value, and a page for each scenario, is in {}",
+        request.out.display()
+    ));
     Ok(outcome.code)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use super::peers::QEMU_INITRD;
     use super::*;
 
     #[test]
@@ -385,9 +344,13 @@ mod tests {
             virtiofsd: Some("/opt/virtiofsd/run".into()),
             initrd: Some(QEMU_INITRD.into()),
         };
-        let of = |scenario: Scenario, count| {
-            scenario.command(Place::Testbed, count, Some(&qemu), &options)
+        let peers = Peers {
+            qemu: Some(&qemu),
+            firecracker: Some(Path::new("/opt/firecracker")),
+            cloud_hypervisor: None,
         };
+        let of =
+            |scenario: Scenario, count| scenario.command(Place::Testbed, count, &peers, &options);
         for (command, words) in [
             (
                 of(Scenario::Hotplug, Some(3)),
@@ -415,30 +378,37 @@ mod tests {
                     "--qemu '/opt/qemu/run' --qemu-initrd '/opt/qemu/initrd'",
                 ],
             ),
+            (
+                of(Scenario::Boot, Some(2)),
+                &[
+                    "tracefs",
+                    "--rounds '2'",
+                    "--qemu '/opt/qemu/run' --firecracker '/opt/firecracker'",
+                ],
+            ),
+            (
+                of(Scenario::Density, None),
+                &[
+                    "\nNACRE_CONFIG=/tmp/patient.toml nacre-bench density ",
+                    "--vms '1,2,4'",
+                    "'1G'",
+                ],
+            ),
+            (of(Scenario::Vsock, Some(1)), &["--mib '8'"]),
         ] {
             for words in words {
                 assert!(command.contains(words), "{words} in {command}");
             }
         }
-        let storage = Scenario::Storage.command(Place::Host, Some(2), None, "");
+        let storage = Scenario::Storage.command(Place::Host, Some(2), &Peers::default(), "");
         assert_eq!(
             storage,
-            "nacre-bench storage --json \"$NACRE_OUT/storage.json\" --rounds '2'\necho\n"
+            "nacre-bench storage --json \"$NACRE_OUT/storage.json\" --html \"$NACRE_OUT/storage.html\" --rounds '2'\necho\n"
         );
-        let exec = Scenario::Exec.command(Place::Host, None, Some(&qemu), "");
+        let exec = Scenario::Exec.command(Place::Host, None, &peers, "");
         assert_eq!(
             exec,
-            "nacre-bench exec --json \"$NACRE_OUT/exec.json\"\necho\n"
+            "nacre-bench exec --json \"$NACRE_OUT/exec.json\" --html \"$NACRE_OUT/exec.html\"\necho\n"
         );
-    }
-
-    #[test]
-    fn qemu_is_started_by_its_own_loader() {
-        let script = qemu_script(Path::new("/opt/qemu"));
-        assert!(script.starts_with("#!/bin/sh\nroot='/opt/qemu'\n"));
-        assert!(script.trim_end().ends_with("\"$@\""), "{script}");
-        let script = virtiofsd_script(Path::new("/opt/virtiofsd"));
-        assert!(script.contains("'/opt/virtiofsd/usr/libexec/virtiofsd' \"$@\""));
-        assert!(script.trim_end().ends_with("\"$@\""), "{script}");
     }
 }

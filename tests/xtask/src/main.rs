@@ -43,7 +43,7 @@ enum Command {
     Test(test::TestArgs),
     /// Run the end-to-end cases with big counts; resumable, result in target/nacre/soak/RESULT.md
     Soak(soak::SoakArgs),
-    /// Measure the shim next to runc's: life of a container, execs, a stream, what many execs leave, hotplug, files
+    /// Measure the shim next to runc's, and VMs next to those of others: lives of containers, boots, memory, streams, hotplug, files
     Bench(bench::BenchArgs),
     /// Fuzz what a hostile guest can send: libFuzzer on the targets of tests/fuzz
     Fuzz(fuzz::FuzzArgs),
@@ -61,6 +61,9 @@ struct TestbedArgs {
     /// CPUs of the emulated machine; with more than one it loses registers now and then
     #[arg(long, value_name = "N", default_value_t = testbed::CPUS)]
     cpus: u32,
+    /// Its time is a count of its instructions, which repeats whatever else this machine does; it has one CPU then
+    #[arg(long, conflicts_with = "cpus")]
+    counted: bool,
     /// Bring a file or folder along; programs bring their shared libraries. Without DST it keeps its path
     #[arg(long = "copy", value_name = "SRC[:DST]")]
     copies: Vec<String>,
@@ -107,6 +110,7 @@ fn run_testbed(args: TestbedArgs) -> Result<i32> {
     let mut request = testbed::Request::new(args.command);
     request.memory = args.memory;
     request.cpus = args.cpus;
+    request.counted = args.counted;
     request.time_limit = args.timeout.map(Duration::from_secs);
     request.force_nested = args.nested;
     for copy in &args.copies {

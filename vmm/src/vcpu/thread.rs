@@ -38,6 +38,22 @@ pub struct Surroundings {
     pub ending: Arc<Ending>,
     /// CLOCK_MONOTONIC of the first KVM_RUN in nanoseconds, 0 before.
     pub first_run_ns: Arc<AtomicU64>,
+    /// CLOCK_MONOTONIC of the guest's first access to a device in nanoseconds, 0 before.
+    pub first_exit_ns: Arc<AtomicU64>,
+}
+
+impl Surroundings {
+    /// Stamps the guest's first access to a device; of all others it is a look at a number.
+    fn stamp_exit(&self) {
+        if self.first_exit_ns.load(Ordering::Relaxed) == 0 {
+            stamp(&self.first_exit_ns);
+        }
+    }
+}
+
+/// Writes the time down, unless there is one.
+fn stamp(first: &AtomicU64) {
+    let _ = first.compare_exchange(0, monotonic_ns(), Ordering::Relaxed, Ordering::Relaxed);
 }
 
 /// Gets a vCPU out of the guest, from any thread.
@@ -212,21 +228,18 @@ fn run(
         vcpu: index,
         message,
     };
-    let _ = around.first_run_ns.compare_exchange(
-        0,
-        monotonic_ns(),
-        Ordering::Relaxed,
-        Ordering::Relaxed,
-    );
+    stamp(&around.first_run_ns);
     while !around.ending.is_ending() && !gate.is_closed() {
         let step = match vcpu.run() {
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Step::Port,
             Ok(VcpuExit::MmioRead(address, data)) => {
+                around.stamp_exit();
                 counts.count(ExitKind::MmioRead);
                 around.mmio.read(address, data);
                 Step::Continue
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
+                around.stamp_exit();
                 counts.count(ExitKind::MmioWrite);
                 around.mmio.write(address, data);
                 Step::Continue
@@ -265,7 +278,10 @@ fn run(
         };
         match step {
             Step::Continue => {}
-            Step::Port => port_access(vcpu, &around.ports, counts),
+            Step::Port => {
+                around.stamp_exit();
+                port_access(vcpu, &around.ports, counts);
+            }
             Step::InternalError => {
                 counts.count(ExitKind::Other);
                 return Some(failed(internal_error(vcpu, &around.memory)));

@@ -1,16 +1,21 @@
 //! `vmctl` by itself: boot, run, doctor, list.
 
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use nacre_probe::net::wire::Content;
 
 use crate::context::Context;
 use crate::ctr::{self, Ctr, Output, expect_words};
-use crate::image;
 use crate::suite::{Case, Subject};
 use crate::terminal::Terminal;
+use crate::{image, net};
 
 const fn alone(name: &'static str, seconds: u64, run: fn(&Context) -> Result<()>) -> Case {
     Case {
@@ -71,6 +76,11 @@ pub(crate) const CASES: &[Case] = &[
         120,
         run_terminal,
     ),
+    alone(
+        "vmctl run hands a vsock port of the guest's to a Unix socket, and refuses one that nobody listens on",
+        120,
+        run_vsock,
+    ),
     Case {
         name: "vmctl list shows the VM of a running container",
         subject: Subject::Nacre,
@@ -121,6 +131,7 @@ fn boot_phases(context: &Context) -> Result<()> {
         "kvm_ns",
         "loaded_ns",
         "first_run_ns",
+        "first_exit_ns",
         "init_ns",
         "connected_ns",
         "ready_ns",
@@ -134,6 +145,10 @@ fn boot_phases(context: &Context) -> Result<()> {
         );
         before = at;
     }
+    ensure!(
+        report["exits"]["port-write"].as_u64() > Some(0),
+        "the guest wrote to no port: {report}"
+    );
     // The guest's own clock agrees that time went by.
     let guest = |phase: &str| report["phases"][phase].as_u64().unwrap_or_default();
     ensure!(
@@ -287,6 +302,53 @@ fn run_streams(context: &Context) -> Result<()> {
     ensure!(
         motto == "made on the spot\n",
         "the host's folder was changed: {motto:?}"
+    );
+    Ok(())
+}
+
+fn run_vsock(context: &Context) -> Result<()> {
+    const BYTES: u64 = 1 << 20;
+    let rootfs = rootfs(context)?;
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("vsock");
+    let listener = UnixListener::bind(folder.path().join("vsock_5000"))?;
+    let program = vmctl(context, &["run", "--volume", "/usr/local/bin:/probe:ro"])
+        .arg("--rootfs")
+        .arg(&rootfs)
+        .arg("--vsock")
+        .arg(&socket)
+        .args(["--vsock-port", "5000", "--", net::PROBE])
+        .args(["net", "send", "--to", "vsock:2:5000", "--bytes"])
+        .arg(BYTES.to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let served = std::thread::spawn(move || -> Result<()> {
+        let (stream, _) = listener.accept()?;
+        // The guest is up, and has no such port.
+        let mut client = UnixStream::connect(&socket)?;
+        client.write_all(b"CONNECT 9\n")?;
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer)?;
+        ensure!(answer.is_empty(), "port 9 was answered: {answer:?}");
+        // Counts, checks and tells the probe, which compares.
+        nacre_probe::net::answer(&File::from(OwnedFd::from(stream)), &Content::new())
+    });
+    let output = program.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complained = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success() && said.contains(&BYTES.to_string()),
+        "the probe ended with {}: {said}{complained}",
+        output.status
+    );
+    served
+        .join()
+        .map_err(|_| anyhow!("the server panicked"))??;
+    ensure!(
+        !folder.path().join("vsock").exists(),
+        "the socket is left behind"
     );
     Ok(())
 }

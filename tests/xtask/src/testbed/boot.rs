@@ -22,6 +22,9 @@ const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// Longest silence of a guest that beats every second; a host that is busy otherwise stretches the emulation.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
+/// How time is counted: two nanoseconds for each instruction, and none while the guest waits.
+const COUNTED: &str = "shift=1,sleep=off";
+
 /// The emulator, killed and reaped when dropped.
 struct Qemu(Child);
 
@@ -156,11 +159,18 @@ fn qemu_command(machine: &Machine, request: &Request, console: &Path, channel: i
         .arg(root.join("usr/share/qemu"))
         .arg("-L")
         .arg(root.join("usr/share/seabios"));
+    let (accel, cpus) = match request.counted {
+        true => ("tcg,thread=single", 1),
+        false => ("tcg,thread=multi", request.cpus),
+    };
+    if request.counted {
+        command.args(["-icount", COUNTED]);
+    }
     command.args([
         "-M",
         "q35",
         "-accel",
-        "tcg,thread=multi",
+        accel,
         "-cpu",
         "EPYC,+svm,+npt",
         "-nodefaults",
@@ -171,7 +181,7 @@ fn qemu_command(machine: &Machine, request: &Request, console: &Path, channel: i
     ]);
     command
         .arg("-smp")
-        .arg(request.cpus.to_string())
+        .arg(cpus.to_string())
         .arg("-m")
         .arg(request.memory.to_string());
     command
@@ -222,6 +232,9 @@ fn guest_environment(request: &Request) -> Vec<(String, String)> {
         .iter()
         .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
         .collect();
+    if request.counted {
+        all.push(("NACRE_TESTBED_COUNTED".to_owned(), "1".to_owned()));
+    }
     all.extend(daemons::environment_in_guest());
     all.extend(request.env.iter().cloned());
     all
@@ -269,6 +282,37 @@ fn tail(console: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_counted_machine_has_one_cpu_and_the_others_have_their_own_time() {
+        let machine = Machine {
+            qemu: "/q".into(),
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+            tools: "/t".into(),
+            payload: "/p".into(),
+        };
+        let mut request = Request::new(Vec::new());
+        let line = |request: &Request| {
+            let command = qemu_command(&machine, request, Path::new("/c"), 3);
+            let words: Vec<_> = command
+                .get_args()
+                .map(|word| word.to_string_lossy())
+                .collect();
+            words.join(" ")
+        };
+        let usual = line(&request);
+        assert!(
+            usual.contains("tcg,thread=multi") && usual.contains("-smp 2"),
+            "{usual}"
+        );
+        assert!(!usual.contains("-icount"), "{usual}");
+        request.counted = true;
+        let counted = line(&request);
+        for words in ["-icount shift=1,sleep=off", "tcg,thread=single", "-smp 1 "] {
+            assert!(counted.contains(words), "{words} in {counted}");
+        }
+    }
 
     #[test]
     fn files_from_the_guest_stay_in_their_folder() {

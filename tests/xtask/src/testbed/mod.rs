@@ -36,6 +36,8 @@ pub struct Request {
     pub memory: u32,
     /// Its CPUs; see [`CPUS`].
     pub cpus: u32,
+    /// Its time is a count of its instructions, whatever else this machine does. It has one CPU then.
+    pub counted: bool,
     /// Longest run of the command.
     pub time_limit: Option<Duration>,
     /// Run in the testbed even where the machine's own KVM would do.
@@ -63,6 +65,7 @@ impl Request {
             roots: Vec::new(),
             memory: 4096,
             cpus: CPUS,
+            counted: false,
             time_limit: None,
             force_nested: false,
             out,

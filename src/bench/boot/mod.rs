@@ -1,0 +1,348 @@
+//! `nacre-bench boot`: how long a guest takes to come, counted as well as timed. Two things: from a VMM's process to its guest's first
+//! process, ours next to others with the same guest; and the phases of our own boots up to a container's first byte. Here are the rounds;
+//! `vmms` is how each VMM is told what to boot, `launched` one of their boots, `counted` what it cost, `ours` our phases, `measured` what
+//! came of it.
+
+mod counted;
+mod launched;
+mod measured;
+mod ours;
+mod vmms;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::console::probe_alone;
+use super::document::GuestKernel;
+use super::peers::{Peer, Surroundings};
+use super::run::{Rounds, turns};
+use super::steady::elsewhere;
+use super::{Setting, absolute, as_root, interrupt, probed};
+use crate::config::{ByteSize, Config};
+use measured::{Measured, SHIM, VMCTL};
+use vmms::{Guest, Vmm};
+
+/// Options of `nacre-bench boot`.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Options {
+    /// Rounds; in each, everything boots once
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    rounds: u64,
+    /// Rounds before that, which do not count
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    warm_up: u64,
+    /// vCPUs of the VMs that boot to init
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    vcpus: u8,
+    /// Memory of the VMs that boot to init
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    memory: ByteSize,
+    /// Guest kernel of the VMs that boot to init, an ELF vmlinux with a PVH note [default: from the configuration]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// vmctl [default: beside this program, else in PATH]
+    #[arg(long, value_name = "PROGRAM")]
+    vmctl: Option<PathBuf>,
+    /// The static program that is the guest's init [default: NACRE_PROBE, else nacre-probe beside this program or in PATH]
+    #[arg(long, value_name = "PROGRAM")]
+    probe: Option<PathBuf>,
+    /// Also measure this QEMU for x86-64, its machine microvm
+    #[arg(long, value_name = "PROGRAM")]
+    qemu: Option<PathBuf>,
+    /// Also measure this Firecracker
+    #[arg(long, value_name = "PROGRAM")]
+    firecracker: Option<PathBuf>,
+    /// Also measure this Cloud Hypervisor
+    #[arg(long, value_name = "PROGRAM")]
+    cloud_hypervisor: Option<PathBuf>,
+    /// Leave out the boots to init
+    #[arg(long, conflicts_with_all = ["no_phases", "qemu", "firecracker", "cloud_hypervisor"])]
+    no_init: bool,
+    /// Leave out the phases of ours
+    #[arg(long)]
+    no_phases: bool,
+}
+
+impl Options {
+    fn all_rounds(&self) -> Rounds {
+        Rounds {
+            warm_up: self.warm_up,
+            count: self.rounds,
+        }
+    }
+
+    fn settings(&self) -> Value {
+        json!({
+            "rounds": self.rounds,
+            "warm_up": self.warm_up,
+            "vcpus": self.vcpus,
+            "memory_mib": self.memory.mib(),
+        })
+    }
+
+    /// The VMMs to compare, ours first, and the programs of the others.
+    fn vmms(&self) -> impl Iterator<Item = (Vmm, Option<&Path>)> {
+        let others = [
+            (Vmm::Qemu, &self.qemu),
+            (Vmm::Firecracker, &self.firecracker),
+            (Vmm::CloudHypervisor, &self.cloud_hypervisor),
+        ];
+        let others = others
+            .into_iter()
+            .filter_map(|(vmm, program)| Some((vmm, Some(program.as_deref()?))));
+        std::iter::once((Vmm::Ours, None)).chain(others)
+    }
+}
+
+/// Measures until all rounds are done, ours fails or a signal comes; what there is then is shown and written.
+pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
+    let bench = Bench::prepare(options, setting)?;
+    let vmms: Vec<Vmm> = options.vmms().map(|(vmm, _)| vmm).collect();
+    let mut measured = Measured::new(&vmms, options, setting);
+    measured.run.document.guest_kernel = Some(GuestKernel::of(bench.kernel()));
+    let to_init = match options.no_init {
+        true => Ok(()),
+        false => bench.to_init(&mut measured),
+    };
+    let outcome = to_init.and_then(|()| match options.no_phases {
+        true => Ok(()),
+        false => bench.phases(&mut measured),
+    });
+    measured.run.end(outcome)
+}
+
+/// What everything is measured with.
+struct Bench<'o> {
+    options: &'o Options,
+    setting: &'o Setting,
+    config: Config,
+    /// The configuration of the VMs of `vmctl`.
+    kept: PathBuf,
+    vmctl: PathBuf,
+    patience: Duration,
+    folder: tempfile::TempDir,
+}
+
+/// A VMM that is compared.
+struct Side {
+    vmm: Vmm,
+    program: PathBuf,
+    arguments: Vec<String>,
+    /// It has failed, and is not ours to mend.
+    left_out: bool,
+}
+
+impl<'o> Bench<'o> {
+    fn prepare(options: &'o Options, setting: &'o Setting) -> Result<Self> {
+        if !options.no_phases {
+            as_root()?;
+        }
+        let folder = tempfile::Builder::new()
+            .prefix("nacre-bench-boot-")
+            .tempdir()
+            .context("making a folder for what is booted")?;
+        let state = folder.path().join("state");
+        let kept = elsewhere(folder.path().join("config.toml"), &state)?;
+        Ok(Self {
+            options,
+            setting,
+            config: Config::load()?,
+            kept,
+            vmctl: Setting::ours(options.vmctl.as_deref(), "vmctl", "--vmctl")?,
+            patience: Duration::from_secs(setting.patience),
+            folder,
+        })
+    }
+
+    fn kernel(&self) -> &Path {
+        self.options.kernel.as_ref().unwrap_or(&self.config.kernel)
+    }
+
+    fn sides(&self, measured: &mut Measured<'_>) -> Result<Vec<Side>> {
+        let initrd = self.folder.path().join("initrd");
+        let probe = probed::program(self.options.probe.as_deref())?;
+        probe_alone(&probe, &initrd)?;
+        let guest = Guest {
+            kernel: std::path::absolute(self.kernel())?,
+            initrd,
+            vcpus: self.options.vcpus,
+            memory_mib: self.options.memory.mib(),
+        };
+        measured.run.document.note(&format!(
+            "the guest is {} MiB of kernel and {} KiB of initrd",
+            size(&guest.kernel)? >> 20,
+            size(&guest.initrd)? >> 10
+        ));
+        let side = |(vmm, program): (Vmm, Option<&Path>)| {
+            let program = match program {
+                Some(program) => absolute(program)?,
+                None => self.vmctl.clone(),
+            };
+            measured.program(vmm.name(), &program, version(&program));
+            Ok(Side {
+                vmm,
+                arguments: vmm.arguments(&guest, self.folder.path())?,
+                program,
+                left_out: false,
+            })
+        };
+        self.options.vmms().map(side).collect()
+    }
+
+    fn to_init(&self, measured: &mut Measured<'_>) -> Result<()> {
+        let mut sides = self.sides(measured)?;
+        let rounds = self.options.all_rounds();
+        for round in rounds.each() {
+            measured.run.begin("to init", rounds, round)?;
+            for turn in turns(sides.len(), round.number) {
+                let side = &mut sides[turn];
+                if side.left_out {
+                    continue;
+                }
+                interrupt::check()?;
+                measured.run.now(side.vmm.name());
+                let mut command = Command::new(&side.program);
+                command
+                    .args(&side.arguments)
+                    .env("NACRE_CONFIG", &self.kept)
+                    .current_dir(self.folder.path());
+                let booted = launched::boot(&mut command, self.folder.path(), self.patience)
+                    .with_context(|| {
+                        format!("{} failed in round {}", side.vmm.name(), round.number + 1)
+                    });
+                match booted {
+                    Ok(boot) if round.counts => measured.booted(side.vmm, boot),
+                    Ok(_) => {}
+                    Err(error) if side.vmm != Vmm::Ours => {
+                        // The signal may have been the VMM's as well.
+                        interrupt::check()?;
+                        measured.run.failed(&format!("{error:#}"));
+                        side.left_out = true;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            measured.run.done()?;
+        }
+        Ok(())
+    }
+
+    fn phases(&self, measured: &mut Measured<'_>) -> Result<()> {
+        let shim = self.shim()?;
+        measured.program(VMCTL, &self.vmctl, None);
+        measured.program(SHIM, &shim.program, None);
+        let busybox = self.setting.busybox()?;
+        let rootfs = self.setting.rootfs.as_deref();
+        let around = Surroundings::new(rootfs, &busybox, self.patience)?;
+        let rounds = self.options.all_rounds();
+        for round in rounds.each() {
+            measured.run.begin("phases", rounds, round)?;
+            for turn in turns(2, round.number) {
+                interrupt::check()?;
+                let by = [SHIM, VMCTL][turn];
+                measured.run.now(by);
+                let boot = match by {
+                    SHIM => ours::by_shim(&around, &shim, &self.config),
+                    _ => ours::by_vmctl(&self.vmctl, &self.kept),
+                };
+                let boot =
+                    boot.with_context(|| format!("by {by}, in round {}", round.number + 1))?;
+                if round.counts {
+                    measured.phased(by, boot);
+                }
+            }
+            measured.run.done()?;
+        }
+        Ok(())
+    }
+
+    fn shim(&self) -> Result<Peer> {
+        Ok(Peer {
+            name: "nacre",
+            program: Setting::ours(
+                self.setting.shim.as_deref(),
+                "containerd-shim-nacre-v1",
+                "--shim",
+            )?,
+            path: None,
+            config: None,
+        })
+    }
+}
+
+fn size(file: &Path) -> Result<u64> {
+    let metadata =
+        std::fs::metadata(file).with_context(|| format!("reading {}", file.display()))?;
+    Ok(metadata.len())
+}
+
+/// The first line that a program says of its version.
+fn version(program: &Path) -> Option<String> {
+    let output = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().next()?.trim();
+    (!line.is_empty()).then(|| line.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    pub(super) fn options(words: &str) -> Result<Options, clap::Error> {
+        let words = std::iter::once("boot").chain(words.split_whitespace());
+        Line::try_parse_from(words).map(|line| line.options)
+    }
+
+    #[test]
+    fn options_have_their_defaults_and_their_bounds() {
+        let all = options("").unwrap();
+        assert_eq!((all.rounds, all.vcpus, all.memory.mib()), (10, 1, 256));
+        assert_eq!(all.vmms().count(), 1);
+        let some = options("--firecracker /f --qemu /q --cloud-hypervisor /c").unwrap();
+        let vmms: Vec<Vmm> = some.vmms().map(|(vmm, _)| vmm).collect();
+        assert_eq!(
+            vmms,
+            [Vmm::Ours, Vmm::Qemu, Vmm::Firecracker, Vmm::CloudHypervisor]
+        );
+        for words in [
+            "--vcpus 0",
+            "--vcpus 33",
+            "--no-init --no-phases",
+            "--no-init --qemu /q",
+            "--memory x",
+        ] {
+            assert!(options(words).is_err(), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_program_says_its_version_or_nothing() {
+        let line = version(Path::new(env!("CARGO"))).unwrap();
+        assert!(line.starts_with("cargo ") && !line.contains('\n'), "{line}");
+        assert_eq!(version(Path::new("/nowhere/vmm")), None);
+        // Of the usual programs even `false` says its version.
+        let folder = tempfile::tempdir().unwrap();
+        let silent = folder.path().join("silent");
+        std::fs::write(&silent, "#!/bin/sh\n").unwrap();
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&silent, executable).unwrap();
+        assert_eq!(version(&silent), None);
+    }
+}

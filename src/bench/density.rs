@@ -1,0 +1,354 @@
+//! `nacre-bench density`: what containers that do nothing hold of the host, several of them at once: memory beyond the guest's, threads,
+//! descriptors, and what is missing of the host's memory.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::document::{Document, GuestKernel};
+use super::memory::{Held, Parts, proportional};
+use super::peers::{Container, Peer, Surroundings};
+use super::report::{Report, Unit};
+use super::run::{Rounds, Run, turns};
+use super::{Setting, as_root, interrupt};
+use crate::config::Config;
+
+/// What each container does.
+const IDLES: [&str; 2] = ["sleep", "100000"];
+/// Between two looks at what all hold.
+const BETWEEN: Duration = Duration::from_secs(1);
+/// They have settled when all together changed by less than this between two looks, for each one.
+const SETTLED_KIB: u64 = 64;
+const LOOKS: u32 = 3;
+
+/// Options of `nacre-bench density`.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Options {
+    /// How many run at once
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,4,8", overrides_with = "vms", value_parser = clap::value_parser!(u16).range(1..=256))]
+    vms: Vec<u16>,
+    /// Rounds; in each, every number of them is looked at once
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    rounds: u64,
+    /// Longest wait in seconds until what they hold stands still
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    settle: u64,
+}
+
+impl Options {
+    fn all_rounds(&self) -> Rounds {
+        Rounds {
+            warm_up: 0,
+            count: self.rounds,
+        }
+    }
+
+    fn settings(&self) -> Value {
+        json!({
+            "vms": self.vms,
+            "rounds": self.rounds,
+            "settle_s": self.settle,
+        })
+    }
+}
+
+/// Measures until all rounds are done, something fails or a signal comes; what there is then is shown and written.
+pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
+    as_root()?;
+    let peers = setting.peers()?;
+    let busybox = setting.busybox()?;
+    let patience = Duration::from_secs(setting.patience);
+    let around = Surroundings::new(setting.rootfs.as_deref(), &busybox, patience)?;
+    let mut run = Run::new("density", options.settings(), setting);
+    run.document.tables = tables(options, &peers);
+    run.document.guest_kernel = Some(GuestKernel::of(&Config::load()?.kernel));
+    run.peers(&peers);
+    let outcome = rounds(options, &around, &peers, &mut run);
+    run.end(outcome)
+}
+
+fn title(count: u16) -> String {
+    format!("density, {count} at once")
+}
+
+fn tables(options: &Options, peers: &[Peer]) -> Vec<Report> {
+    let names = || peers.iter().map(|peer| peer.name);
+    let table = |count: &u16| Report::new(title(*count), names());
+    options.vms.iter().map(table).collect()
+}
+
+fn rounds(
+    options: &Options,
+    around: &Surroundings,
+    peers: &[Peer],
+    run: &mut Run<'_>,
+) -> Result<()> {
+    let rounds = options.all_rounds();
+    run.expect(rounds);
+    run.rounds("density", rounds, |run, round| {
+        for count in &options.vms {
+            for turn in turns(peers.len(), round.number) {
+                let peer = &peers[turn];
+                let (name, number) = (peer.name, round.number + 1);
+                run.now(&format!("{count} of {name}"));
+                let settle = Duration::from_secs(options.settle);
+                let seen = together(around, peer, *count, settle)
+                    .with_context(|| format!("{count} containers of {name}, round {number}"))?;
+                if !seen.settled {
+                    run.document.note(&format!(
+                        "{count} of {name}, round {number}: what they hold still changed after {} s",
+                        options.settle
+                    ));
+                }
+                seen.add(&mut run.document, &title(*count), name);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// What so many hold.
+#[derive(Debug)]
+struct Seen {
+    each: Vec<One>,
+    /// How much less memory the host has for others, KiB, of all.
+    host_kib: f64,
+    settled: bool,
+}
+
+/// One shim, and the processes below it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct One {
+    memory: Parts,
+    threads: u64,
+    descriptors: u64,
+    processes: u64,
+}
+
+impl Seen {
+    fn add(&self, document: &mut Document, table: &str, name: &str) {
+        for one in &self.each {
+            for (row, unit, value) in [
+                ("PSS beyond guest memory", Unit::Kib, one.memory.own_kib),
+                ("PSS of guest memory", Unit::Kib, one.memory.guest_kib),
+                ("threads", Unit::Count, one.threads),
+                ("descriptors", Unit::Count, one.descriptors),
+                ("processes", Unit::Count, one.processes),
+            ] {
+                document.add(table, name, row, unit, value as f64);
+            }
+        }
+        let each = self.host_kib / self.each.len().max(1) as f64;
+        document.add(table, name, "host memory", Unit::Kib, each);
+    }
+}
+
+/// Starts so many, looks at them when they have settled, and ends them.
+fn together(around: &Surroundings, peer: &Peer, count: u16, settle: Duration) -> Result<Seen> {
+    let before = available_kib()?;
+    let containers = (0..count)
+        .map(|_| Container::running(around, peer, &IDLES))
+        .collect::<Result<Vec<_>>>()?;
+    let shims = containers
+        .iter()
+        .map(|container| container.shim_pid.context("the shim does not say its pid"))
+        .collect::<Result<Vec<_>>>()?;
+    let settled = settled(settle, u64::from(count), || {
+        let all = shims.iter().map(|pid| one(*pid));
+        let all = all.collect::<Result<Vec<_>>>()?;
+        Ok(all
+            .iter()
+            .map(|one| one.memory.own_kib + one.memory.guest_kib)
+            .sum())
+    })?;
+    let host_kib = before - available_kib()?;
+    let each = shims.iter().map(|pid| one(*pid)).collect::<Result<_>>()?;
+    containers.into_iter().try_for_each(Container::end)?;
+    Ok(Seen {
+        each,
+        host_kib,
+        settled,
+    })
+}
+
+/// Looks until a few looks one after another are about the same; whether they were before the time was over.
+fn settled(within: Duration, count: u64, mut look: impl FnMut() -> Result<u64>) -> Result<bool> {
+    let began = Instant::now();
+    let mut last = look()?;
+    let mut same = 0;
+    while same < LOOKS {
+        if began.elapsed() > within {
+            return Ok(false);
+        }
+        interrupt::check()?;
+        std::thread::sleep(BETWEEN);
+        let now = look()?;
+        same = match now.abs_diff(last) < SETTLED_KIB * count {
+            true => same + 1,
+            false => 0,
+        };
+        last = now;
+    }
+    Ok(true)
+}
+
+/// A shim and all below it.
+fn one(shim: i32) -> Result<One> {
+    let mut total = One::default();
+    for pid in family(shim)? {
+        let memory = proportional(pid)?;
+        let held = Held::of(pid)?;
+        total.memory.own_kib += memory.own_kib;
+        total.memory.guest_kib += memory.guest_kib;
+        total.threads += held.threads;
+        total.descriptors += held.descriptors;
+        total.processes += 1;
+    }
+    Ok(total)
+}
+
+/// A process, its children, and theirs.
+fn family(first: i32) -> Result<BTreeSet<i32>> {
+    let mut all = BTreeSet::new();
+    let mut left = vec![first];
+    while let Some(pid) = left.pop() {
+        if !all.insert(pid) {
+            continue;
+        }
+        let tasks = format!("/proc/{pid}/task");
+        let tasks = fs::read_dir(&tasks).with_context(|| format!("reading {tasks}"))?;
+        for task in tasks {
+            // A thread may end meanwhile.
+            let children = fs::read_to_string(task?.path().join("children")).unwrap_or_default();
+            left.extend(
+                children
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<i32>().ok()),
+            );
+        }
+    }
+    Ok(all)
+}
+
+/// What the host has for others, KiB.
+fn available_kib() -> Result<f64> {
+    let text = fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
+    available_of(&text).context("/proc/meminfo has no MemAvailable")
+}
+
+fn available_of(meminfo: &str) -> Option<f64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(words: &str) -> Result<Options, clap::Error> {
+        let words = std::iter::once("density").chain(words.split_whitespace());
+        Line::try_parse_from(words).map(|line| line.options)
+    }
+
+    #[test]
+    fn options_have_their_defaults_and_their_bounds() {
+        assert_eq!(options("").unwrap().vms, [1, 4, 8]);
+        // xtask has its own in front of the user's.
+        assert_eq!(options("--vms 1,2 --vms 3").unwrap().vms, [3]);
+        for words in ["--vms 0", "--vms 257", "--rounds x"] {
+            assert!(options(words).is_err(), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_family_has_the_children_and_holds_what_they_hold() {
+        let mut child = Command::new("sh")
+            .args(["-c", "sleep 20 & echo; wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        let mut line = [0];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
+        let all = family(pid).unwrap();
+        assert!(all.contains(&pid) && all.len() == 2, "{all:?}");
+        let held = one(pid).unwrap();
+        assert_eq!((held.processes, held.threads), (2, 2));
+        assert!(held.memory.own_kib > 0 && held.memory.guest_kib == 0);
+        for pid in all {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
+        child.wait().unwrap();
+        assert!(family(pid).is_err());
+    }
+
+    #[test]
+    fn what_stands_still_has_settled_and_what_grows_has_not() {
+        let mut seen = 0;
+        let still = settled(Duration::from_secs(30), 1, || {
+            seen += 1;
+            Ok(if seen < 2 { 0 } else { 9000 })
+        });
+        assert!(still.unwrap() && seen == 5);
+        let mut grown = 0;
+        let growing = settled(Duration::from_millis(10), 1, || {
+            grown += 1000;
+            Ok(grown)
+        });
+        assert!(!growing.unwrap());
+    }
+
+    #[test]
+    fn all_of_it_is_in_the_report() {
+        let options = options("--vms 2").unwrap();
+        let peer = Peer {
+            name: "nacre",
+            program: "/s".into(),
+            path: None,
+            config: None,
+        };
+        let mut document = Document::new("density", options.settings());
+        document.tables = tables(&options, &[peer]);
+        let one = |own_kib| One {
+            memory: Parts {
+                own_kib,
+                guest_kib: 50_000,
+            },
+            threads: 9,
+            descriptors: 40,
+            processes: 1,
+        };
+        let seen = Seen {
+            each: vec![one(8000), one(9000)],
+            host_kib: 120_000.0,
+            settled: true,
+        };
+        seen.add(&mut document, &title(2), "nacre");
+        let values = |row| document.tables[0].values("nacre", row);
+        assert_eq!(values("PSS beyond guest memory"), [8000.0, 9000.0]);
+        assert_eq!(values("host memory"), [60_000.0]);
+        assert_eq!(
+            available_of("MemFree: 1 kB\nMemAvailable:  77 kB\n"),
+            Some(77.0)
+        );
+    }
+}
