@@ -2,7 +2,7 @@
 //! was when the outer guest freezes.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -40,7 +40,12 @@ pub struct Suite {
     pub out: PathBuf,
     /// CPUs of the testbed's machine.
     pub cpus: u32,
+    /// The folder with vmlinux and initrd of another guest kernel than the usual one.
+    pub image: Option<PathBuf>,
 }
+
+/// Where that folder is in the testbed.
+const OTHER_IMAGE: &str = "/usr/share/nacre/other";
 
 /// What came of a suite.
 #[derive(Default)]
@@ -214,6 +219,26 @@ impl Suite {
     }
 }
 
+/// Has the suite take this image for the usual one, and in the testbed brings it along.
+fn other_image(image: &Path, place: Place, request: &mut Request) -> Result<()> {
+    for (variable, file) in [("NACRE_KERNEL", "vmlinux"), ("NACRE_INITRD", "initrd")] {
+        let source = image.join(file);
+        let source = std::fs::canonicalize(&source)
+            .with_context(|| format!("looking for {}", source.display()))?;
+        let seen = match place {
+            Place::Host => source,
+            Place::Testbed => {
+                let target = Path::new(OTHER_IMAGE).join(file);
+                request.copies.push((source, target.clone()));
+                target
+            }
+        };
+        let seen = seen.display().to_string();
+        request.env.push((variable.to_owned(), seen));
+    }
+    Ok(())
+}
+
 /// Cases that run one after another in one boot.
 struct Shard<'a> {
     suite: &'a Suite,
@@ -251,6 +276,9 @@ impl Shard<'_> {
             request.time_limit = Some(left);
             request.out = self.suite.out.join(self.bed);
             request.keep_out = true;
+            if let Some(image) = &self.suite.image {
+                other_image(image, kvm::place(false).0, &mut request)?;
+            }
             let mut follower = Follower::new(&mut report.cases, &mut save);
             let result = testbed::attempt(&request, &mut follower);
             let (running, saved) = (follower.running.take(), follower.error.take());
@@ -466,7 +494,13 @@ pub fn identity() -> Result<String> {
         "nacre-bench",
     ]
     .map(paths::debug);
-    let images = ["vmlinux", "initrd"].map(|file| [paths::image(file), paths::newer_image(file)]);
+    let images = ["vmlinux", "initrd"].map(|file| {
+        [
+            paths::image(file),
+            paths::newer_image(file),
+            paths::lean_image(file),
+        ]
+    });
     let probe = paths::static_program(paths::PROBE);
     let files = programs.into_iter().chain(images.into_iter().flatten());
     for file in files.chain([probe]) {
@@ -510,6 +544,29 @@ mod tests {
         ] {
             assert_eq!(parse(other), Line::Other, "{other}");
         }
+    }
+
+    #[test]
+    fn another_image_is_named_where_the_suite_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = std::fs::canonicalize(folder.path()).unwrap();
+        let vmlinux = folder.join("vmlinux");
+        std::fs::write(&vmlinux, "").unwrap();
+        let mut request = Request::new(Vec::new());
+        assert!(other_image(&folder, Place::Host, &mut request).is_err());
+        std::fs::write(folder.join("initrd"), "").unwrap();
+
+        let mut request = Request::new(Vec::new());
+        other_image(&folder, Place::Testbed, &mut request).unwrap();
+        let there = "/usr/share/nacre/other/vmlinux";
+        assert_eq!(request.env[0], ("NACRE_KERNEL".into(), there.into()));
+        assert_eq!(request.copies[0], (vmlinux.clone(), there.into()));
+        assert_eq!(request.env[1].0, "NACRE_INITRD");
+
+        let mut request = Request::new(Vec::new());
+        other_image(&folder, Place::Host, &mut request).unwrap();
+        assert_eq!(request.env[0].1, vmlinux.display().to_string());
+        assert!(request.copies.is_empty());
     }
 
     #[test]
