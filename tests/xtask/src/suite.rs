@@ -200,14 +200,14 @@ impl Suite {
             count,
             "--containerd",
             "2.1",
-            "--containerd",
-            "1.7",
             "--runtime",
             "nacre",
-            "--runtime",
-            "runc",
         ];
         let mut words: Vec<String> = fixed.map(str::to_owned).to_vec();
+        // Another guest kernel is none to runc, and the same to every containerd.
+        if self.image.is_none() {
+            words.extend(["--containerd", "1.7", "--runtime", "runc"].map(str::to_owned));
+        }
         words.extend(
             self.only
                 .iter()
@@ -544,6 +544,28 @@ mod tests {
         ] {
             assert_eq!(parse(other), Line::Other, "{other}");
         }
+    }
+
+    #[test]
+    fn another_kernel_is_tried_by_one_containerd_and_not_by_runc() {
+        let options = |image| {
+            let suite = Suite {
+                full: false,
+                only: vec!["some".to_owned()],
+                except: Vec::new(),
+                time_limit: Duration::ZERO,
+                out: PathBuf::new(),
+                cpus: 1,
+                image,
+            };
+            suite.options().join(" ")
+        };
+        let usual = options(None);
+        assert!(usual.contains("--containerd 1.7") && usual.contains("--runtime runc"));
+        assert_eq!(
+            options(Some("/image".into())),
+            "--count small --containerd 2.1 --runtime nacre --filter some"
+        );
     }
 
     #[test]
