@@ -434,6 +434,21 @@ mod tests {
         assert!(!plan.missing.contains(&"virtio_net".to_owned()));
     }
 
+    /// As ours is built: the folder lists what is built in, and has nothing else.
+    #[test]
+    fn a_kernel_without_modules_has_an_initrd_without_them() {
+        let tree = Tree(tempfile::tempdir().expect("a folder"));
+        let all = WANTED.map(|wanted| format!("kernel/x/{}.ko\n", wanted.name));
+        tree.file("modules.builtin", all.concat().as_bytes());
+        tree.file(
+            "modules.builtin.modinfo",
+            b"virtio_blk.license=GPL\0virtio_blk.alias=virtio:d00000002v*\0",
+        );
+        let plan = tree.plan(&[]).expect("a plan");
+        assert!(plan.modules.is_empty() && plan.missing.is_empty());
+        assert_eq!(plan.built_in.len(), WANTED.len());
+    }
+
     #[test]
     fn a_necessary_module_that_is_missing_is_named() {
         let tree = Tree::new();

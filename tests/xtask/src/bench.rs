@@ -55,7 +55,7 @@ pub struct BenchArgs {
     /// How often each is done [default: as nacre-bench has it; less where the machine is emulated]
     #[arg(long, value_name = "N")]
     count: Option<u64>,
-    /// The Debian release whose newest cloud kernel is the guest's
+    /// The Debian release whose newest cloud kernel is the guest's, or the lean kernel
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     release: KernelRelease,
     /// Measure boot, hotplug, storage and net of QEMU as well: Debian's, unpacked, and for storage its virtiofsd

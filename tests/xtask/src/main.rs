@@ -6,6 +6,7 @@ mod daemons;
 mod demo;
 mod fuzz;
 mod image;
+mod kernel;
 mod kvm;
 mod oci;
 mod paths;
@@ -39,7 +40,7 @@ enum Command {
         #[arg(long)]
         nested: bool,
     },
-    /// Run every test with small counts: format, lints, unit tests, flat guests, end-to-end cases
+    /// Run every test with small counts: format, lints, the lean kernel's configuration, unit tests, flat guests, end-to-end cases
     Test(test::TestArgs),
     /// Run the end-to-end cases with big counts; resumable, result in target/nacre/soak/RESULT.md
     Soak(soak::SoakArgs),
@@ -49,6 +50,8 @@ enum Command {
     Fuzz(fuzz::FuzzArgs),
     /// Make the guest kernel and initrd
     Image(image::ImageArgs),
+    /// Build the lean guest kernel from Debian's source package, or check its configuration; `image --release lean` does so too
+    Kernel(kernel::KernelArgs),
     /// Run a command where guests can run: in an emulated machine with SVM, or on this one if its KVM runs stock kernels
     Testbed(TestbedArgs),
 }
@@ -94,6 +97,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Image(args) => image::run(&args).map(|()| 0),
+        Command::Kernel(args) => kernel::run(&args),
         Command::Testbed(args) => run_testbed(args),
     };
     match result {

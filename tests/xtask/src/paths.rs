@@ -49,6 +49,8 @@ pub fn cache(below: &str) -> PathBuf {
 pub const IMAGE: &str = "image";
 /// The same for Linux 6.12, which some end-to-end cases run beside the usual kernel.
 pub const NEWER_IMAGE: &str = "image-6.12";
+/// The same for the lean kernel, which the soak runs some cases on.
+pub const LEAN_IMAGE: &str = "image-lean";
 
 /// The same with the driver of virtio over PCI in the initrd, for QEMU.
 pub const PCI_IMAGE: &str = "image-pci";
@@ -61,6 +63,11 @@ pub fn image(file: &str) -> PathBuf {
 /// Those of Linux 6.12, which the end-to-end suite makes for itself.
 pub fn newer_image(file: &str) -> PathBuf {
     cache(NEWER_IMAGE).join("current").join(file)
+}
+
+/// Those of the lean kernel, which the soak makes for itself.
+pub fn lean_image(file: &str) -> PathBuf {
+    cache(LEAN_IMAGE).join("current").join(file)
 }
 
 static TESTBED: OnceLock<String> = OnceLock::new();

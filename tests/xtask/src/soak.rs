@@ -1,4 +1,4 @@
-//! `cargo xtask soak`: the end-to-end suite, nacre's cases with their big counts. Verdicts are kept after every case, so that a run that was stopped goes on where
+//! `cargo xtask soak`: the end-to-end suite, nacre's cases with their big counts, and some with their small ones on the lean kernel. Verdicts are kept after every case, so that a run that was stopped goes on where
 //! it was; what came of it all is in `target/nacre/soak/RESULT.md`.
 
 use std::collections::BTreeMap;
@@ -6,15 +6,15 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use crate::run::{self, step};
 use crate::suite::{self, Report, Suite, Verdict};
-use crate::{apt, kvm, paths, testbed};
+use crate::{apt, image, kvm, paths, testbed};
 
 /// Options of `cargo xtask soak`.
 #[derive(Args)]
@@ -36,6 +36,27 @@ pub struct SoakArgs {
     #[arg(long, value_name = "HOURS", default_value_t = 12)]
     hours: u64,
 }
+
+/// Cases that run on the lean kernel too: a part of each thing that a guest's kernel does.
+const ON_LEAN: [&str; 15] = [
+    "vmctl boot without an initrd shows the panic",
+    "vmctl run prints what the program prints",
+    "resize: vCPUs come and go many times and leave nothing",
+    "resize: memory by virtio-mem comes and goes, and",
+    "resize: memory by ACPI comes and goes, and",
+    "resize: memory that the guest frees",
+    "network: guest and host reach each other",
+    "layers of erofs and a scratch disk that is made",
+    "the guest's clock is the host's",
+    "echo's text comes back",
+    "new limits hold in the guest",
+    "a container that runs out of memory is killed and told of",
+    "a volume is written from both sides",
+    "a guest that panics becomes an exit",
+    "a terminal is one to the container",
+];
+/// What their names have before them in the result.
+const LEAN: &str = "lean kernel: ";
 
 /// What is kept between runs.
 #[derive(Default, Serialize, Deserialize)]
@@ -67,6 +88,8 @@ pub fn run(args: &SoakArgs) -> Result<i32> {
         ("e2fsprogs", "mke2fs"),
     ])?;
     suite::build()?;
+    step("making the lean kernel and its initrd");
+    image::lean_of_the_suite()?;
     let folder = paths::cache("soak");
     fs::create_dir_all(folder.join("logs"))?;
     let file = folder.join("state.json");
@@ -94,16 +117,51 @@ pub fn run(args: &SoakArgs) -> Result<i32> {
     state.save(&file)?;
     let suite = Suite {
         full: true,
-        only: args.only.clone(),
+        only: on_stock(args),
         except: args.except.clone(),
         time_limit: Duration::from_secs(args.hours.saturating_mul(3600)),
         out: folder.join("logs"),
         cpus: args.cpus,
+        image: None,
     };
-    let report = suite.run(state.cases.clone(), |name, verdict| {
-        state.cases.insert(name.to_owned(), verdict.clone());
-        state.save(&file)
-    })?;
+    let started = Instant::now();
+    let mut report = match suite.only.is_empty() && !args.only.is_empty() {
+        true => Report::default(),
+        false => suite.run(state.cases.clone(), |name, verdict| {
+            state.cases.insert(name.to_owned(), verdict.clone());
+            state.save(&file)
+        })?,
+    };
+    let suite = Suite {
+        full: false,
+        only: on_lean(args),
+        except: Vec::new(),
+        time_limit: suite.time_limit.saturating_sub(started.elapsed()),
+        out: folder.join("logs-lean"),
+        image: Some(paths::lean_image("")),
+        ..suite
+    };
+    if !suite.only.is_empty() {
+        fs::create_dir_all(&suite.out)
+            .with_context(|| format!("making {}", suite.out.display()))?;
+        let known = state.cases.iter();
+        let known = known
+            .filter_map(|(name, verdict)| Some((name.strip_prefix(LEAN)?.into(), verdict.clone())));
+        let of_lean = suite.run(known.collect(), |name, verdict| {
+            state.cases.insert(format!("{LEAN}{name}"), verdict.clone());
+            state.save(&file)
+        })?;
+        for case in &suite.only {
+            if !of_lean.cases.keys().any(|name| name.contains(case)) {
+                bail!("the suite has no case any more that is called {case:?}: change ON_LEAN");
+            }
+        }
+        let named = of_lean.cases.into_iter();
+        report
+            .cases
+            .extend(named.map(|(name, verdict)| (format!("{LEAN}{name}"), verdict)));
+        report.retries.extend(of_lean.retries);
+    }
     state.retries.extend(report.retries.iter().cloned());
     state.save(&file)?;
     let text = result(&report, &state);
@@ -113,6 +171,24 @@ pub fn run(args: &SoakArgs) -> Result<i32> {
     let (passed, failed) = suite::count(&report.cases);
     println!("{passed} passed, {failed} failed");
     Ok(i32::from(failed > 0))
+}
+
+/// What of `--only` is about the usual kernels; nothing if all of it is about the lean one.
+fn on_stock(args: &SoakArgs) -> Vec<String> {
+    let parts = args.only.iter();
+    let parts = parts.filter(|part| !part.starts_with(LEAN) && !LEAN.starts_with(part.as_str()));
+    parts.cloned().collect()
+}
+
+/// The cases of the lean kernel that `--only` and `--except` leave.
+fn on_lean(args: &SoakArgs) -> Vec<String> {
+    let left = |case: &str| {
+        let name = format!("{LEAN}{case}");
+        let has = |part: &String| name.contains(part.as_str());
+        (args.only.is_empty() || args.only.iter().any(has)) && !args.except.iter().any(has)
+    };
+    let cases = ON_LEAN.into_iter().filter(|case| left(case));
+    cases.map(str::to_owned).collect()
 }
 
 fn result(report: &Report, state: &State) -> String {
@@ -167,6 +243,29 @@ fn result(report: &Report, state: &State) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cases_of_the_lean_kernel_are_chosen_by_their_names_in_the_result() {
+        let chosen = |only: &[&str], except: &[&str]| {
+            let owned = |parts: &[&str]| parts.iter().map(|part| (*part).to_owned()).collect();
+            let args = SoakArgs {
+                fresh: false,
+                only: owned(only),
+                except: owned(except),
+                cpus: 1,
+                hours: 1,
+            };
+            (on_stock(&args).len(), on_lean(&args).len())
+        };
+        assert_eq!(chosen(&[], &[]), (0, ON_LEAN.len()));
+        assert_eq!(chosen(&["lean kernel: resize: "], &[]), (0, 4));
+        assert_eq!(chosen(&["resize: "], &["lean kernel"]), (1, 0));
+        assert_eq!(
+            chosen(&["lean kernel"], &["resize: "]),
+            (0, ON_LEAN.len() - 4)
+        );
+        assert_eq!(chosen(&["no such case"], &[]), (1, 0));
+    }
 
     #[test]
     fn the_state_survives_a_file() {

@@ -2,7 +2,7 @@
 //! was when the outer guest freezes.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -40,7 +40,12 @@ pub struct Suite {
     pub out: PathBuf,
     /// CPUs of the testbed's machine.
     pub cpus: u32,
+    /// The folder with vmlinux and initrd of another guest kernel than the usual one.
+    pub image: Option<PathBuf>,
 }
+
+/// Where that folder is in the testbed.
+const OTHER_IMAGE: &str = "/usr/share/nacre/other";
 
 /// What came of a suite.
 #[derive(Default)]
@@ -195,14 +200,14 @@ impl Suite {
             count,
             "--containerd",
             "2.1",
-            "--containerd",
-            "1.7",
             "--runtime",
             "nacre",
-            "--runtime",
-            "runc",
         ];
         let mut words: Vec<String> = fixed.map(str::to_owned).to_vec();
+        // Another guest kernel is none to runc, and the same to every containerd.
+        if self.image.is_none() {
+            words.extend(["--containerd", "1.7", "--runtime", "runc"].map(str::to_owned));
+        }
         words.extend(
             self.only
                 .iter()
@@ -212,6 +217,26 @@ impl Suite {
         words.extend(except.flat_map(|part| ["--exclude".to_owned(), part.clone()]));
         words
     }
+}
+
+/// Has the suite take this image for the usual one, and in the testbed brings it along.
+fn other_image(image: &Path, place: Place, request: &mut Request) -> Result<()> {
+    for (variable, file) in [("NACRE_KERNEL", "vmlinux"), ("NACRE_INITRD", "initrd")] {
+        let source = image.join(file);
+        let source = std::fs::canonicalize(&source)
+            .with_context(|| format!("looking for {}", source.display()))?;
+        let seen = match place {
+            Place::Host => source,
+            Place::Testbed => {
+                let target = Path::new(OTHER_IMAGE).join(file);
+                request.copies.push((source, target.clone()));
+                target
+            }
+        };
+        let seen = seen.display().to_string();
+        request.env.push((variable.to_owned(), seen));
+    }
+    Ok(())
 }
 
 /// Cases that run one after another in one boot.
@@ -251,6 +276,9 @@ impl Shard<'_> {
             request.time_limit = Some(left);
             request.out = self.suite.out.join(self.bed);
             request.keep_out = true;
+            if let Some(image) = &self.suite.image {
+                other_image(image, kvm::place(false).0, &mut request)?;
+            }
             let mut follower = Follower::new(&mut report.cases, &mut save);
             let result = testbed::attempt(&request, &mut follower);
             let (running, saved) = (follower.running.take(), follower.error.take());
@@ -466,7 +494,13 @@ pub fn identity() -> Result<String> {
         "nacre-bench",
     ]
     .map(paths::debug);
-    let images = ["vmlinux", "initrd"].map(|file| [paths::image(file), paths::newer_image(file)]);
+    let images = ["vmlinux", "initrd"].map(|file| {
+        [
+            paths::image(file),
+            paths::newer_image(file),
+            paths::lean_image(file),
+        ]
+    });
     let probe = paths::static_program(paths::PROBE);
     let files = programs.into_iter().chain(images.into_iter().flatten());
     for file in files.chain([probe]) {
@@ -510,6 +544,51 @@ mod tests {
         ] {
             assert_eq!(parse(other), Line::Other, "{other}");
         }
+    }
+
+    #[test]
+    fn another_kernel_is_tried_by_one_containerd_and_not_by_runc() {
+        let options = |image| {
+            let suite = Suite {
+                full: false,
+                only: vec!["some".to_owned()],
+                except: Vec::new(),
+                time_limit: Duration::ZERO,
+                out: PathBuf::new(),
+                cpus: 1,
+                image,
+            };
+            suite.options().join(" ")
+        };
+        let usual = options(None);
+        assert!(usual.contains("--containerd 1.7") && usual.contains("--runtime runc"));
+        assert_eq!(
+            options(Some("/image".into())),
+            "--count small --containerd 2.1 --runtime nacre --filter some"
+        );
+    }
+
+    #[test]
+    fn another_image_is_named_where_the_suite_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = std::fs::canonicalize(folder.path()).unwrap();
+        let vmlinux = folder.join("vmlinux");
+        std::fs::write(&vmlinux, "").unwrap();
+        let mut request = Request::new(Vec::new());
+        assert!(other_image(&folder, Place::Host, &mut request).is_err());
+        std::fs::write(folder.join("initrd"), "").unwrap();
+
+        let mut request = Request::new(Vec::new());
+        other_image(&folder, Place::Testbed, &mut request).unwrap();
+        let there = "/usr/share/nacre/other/vmlinux";
+        assert_eq!(request.env[0], ("NACRE_KERNEL".into(), there.into()));
+        assert_eq!(request.copies[0], (vmlinux.clone(), there.into()));
+        assert_eq!(request.env[1].0, "NACRE_INITRD");
+
+        let mut request = Request::new(Vec::new());
+        other_image(&folder, Place::Host, &mut request).unwrap();
+        assert_eq!(request.env[0].1, vmlinux.display().to_string());
+        assert!(request.copies.is_empty());
     }
 
     #[test]

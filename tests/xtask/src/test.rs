@@ -1,4 +1,4 @@
-//! `cargo xtask test`: format, lints, unit and flat-guest tests, then the end-to-end suite. Every test is named; the last line counts
+//! `cargo xtask test`: format, lints, the lean kernel's configuration, unit and flat-guest tests, then the end-to-end suite. Every test is named; the last line counts
 //! them all.
 
 use std::io::{BufRead, BufReader};
@@ -13,7 +13,7 @@ use crate::apt::{self, Release};
 use crate::run::{self, step};
 use crate::suite::{self, Suite};
 use crate::testbed::{self, Request, Sink};
-use crate::{image, paths};
+use crate::{image, kernel, paths};
 
 /// Options of `cargo xtask test`.
 #[derive(Args)]
@@ -50,6 +50,21 @@ impl Tally {
         );
         self.add(name, result.is_ok());
     }
+
+    /// The same of what is no other program; what it says is told.
+    fn outcome(&mut self, name: &str, result: Result<()>) {
+        match result {
+            Ok(()) => {
+                println!("check {name} ... ok");
+                self.add(name, true);
+            }
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                println!("check {name} ... FAILED");
+                self.add(name, false);
+            }
+        }
+    }
 }
 
 /// Runs everything; the result is the exit code.
@@ -78,6 +93,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
                 "warnings",
             ]),
         );
+        tally.outcome("the lean kernel's configuration", kernel::check());
         unit_tests(&mut tally)?;
     }
     let suite = Suite {
@@ -87,6 +103,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
         time_limit: Duration::from_secs(60 * 60),
         out: fresh_folder(&paths::cache("test/logs"))?,
         cpus: testbed::CPUS,
+        image: None,
     };
     let _ = image.map(std::thread::JoinHandle::join);
     match suite::build().and_then(|()| suite.run(Default::default(), |_, _| Ok(()))) {

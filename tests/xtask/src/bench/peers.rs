@@ -70,7 +70,7 @@ pub(super) struct Qemu {
 /// What of it is needed.
 pub(super) struct Parts {
     pub(super) virtiofsd: bool,
-    /// With the kernel of this release.
+    /// With this kernel.
     pub(super) initrd: Option<KernelRelease>,
 }
 
