@@ -25,6 +25,9 @@ use crate::config::{ByteSize, Config};
 use measured::{Measured, SHIM, VMCTL};
 use vmms::{Guest, Vmm};
 
+/// The configuration of the VMs of `vmctl`, in the folder of what is booted.
+const CONFIG: &str = "config.toml";
+
 /// Options of `nacre-bench boot`.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Options {
@@ -138,7 +141,7 @@ impl<'o> Bench<'o> {
             .tempdir()
             .context("making a folder for what is booted")?;
         let state = folder.path().join("state");
-        let kept = elsewhere(folder.path().join("config.toml"), &state)?;
+        let kept = elsewhere(folder.path().join(CONFIG), &state)?;
         Ok(Self {
             options,
             setting,
@@ -190,28 +193,8 @@ impl<'o> Bench<'o> {
         let mut sides = self.sides(measured)?;
         for round in 0..self.all_rounds() {
             let counts = self.begin(round, "to init");
-            for turn in turns(sides.len(), round) {
-                let side = &mut sides[turn];
-                if side.left_out {
-                    continue;
-                }
-                let mut command = Command::new(&side.program);
-                command
-                    .args(&side.arguments)
-                    .env("NACRE_CONFIG", &self.kept)
-                    .current_dir(self.folder.path());
-                let booted = launched::boot(&mut command, self.folder.path(), self.patience)
-                    .with_context(|| format!("{} failed in round {}", side.vmm.name(), round + 1));
-                match booted {
-                    Ok(boot) if counts => measured.booted(side.vmm, boot),
-                    Ok(_) => {}
-                    Err(error) if side.vmm != Vmm::Ours => {
-                        measured.failed(format!("{error:#}"));
-                        side.left_out = true;
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
+            let folder = self.folder.path();
+            once(round, counts, &mut sides, folder, self.patience, measured)?;
         }
         Ok(())
     }
@@ -266,6 +249,40 @@ impl<'o> Bench<'o> {
     }
 }
 
+/// Boots everything once, with the configuration in the folder.
+fn once(
+    round: u64,
+    counts: bool,
+    sides: &mut [Side],
+    folder: &Path,
+    patience: Duration,
+    measured: &mut Measured,
+) -> Result<()> {
+    for turn in turns(sides.len(), round) {
+        let side = &mut sides[turn];
+        if side.left_out {
+            continue;
+        }
+        let mut command = Command::new(&side.program);
+        command
+            .args(&side.arguments)
+            .env("NACRE_CONFIG", folder.join(CONFIG))
+            .current_dir(folder);
+        let booted = launched::boot(&mut command, folder, patience)
+            .with_context(|| format!("{} failed in round {}", side.vmm.name(), round + 1));
+        match booted {
+            Ok(boot) if counts => measured.booted(side.vmm, boot),
+            Ok(_) => {}
+            Err(error) if side.vmm != Vmm::Ours => {
+                measured.failed(format!("{error:#}"));
+                side.left_out = true;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 fn size(file: &Path) -> Result<u64> {
     let metadata =
         std::fs::metadata(file).with_context(|| format!("reading {}", file.display()))?;
@@ -281,7 +298,7 @@ fn version(program: &Path) -> Option<String> {
         .ok()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let line = text.lines().next()?.trim();
-    (!line.is_empty()).then(|| line.to_owned())
+    (output.status.success() && !line.is_empty()).then(|| line.to_owned())
 }
 
 #[cfg(test)]
@@ -321,6 +338,47 @@ mod tests {
         ] {
             assert!(options(words).is_err(), "{words}");
         }
+    }
+
+    #[test]
+    fn one_of_the_others_that_fails_is_left_out_and_ours_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let side = |vmm, script: &str| Side {
+            vmm,
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".to_owned(), script.to_owned()],
+            left_out: false,
+        };
+        let good = "echo Linux; echo 'nacre-probe: hello'; exec sleep 5";
+        let vmms = [Vmm::Ours, Vmm::Qemu];
+        let mut measured = Measured::new(&vmms, &options("--qemu /q").unwrap());
+        let mut sides = [
+            side(Vmm::Ours, good),
+            side(Vmm::Qemu, "echo no such machine >&2; false"),
+        ];
+        let mut round = |round, sides: &mut [Side]| {
+            let patience = Duration::from_secs(20);
+            once(
+                round,
+                round > 0,
+                sides,
+                folder.path(),
+                patience,
+                &mut measured,
+            )
+        };
+        for number in 0..3 {
+            round(number, &mut sides).unwrap();
+        }
+        assert!(sides[1].left_out && !sides[0].left_out);
+        let error = round(3, &mut [side(Vmm::Ours, "exit 7")]).unwrap_err();
+        assert!(error.to_string().contains("nacre failed in round 4"));
+        // The round to warm up does not count.
+        let value = measured.json(&options("--qemu /q").unwrap(), true);
+        let values = &value["tables"][0]["shims"][0]["series"][0]["values"];
+        assert_eq!(values.as_array().unwrap().len(), 2);
+        let failures = value["failures"].to_string();
+        assert_eq!(failures.matches("no such machine").count(), 1, "{failures}");
     }
 
     #[test]
