@@ -172,6 +172,9 @@ impl<'o> Bench<'o> {
             size(&guest.kernel)? >> 20,
             size(&guest.initrd)? >> 10
         ));
+        if guest.vcpus > 1 && self.options.qemu.is_some() {
+            measured.remark("qemu: its guest finds one vCPU, as there is no ACPI in it");
+        }
         let side = |(vmm, program): (Vmm, Option<&Path>)| {
             let program = match program {
                 Some(program) => absolute(program)?,
