@@ -20,12 +20,15 @@ use serde_json::{Value, json};
 use super::console::probe_alone;
 use super::document::GuestKernel;
 use super::peers::{Peer, Surroundings};
-use super::run::{Rounds, turns};
+use super::run::{Round, Rounds, turns};
 use super::steady::elsewhere;
 use super::{Setting, absolute, as_root, interrupt, probed};
 use crate::config::{ByteSize, Config};
 use measured::{Measured, SHIM, VMCTL};
 use vmms::{Guest, Vmm};
+
+/// The configuration of the VMs of `vmctl`, in the folder of what is booted.
+const CONFIG: &str = "config.toml";
 
 /// Options of `nacre-bench boot`.
 #[derive(Debug, Clone, Args)]
@@ -147,7 +150,7 @@ impl<'o> Bench<'o> {
             .tempdir()
             .context("making a folder for what is booted")?;
         let state = folder.path().join("state");
-        let kept = elsewhere(folder.path().join("config.toml"), &state)?;
+        let kept = elsewhere(folder.path().join(CONFIG), &state)?;
         Ok(Self {
             options,
             setting,
@@ -178,6 +181,10 @@ impl<'o> Bench<'o> {
             size(&guest.kernel)? >> 20,
             size(&guest.initrd)? >> 10
         ));
+        if guest.vcpus > 1 && self.options.qemu.is_some() {
+            let why = "qemu: its guest finds one vCPU, as there is no ACPI in it";
+            measured.run.document.note(why);
+        }
         let side = |(vmm, program): (Vmm, Option<&Path>)| {
             let program = match program {
                 Some(program) => absolute(program)?,
@@ -199,34 +206,8 @@ impl<'o> Bench<'o> {
         let rounds = self.options.all_rounds();
         for round in rounds.each() {
             measured.run.begin("to init", rounds, round)?;
-            for turn in turns(sides.len(), round.number) {
-                let side = &mut sides[turn];
-                if side.left_out {
-                    continue;
-                }
-                interrupt::check()?;
-                measured.run.now(side.vmm.name());
-                let mut command = Command::new(&side.program);
-                command
-                    .args(&side.arguments)
-                    .env("NACRE_CONFIG", &self.kept)
-                    .current_dir(self.folder.path());
-                let booted = launched::boot(&mut command, self.folder.path(), self.patience)
-                    .with_context(|| {
-                        format!("{} failed in round {}", side.vmm.name(), round.number + 1)
-                    });
-                match booted {
-                    Ok(boot) if round.counts => measured.booted(side.vmm, boot),
-                    Ok(_) => {}
-                    Err(error) if side.vmm != Vmm::Ours => {
-                        // The signal may have been the VMM's as well.
-                        interrupt::check()?;
-                        measured.run.failed(&format!("{error:#}"));
-                        side.left_out = true;
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
+            let folder = self.folder.path();
+            once(round, &mut sides, folder, self.patience, measured)?;
             measured.run.done()?;
         }
         Ok(())
@@ -275,6 +256,43 @@ impl<'o> Bench<'o> {
     }
 }
 
+/// Boots everything once, with the configuration in the folder.
+fn once(
+    round: Round,
+    sides: &mut [Side],
+    folder: &Path,
+    patience: Duration,
+    measured: &mut Measured<'_>,
+) -> Result<()> {
+    for turn in turns(sides.len(), round.number) {
+        let side = &mut sides[turn];
+        if side.left_out {
+            continue;
+        }
+        interrupt::check()?;
+        measured.run.now(side.vmm.name());
+        let mut command = Command::new(&side.program);
+        command
+            .args(&side.arguments)
+            .env("NACRE_CONFIG", folder.join(CONFIG))
+            .current_dir(folder);
+        let booted = launched::boot(&mut command, folder, patience)
+            .with_context(|| format!("{} failed in round {}", side.vmm.name(), round.number + 1));
+        match booted {
+            Ok(boot) if round.counts => measured.booted(side.vmm, boot),
+            Ok(_) => {}
+            Err(error) if side.vmm != Vmm::Ours => {
+                // The signal may have been the VMM's as well.
+                interrupt::check()?;
+                measured.run.failed(&format!("{error:#}"));
+                side.left_out = true;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 fn size(file: &Path) -> Result<u64> {
     let metadata =
         std::fs::metadata(file).with_context(|| format!("reading {}", file.display()))?;
@@ -290,7 +308,7 @@ fn version(program: &Path) -> Option<String> {
         .ok()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let line = text.lines().next()?.trim();
-    (!line.is_empty()).then(|| line.to_owned())
+    (output.status.success() && !line.is_empty()).then(|| line.to_owned())
 }
 
 #[cfg(test)]
@@ -330,6 +348,44 @@ mod tests {
         ] {
             assert!(options(words).is_err(), "{words}");
         }
+    }
+
+    #[test]
+    fn one_of_the_others_that_fails_is_left_out_and_ours_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let side = |vmm, script: &str| Side {
+            vmm,
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".to_owned(), script.to_owned()],
+            left_out: false,
+        };
+        let good = "echo Linux; echo 'nacre-probe: hello'; exec sleep 5";
+        let vmms = [Vmm::Ours, Vmm::Qemu];
+        let setting = Setting::default();
+        let mut measured = Measured::new(&vmms, &options("--qemu /q").unwrap(), &setting);
+        let mut sides = [
+            side(Vmm::Ours, good),
+            side(Vmm::Qemu, "echo no such machine >&2; false"),
+        ];
+        let mut round = |number, sides: &mut [Side]| {
+            let round = Round {
+                number,
+                counts: number > 0,
+            };
+            let patience = Duration::from_secs(20);
+            once(round, sides, folder.path(), patience, &mut measured)
+        };
+        for number in 0..3 {
+            round(number, &mut sides).unwrap();
+        }
+        assert!(sides[1].left_out && !sides[0].left_out);
+        let error = round(3, &mut [side(Vmm::Ours, "exit 7")]).unwrap_err();
+        assert!(error.to_string().contains("nacre failed in round 4"));
+        // The round to warm up does not count.
+        let document = &measured.run.document;
+        assert_eq!(document.tables[0].values("nacre", "to init").len(), 2);
+        let text = document.text();
+        assert_eq!(text.matches("no such machine").count(), 1, "{text}");
     }
 
     #[test]
