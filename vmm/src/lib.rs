@@ -22,6 +22,7 @@ pub mod serial;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+mod windows;
 
 pub use config::{DiskCache, DiskConfig, DiskFormat, DiskIo, DiskPart, DiskSource, VmConfig};
 pub use exit::ExitReason;

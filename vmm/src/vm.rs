@@ -5,10 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -24,12 +23,12 @@ use crate::exit::{Ending, ExitReason};
 use crate::hotplug::ged::EventLine;
 use crate::hotplug::memory::{Area, Regions};
 use crate::hotplug::{self, Changes, Plugs, registers};
-use crate::interrupt::{self, IrqLine, Kick};
+use crate::interrupt::{self, IrqLine};
 use crate::kvm;
 use crate::memory::layout::{
     ACPI_START, GED_GSI, HOTPLUG_BASE, I8042_PORT, MIB, PHASE_PORT, PLUG_ALIGNMENT, PVPANIC_PORT,
     RESET_VECTOR, SERIAL_GSI, SERIAL_PORT, SLEEP_CONTROL_PORT, START_INFO, WINDOW_SIZE,
-    low_ram_end, plug_start, ram, window_address, window_gsi,
+    low_ram_end, plug_start, ram, window_address,
 };
 use crate::memory::{self, GuestMemory};
 use crate::platform::monotonic_ns;
@@ -43,13 +42,13 @@ use crate::vcpu::state::Entry;
 use crate::vcpu::thread::Surroundings;
 use crate::virtio::balloon::{Balloon, BalloonHost};
 use crate::virtio::block::Block;
-use crate::virtio::device::{INTERRUPT_USED_RING, VirtioDevice};
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::mem::{Mem, MemConfig, MemHost, SLOT_UNIT};
-use crate::virtio::mmio::{self, ACKNOWLEDGE_OFFSET, NOTIFY_OFFSET, Window};
+use crate::virtio::mmio::{self, Window};
 use crate::virtio::net::{Net, NetConfig, NetHost, Tap};
-use crate::virtio::registers::RegisterPages;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockHost};
+use crate::windows::{ShownRegisters, WindowSlot, Wires, lay_wires};
 
 /// The guest's vsock address.
 pub const GUEST_CID: u64 = 3;
@@ -151,85 +150,6 @@ pub enum Error {
     /// A thread could not be started.
     #[error("cannot start the thread that supervises the VM")]
     Supervisor(#[source] std::io::Error),
-}
-
-/// A virtio-mmio window on the bus.
-struct WindowSlot(Mutex<Window>);
-
-impl WindowSlot {
-    fn lock(&self) -> MutexGuard<'_, Window> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl BusDevice for WindowSlot {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        self.lock().read(offset, data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        self.lock().write(offset, data);
-    }
-}
-
-/// What connects a plugged window's device to KVM, from plug to unplug.
-struct Wires {
-    _kicks: Vec<Kick>,
-    _acknowledgements: Kick,
-    _line: IrqLine,
-}
-
-/// The registers of all windows, which the guest reads without leaving.
-struct ShownRegisters {
-    pages: RegisterPages,
-    vm: Arc<VmFd>,
-    slot: Option<u32>,
-}
-
-impl ShownRegisters {
-    /// Shows them by the memory slot `slot`, if KVM knows slots that are read only: a write of them is one of device memory, as if there
-    /// were no slot. Where it does not, reads are too.
-    fn new(vm: &Arc<VmFd>, windows: u8, slot: u32) -> Result<Self, Error> {
-        let pages = RegisterPages::new(windows).map_err(|source| Error::Plug {
-            window: 0,
-            source: mmio::Error::Registers(source),
-        })?;
-        let mut shown = Self {
-            pages,
-            vm: Arc::clone(vm),
-            slot: None,
-        };
-        if vm.check_extension(Cap::ReadonlyMem) {
-            let (host, bytes) = shown.pages.place();
-            shown
-                .set(slot, host, bytes)
-                .map_err(|source| memory::Error::Registers { slot, source })?;
-            shown.slot = Some(slot);
-        }
-        Ok(shown)
-    }
-
-    fn set(&self, slot: u32, host: u64, bytes: u64) -> Result<(), kvm_ioctls::Error> {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: KVM_MEM_READONLY,
-            guest_phys_addr: window_address(0),
-            memory_size: bytes,
-            userspace_addr: host,
-        };
-        // SAFETY: the mapping is of that size and stays until the slot is taken away, in this value's drop.
-        unsafe { self.vm.set_user_memory_region(region) }
-    }
-}
-
-impl Drop for ShownRegisters {
-    fn drop(&mut self) {
-        if let Some(slot) = self.slot
-            && let Err(error) = self.set(slot, self.pages.place().0, 0)
-        {
-            tracing::warn!(%error, "cannot take the registers' memory slot away");
-        }
-    }
 }
 
 struct WindowPlace {
@@ -370,7 +290,7 @@ impl Machine {
                 window: index,
                 source,
             })?;
-            let slot = Arc::new(WindowSlot(Mutex::new(window)));
+            let slot = Arc::new(WindowSlot::new(window));
             let device: Arc<dyn BusDevice> = Arc::clone(&slot) as Arc<dyn BusDevice>;
             mmio.insert(window_address(index), WINDOW_SIZE, device)?;
             windows.push(WindowPlace { slot, wires: None });
@@ -736,34 +656,4 @@ fn port_bus(progress: &Progress, serial: &Arc<SerialPort>) -> Result<Bus, Overla
         Arc::new(PhasePort::new(Arc::clone(&progress.marks))),
     )?;
     Ok(ports)
-}
-
-/// irqfd and ioeventfds of a window that has a device.
-fn lay_wires(
-    vm: &Arc<VmFd>,
-    index: u8,
-    window: &Window,
-    swallowed: &Arc<EventFd>,
-) -> Result<Wires, interrupt::Error> {
-    let line = IrqLine::over(
-        Arc::clone(vm),
-        window_gsi(index),
-        window.interrupt().irqfd(),
-    )?;
-    let address = window_address(index) + NOTIFY_OFFSET;
-    let kicks = (0u32..)
-        .zip(window.kicks())
-        .map(|(queue, kick)| Kick::new(Arc::clone(vm), address, queue, Arc::clone(kick)))
-        .collect::<Result<_, _>>()?;
-    let acknowledgements = Kick::new(
-        Arc::clone(vm),
-        window_address(index) + ACKNOWLEDGE_OFFSET,
-        INTERRUPT_USED_RING,
-        Arc::clone(swallowed),
-    )?;
-    Ok(Wires {
-        _kicks: kicks,
-        _acknowledgements: acknowledgements,
-        _line: line,
-    })
 }
