@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VmFd;
 use thiserror::Error;
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -96,6 +97,9 @@ pub enum Error {
     /// The serial console.
     #[error("cannot make the serial console")]
     Serial(#[source] std::io::Error),
+    /// The host is out of memory, or the process of mappings.
+    #[error("cannot map the registers of virtio-mmio windows")]
+    Registers(#[source] MmapRegionError),
     /// The process has no descriptor left.
     #[error("cannot make an eventfd")]
     EventFd(#[source] std::io::Error),
@@ -466,7 +470,7 @@ impl Machine {
             window: index,
             source,
         })?;
-        // The window stays locked until the wires are laid: a guest that looks early waits.
+        // The window stays locked until the wires are laid: a driver that begins early, by its first write, waits.
         match lay_wires(&self.vm, index, &window, &self.swallowed) {
             Ok(wires) => {
                 tracing::debug!(window = index, device = window.kind(), "plugged");

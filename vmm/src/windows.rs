@@ -12,7 +12,7 @@ use crate::interrupt::{self, IrqLine, Kick};
 use crate::memory;
 use crate::memory::layout::{window_address, window_gsi};
 use crate::virtio::device::INTERRUPT_USED_RING;
-use crate::virtio::mmio::{self, ACKNOWLEDGE_OFFSET, NOTIFY_OFFSET, Window};
+use crate::virtio::mmio::{ACKNOWLEDGE_OFFSET, NOTIFY_OFFSET, Window};
 use crate::virtio::registers::RegisterPages;
 use crate::vm::Error;
 
@@ -57,10 +57,7 @@ impl ShownRegisters {
     /// Shows them by the memory slot `slot`, if KVM knows slots that are read only: a write of them is one of device memory, as if there
     /// were no slot. Where it does not, reads are too.
     pub fn new(vm: &Arc<VmFd>, windows: u8, slot: u32) -> Result<Self, Error> {
-        let pages = RegisterPages::new(windows).map_err(|source| Error::Plug {
-            window: 0,
-            source: mmio::Error::Registers(source),
-        })?;
+        let pages = RegisterPages::new(windows).map_err(Error::Registers)?;
         let mut shown = Self {
             pages,
             vm: Arc::clone(vm),
@@ -84,7 +81,7 @@ impl ShownRegisters {
             memory_size: bytes,
             userspace_addr: host,
         };
-        // SAFETY: the mapping is of that size and stays until the slot is taken away, in this value's drop.
+        // SAFETY: the mapping is of that size and stays until the slot is taken away in this value's drop, or for ever.
         unsafe { self.vm.set_user_memory_region(region) }
     }
 }
@@ -95,6 +92,8 @@ impl Drop for ShownRegisters {
             && let Err(error) = self.set(slot, self.pages.place().0, 0)
         {
             tracing::warn!(%error, "cannot take the registers' memory slot away");
+            // KVM still has it: the mapping stays for as long as the process.
+            std::mem::forget(self.pages.clone());
         }
     }
 }

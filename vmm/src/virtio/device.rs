@@ -71,29 +71,35 @@ impl Interrupt {
         self.raise(INTERRUPT_USED_RING);
     }
 
-    /// Shows the guest what its configuration space holds now, from the first byte on. A device calls it when something has changed
-    /// that its driver need not be told of; after a write of the driver and after a reset the transport does. `space` is called when nobody
-    /// else publishes, so that what stays is the newest: the caller holds no lock that it, or
-    /// [`read_config`](VirtioDevice::read_config), takes.
+    /// Shows the guest what its configuration space holds now, from the first byte on, and moves its generation on if that is new. A
+    /// device calls it when something has changed that its driver need not be told of; after a write of the driver and after a
+    /// reset the transport does. `space` is called when nobody else publishes, so that what stays is the newest: the caller holds no lock
+    /// that it, or [`read_config`](VirtioDevice::read_config), takes, and it does not publish.
     pub fn publish<Space: AsRef<[u8]>>(&self, space: impl FnOnce() -> Space) {
         let _alone = self
             .line
             .publishing
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        self.line
-            .page
-            .write(VIRTIO_MMIO_CONFIG.into(), space().as_ref());
+        let space = space();
+        let space = space.as_ref();
+        let page = &self.line.page;
+        let mut shown = vec![0; space.len()];
+        page.read(VIRTIO_MMIO_CONFIG.into(), &mut shown);
+        if shown == space {
+            return;
+        }
+        // A driver that has read a part of it before finds another generation when it has read the rest. One that reads all of it
+        // between the two steps may find a mixture, and reads again when it is told.
+        let generation = page.register(VIRTIO_MMIO_CONFIG_GENERATION);
+        generation.fetch_add(1, Ordering::SeqCst);
+        page.write(VIRTIO_MMIO_CONFIG.into(), space);
+        generation.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Tells the guest that the configuration space changed to what `space` returns, and moves its generation on. For locks see
-    /// [`publish`](Self::publish).
+    /// Publishes what `space` returns, and tells the driver that its configuration has changed.
     pub fn config_changed<Space: AsRef<[u8]>>(&self, space: impl FnOnce() -> Space) {
-        // A driver that has read a part of it before sees one generation, and another after it has read the rest.
-        let generation = self.line.page.register(VIRTIO_MMIO_CONFIG_GENERATION);
-        generation.fetch_add(1, Ordering::SeqCst);
         self.publish(space);
-        generation.fetch_add(1, Ordering::SeqCst);
         self.raise(INTERRUPT_CONFIG);
     }
 

@@ -26,7 +26,6 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_VERSION,
 };
 use virtio_queue::{Queue, QueueT};
-use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -72,9 +71,6 @@ pub enum Error {
     /// The host is out of descriptors.
     #[error("Cannot make an eventfd for a virtio-mmio window")]
     EventFd(#[source] io::Error),
-    /// The host is out of memory, or the process of mappings.
-    #[error("Cannot map registers of virtio-mmio windows")]
-    Registers(#[source] MmapRegionError),
 }
 
 /// What the driver wrote about a queue, judged when the device is activated.

@@ -96,8 +96,7 @@ impl BalloonHost {
         }
         self.shared.update(|stats| stats.target_bytes = bytes);
         // A driver that comes later is shown it anyway.
-        let interrupt = self.shared.lock().interrupt.clone();
-        if let Some(interrupt) = interrupt {
+        if let Some(interrupt) = &*self.shared.interrupt() {
             interrupt.config_changed(|| self.shared.config_space());
         }
         Ok(())
@@ -133,6 +132,9 @@ impl std::fmt::Debug for BalloonHost {
 /// to read the configuration.
 #[derive(Debug)]
 pub(super) struct Shared {
+    /// The line to the driver, while there is one. Held while it is used, so that no driver is told after the device was
+    /// reset; taken before `state`, never after.
+    interrupt: Mutex<Option<Interrupt>>,
     state: Mutex<State>,
     watch: watch::Sender<BalloonStats>,
     /// Readable when the host wants new statistics.
@@ -142,13 +144,12 @@ pub(super) struct Shared {
 #[derive(Debug, Default)]
 struct State {
     stats: BalloonStats,
-    /// The line to the driver, while there is one.
-    interrupt: Option<Interrupt>,
 }
 
 impl Shared {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
+            interrupt: Mutex::default(),
             state: Mutex::default(),
             watch: watch::Sender::default(),
             ask: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -184,7 +185,7 @@ impl Shared {
     /// A driver runs the device from now on, or none does: then what it said is forgotten.
     pub fn set_driver(&self, interrupt: Option<Interrupt>) {
         let driver = interrupt.is_some();
-        self.lock().interrupt = interrupt;
+        *self.interrupt() = interrupt;
         self.update(|stats| {
             stats.driver = driver;
             if !driver {
@@ -192,6 +193,12 @@ impl Shared {
                 stats.guest = None;
             }
         });
+    }
+
+    fn interrupt(&self) -> MutexGuard<'_, Option<Interrupt>> {
+        self.interrupt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -137,6 +137,9 @@ impl MemHost {
 #[derive(Debug)]
 pub(super) struct Shared {
     pub config: MemConfig,
+    /// The line to the driver, while there is one. Held while it is used, so that no driver is told after the device was
+    /// reset; taken before `state`, never after.
+    interrupt: Mutex<Option<Interrupt>>,
     state: Mutex<State>,
     changed: Condvar,
     watch: watch::Sender<MemStatus>,
@@ -146,8 +149,6 @@ pub(super) struct Shared {
 struct State {
     status: MemStatus,
     failure: Option<String>,
-    /// The line to the driver, while there is one.
-    interrupt: Option<Interrupt>,
 }
 
 /// Failures that are logged as warnings: a guest that asks again and again does not fill the host's log.
@@ -161,10 +162,10 @@ impl Shared {
         };
         Self {
             config,
+            interrupt: Mutex::new(None),
             state: Mutex::new(State {
                 status,
                 failure: None,
-                interrupt: None,
             }),
             changed: Condvar::new(),
             watch: watch::Sender::new(status),
@@ -202,10 +203,9 @@ impl Shared {
             self.watch.send_replace(state.status);
             self.changed.notify_all();
         }
-        // A driver that comes later is shown it anyway.
-        let interrupt = state.interrupt.clone();
         drop(state);
-        if let Some(interrupt) = interrupt {
+        // A driver that comes later is shown it anyway.
+        if let Some(interrupt) = &*self.interrupt() {
             interrupt.publish(|| self.config_space());
         }
     }
@@ -226,15 +226,20 @@ impl Shared {
     /// A driver runs the device from now on, or none does.
     pub fn set_driver(&self, interrupt: Option<Interrupt>) {
         let driver = interrupt.is_some();
-        self.lock().interrupt = interrupt;
+        *self.interrupt() = interrupt;
         self.update(|status| status.driver = driver);
     }
 
     fn notify_driver(&self) {
-        let interrupt = self.lock().interrupt.clone();
-        if let Some(interrupt) = interrupt {
+        if let Some(interrupt) = &*self.interrupt() {
             interrupt.config_changed(|| self.config_space());
         }
+    }
+
+    fn interrupt(&self) -> MutexGuard<'_, Option<Interrupt>> {
+        self.interrupt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
