@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::context::{Context, Runtime};
+use crate::context::Context;
 use crate::ctr;
 use crate::suite::{Case, Subject};
 
@@ -30,6 +30,12 @@ pub(crate) const CASES: &[Case] = &[
         seconds: (240, 240),
         run: network,
     },
+    Case {
+        name: "nacre-bench measures boots, density, starts at once and the vsock's ways, and compares what it has measured",
+        subject: Subject::Alone,
+        seconds: (300, 300),
+        run: vms,
+    },
 ];
 
 /// A scenario, its arguments, and series that it must have.
@@ -39,7 +45,7 @@ type Scenario = (
     &'static [&'static str],
 );
 
-const BOTH: [Runtime; 2] = [Runtime::Nacre, Runtime::Runc];
+const BOTH: [&str; 2] = ["nacre", "runc"];
 
 const SCENARIOS: [Scenario; 2] = [
     (
@@ -95,12 +101,53 @@ const VSOCK: [&str; 9] = [
     "request, 64 KiB",
 ];
 
+/// Rows of what is measured of VMs: the scenario, its arguments, and of each table the sides and some of the rows.
+type OfVms = (
+    &'static str,
+    &'static str,
+    &'static [(&'static [&'static str], &'static [&'static str])],
+);
+
+const VMS: [OfVms; 4] = [
+    (
+        "boot",
+        "--rounds 1 --warm-up 0",
+        &[
+            (&["nacre"], &["to init"]),
+            (&["nacre"], &["CPU time", "page faults, minor"]),
+            (
+                &["shim", "vmctl"],
+                &["T0 process start", "T4 first KVM_RUN", "T8 agent ready"],
+            ),
+        ],
+    ),
+    (
+        "density",
+        "--rounds 1 --vms 1",
+        &[(&BOTH, &["host memory"])],
+    ),
+    (
+        "parallel",
+        "--rounds 1 --warm-up 0 --vms 2",
+        &[(&BOTH, &["= all"])],
+    ),
+    (
+        "vsock",
+        "--rounds 1 --warm-up 0 --mib 1",
+        &[(
+            &["in-process", "unix-socket"],
+            &["out, 64 KiB", "in, 64 KiB"],
+        )],
+    ),
+];
+
 fn measures(context: &Context) -> Result<()> {
     for (scenario, arguments, series) in SCENARIOS {
         let busybox = context.programs.busybox.display().to_string();
         let arguments = [arguments, &["--busybox", &busybox]].concat();
         let report = report(context, scenario, &arguments)?;
-        check(&report, scenario, &BOTH, series)?;
+        let [table] = tables(&report)?;
+        check(table, &BOTH, series)?;
     }
     Ok(())
 }
@@ -113,12 +160,10 @@ fn storage(context: &Context) -> Result<()> {
     let mut arguments: Vec<&str> = few.split(' ').collect();
     arguments.push(&place);
     let report = report(context, "storage", &arguments)?;
-    ensure!(report["complete"] == true, "it is not complete");
-    let tables = report["tables"].as_array().context("no tables")?;
-    ensure!(tables.len() == 2, "there are {} tables", tables.len());
-    for (table, way) in tables.iter().zip(["virtio-blk", "virtio-fs"]) {
-        ensure!(table["scenario"] == way, "{} is there", table["scenario"]);
-        check(table, way, &BOTH, &STORAGE)?;
+    let tables: [&Value; 2] = tables(&report)?;
+    for (table, way) in tables.into_iter().zip(["virtio-blk", "virtio-fs"]) {
+        ensure!(table["title"] == way, "{} is there", table["title"]);
+        check(table, &BOTH, &STORAGE)?;
     }
     let left = std::fs::read_dir(&folder)?.count();
     ensure!(left == 0, "{left} things are left in its folder");
@@ -129,16 +174,60 @@ fn network(context: &Context) -> Result<()> {
     let before = interfaces()?;
     let few = "--rounds 1 --warm-up 0 --mib 1 --requests 1";
     let report = report(context, "net", &few.split(' ').collect::<Vec<_>>())?;
-    ensure!(report["complete"] == true, "it is not complete");
-    let tables = report["tables"].as_array().context("no tables")?;
-    let [network, vsock] = tables.as_slice() else {
-        anyhow::bail!("there are {} tables", tables.len());
-    };
-    check(network, "virtio-net", &BOTH, &NETWORK)?;
-    check(vsock, "vsock", &BOTH[..1], &VSOCK)?;
+    let [network, vsock] = tables(&report)?;
+    check(network, &BOTH, &NETWORK)?;
+    check(vsock, &BOTH[..1], &VSOCK)?;
     let after = interfaces()?;
     ensure!(before == after, "{before:?} has become {after:?}");
     Ok(())
+}
+
+fn vms(context: &Context) -> Result<()> {
+    for (scenario, arguments, expected) in VMS {
+        let busybox = context.programs.busybox.display().to_string();
+        let mut arguments: Vec<&str> = arguments.split(' ').collect();
+        arguments.extend(["--busybox", &busybox]);
+        let report = report(context, scenario, &arguments)?;
+        let tables = report["tables"].as_array().context("no tables")?;
+        ensure!(tables.len() == expected.len(), "{} tables", tables.len());
+        for (table, (sides, rows)) in tables.iter().zip(expected) {
+            check(table, sides, rows)?;
+        }
+    }
+    compares(context)
+}
+
+/// That a run is the same as itself, that others cannot be compared with it, and that a page of all can be made.
+fn compares(context: &Context) -> Result<()> {
+    let bench = || Command::new(context.programs.bin.join("nacre-bench"));
+    let [boot, vsock] = ["boot", "vsock"].map(|scenario| context.path(format!("{scenario}.json")));
+    let said = ctr::run(bench().arg("compare").args([&boot, &boot]))?;
+    said.expect_code(0)?;
+    eprintln!("{}", said.out());
+    let other = ctr::run(bench().arg("compare").args([&boot, &vsock]))?;
+    other.expect_code(1)?;
+    ensure!(other.err().contains("vsock"), "{}", other.err());
+    let page = context.path("all.html");
+    let made = bench()
+        .arg("page")
+        .args([&boot, &vsock])
+        .arg("--html")
+        .arg(&page)
+        .status()?;
+    ensure!(made.success(), "the page is not made: {made}");
+    let text = std::fs::read_to_string(&page)?;
+    for words in ["<svg", "T8 agent ready", "unix-socket"] {
+        ensure!(text.contains(words), "{words} is not in the page");
+    }
+    Ok(())
+}
+
+/// All tables of what was measured whole.
+fn tables<const COUNT: usize>(report: &Value) -> Result<[&Value; COUNT]> {
+    let tables = report["tables"].as_array().context("no tables")?;
+    let tables: Vec<&Value> = tables.iter().collect();
+    let count = tables.len();
+    <[&Value; COUNT]>::try_from(tables).map_err(|_| anyhow::anyhow!("there are {count} tables"))
 }
 
 /// The host's network interfaces.
@@ -162,27 +251,26 @@ fn report(context: &Context, scenario: &str, arguments: &[&str]) -> Result<Value
     let text = std::fs::read(&file).with_context(|| file.display().to_string())?;
     let report: Value = serde_json::from_slice(&text)?;
     ensure!(report["scenario"] == scenario, "{}", report["scenario"]);
+    ensure!(report["complete"] == true, "it is not complete");
     Ok(report)
 }
 
-/// That these shims have a value of each series.
-fn check(table: &Value, name: &str, runtimes: &[Runtime], series: &[&str]) -> Result<()> {
-    let shims = table["shims"].as_array().context("no shims")?;
-    for (shim, runtime) in shims.iter().zip(runtimes) {
-        ensure!(shim["shim"] == runtime.text(), "{} is first", shim["shim"]);
-        let all = shim["series"].as_array().context("no series")?;
-        for row in series {
+/// That these sides have a value of each row.
+fn check(table: &Value, names: &[&str], rows: &[&str]) -> Result<()> {
+    let title = &table["title"];
+    let sides = table["sides"].as_array().context("no sides")?;
+    let found: Vec<_> = sides.iter().map(|side| side["name"].as_str()).collect();
+    let wanted: Vec<_> = names.iter().map(|name| Some(*name)).collect();
+    ensure!(found == wanted, "{title} is of {found:?}");
+    for side in sides {
+        let all = side["series"].as_array().context("no series")?;
+        for row in rows {
             let found = all.iter().find(|one| one["name"] == *row);
-            let one = found.with_context(|| format!("{name} has no {row}"))?;
-            let count = one["values"].as_array().map_or(0, Vec::len);
-            ensure!(count == 1, "{name} has {count} values of {row}");
-            ensure!(one["median"].is_number() && one["p99"].is_number());
+            let one = found.with_context(|| format!("{title} has no {row}"))?;
+            let values = one["values"].as_array().context("no values")?;
+            ensure!(values.len() == 1, "{title} has {} of {row}", values.len());
+            ensure!(values.iter().all(Value::is_number), "{values:?}");
         }
     }
-    ensure!(
-        shims.len() == runtimes.len(),
-        "{} shims were measured",
-        shims.len()
-    );
     Ok(())
 }
