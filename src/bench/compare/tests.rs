@@ -176,8 +176,14 @@ fn counts_that_never_vary_are_compared_exactly() {
     };
     let (less, neither) = (Better::Less, Better::Neither);
     for (a, b, better, verdict) in [
-        (&[3.0][..], &[3.0][..], less, Verdict::Unchanged),
-        (&[0.0], &[1.0], less, Verdict::Worse),
+        (&[3.0; 2][..], &[3.0; 2][..], less, Verdict::Unchanged),
+        (&[0.0; 2], &[1.0; 2], less, Verdict::Worse),
+        // Below the threshold, which is for what varies.
+        (&[100.0; 2], &[101.0; 3], less, Verdict::Worse),
+        // Nobody knows whether it is the same each time.
+        (&[3.0], &[4.0; 5], less, Verdict::TooFewValues),
+        (&[3.0; 5], &[4.0], less, Verdict::TooFewValues),
+        (&[3.0], &[3.0], less, Verdict::TooFewValues),
         (&[100.0; 2], &[99.0; 2], less, Verdict::Better),
         (&[100.0; 2], &[99.0; 2], neither, Verdict::Changed),
         (&[100.0, 101.0], &[99.0; 2], less, Verdict::TooFewValues),
@@ -251,7 +257,8 @@ fn without_a_reference_times_of_two_machines_are_not_compared_but_memory_is() {
     let judged = Comparison::new(a, b, &options()).unwrap().judged;
     assert_eq!(judged.rows.len(), 1);
     assert_eq!(judged.rows[0].verdict, Verdict::Worse);
-    assert!(judged.notes[0].contains("up, nacre"), "{:?}", judged.notes);
+    let notes = judged.left.notes;
+    assert!(notes[0].contains("up, nacre"), "{notes:?}");
     assert!(
         error.to_string().contains("Nothing to relate it to"),
         "{error}"
@@ -367,5 +374,84 @@ fn only_runs_of_one_scenario_are_compared_and_worse_fails_where_asked() {
     assert!(
         error.contains("lifecycle") && error.contains("exec"),
         "{error}"
+    );
+}
+
+#[test]
+fn what_b_lacks_fails_with_words_and_what_a_lacks_does_not() {
+    let rows = |rows: &[(&str, &[f64])]| document(&[("nacre", rows)]);
+    let values = [1.0, 2.0, 3.0, 4.0, 5.0];
+    let whole = rows(&[("up", &values), ("down", &values)]);
+    let mut stopped = whole.clone();
+    stopped.end(Some(&anyhow::anyhow!("interrupted")));
+    let mut counted = whole.clone();
+    counted.tables[0].better("nacre", "down", Better::Neither);
+    let mut tableless = whole.clone();
+    let other = Report::new("exec", ["nacre"]);
+    tableless.tables.push(other);
+    let part = rows(&[("up", &values)]);
+    for (a, b, words) in [
+        (&whole, &whole, None),
+        (&part, &whole, None),
+        (&stopped, &whole, None),
+        (&whole, &part, Some("A has and B has not")),
+        (&whole, &counted, Some("not in the same unit: 1")),
+        (&tableless, &whole, Some("B has not")),
+        (&whole, &stopped, Some("B is not complete: interrupted")),
+    ] {
+        let comparison = Comparison::new(a.clone(), b.clone(), &options()).unwrap();
+        let failures = comparison.failures().join("; ");
+        match words {
+            Some(words) => assert!(failures.contains(words), "{words} in {failures}"),
+            None => assert_eq!(failures, ""),
+        }
+    }
+}
+
+#[test]
+fn ratios_are_of_one_round_and_of_nothing_there_is_none() {
+    // In round 1 one side has failed; the beginning is 0 for all.
+    let run = |missing: &str| {
+        let mut table = Report::new("boot", ["nacre", "qemu"]);
+        for round in 0..6 {
+            table.round = round;
+            for (side, factor) in [("nacre", 2.0), ("qemu", 1.0)] {
+                table.add(side, "begin", Unit::Ms, 0.0);
+                if side != missing || round != 1 {
+                    let value = factor * 10.0_f64.powi(round as i32);
+                    table.add(side, "init", Unit::Ms, value);
+                }
+            }
+        }
+        table.add("qemu", "zero", Unit::Ms, 0.0);
+        table.add("nacre", "zero", Unit::Ms, 1.0);
+        let mut document = document(&[]);
+        document.tables = vec![table];
+        document
+    };
+    let terms = Terms {
+        ratios: true,
+        ..TERMS
+    };
+    let (pairs, left) = decide(&run("nacre"), &run("qemu"), terms);
+    let rows: Vec<_> = pairs
+        .iter()
+        .map(|pair| {
+            (
+                pair.row.row.as_str(),
+                pair.row.a,
+                pair.row.b,
+                pair.row.counts,
+            )
+        })
+        .collect();
+    assert_eq!(rows, [("init", 2.0, 2.0, (5, 5))]);
+    assert!(left.all().join(" ").contains("boot, zero, nacre"));
+    // Neither is a beginning that is always 0 one more test of the others.
+    assert!(
+        decide(&run(""), &run(""), TERMS)
+            .0
+            .iter()
+            .all(|pair| pair.row.row != "begin")
     );
 }
