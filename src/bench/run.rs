@@ -170,7 +170,8 @@ impl<'s> Run<'s> {
     pub fn end(mut self, outcome: Result<()>) -> Result<()> {
         self.progress.end();
         // What fails because a signal has come did not fail.
-        let outcome = outcome.map_err(|error| interrupt::check().err().unwrap_or(error));
+        let outcome =
+            outcome.map_err(|error| interrupt::check_after_failure().err().unwrap_or(error));
         self.document.end(outcome.as_ref().err());
         let json = self.setting.json.as_ref();
         let saved = json.map_or(Ok(()), |file| self.document.save(file));

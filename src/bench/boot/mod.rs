@@ -283,7 +283,7 @@ fn once(
             Ok(_) => {}
             Err(error) if side.vmm != Vmm::Ours => {
                 // The signal may have been the VMM's as well.
-                interrupt::check()?;
+                interrupt::check_after_failure()?;
                 measured.run.failed(&format!("{error:#}"));
                 side.left_out = true;
             }

@@ -276,7 +276,7 @@ impl Bench<'_> {
                         Ok(_) => {}
                         Err(error) if side == 1 => {
                             // The signal may have been QEMU's as well.
-                            interrupt::check()?;
+                            interrupt::check_after_failure()?;
                             measured.failed(what, name, &error);
                             // What it has now is not known.
                             peer = None;

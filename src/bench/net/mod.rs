@@ -119,7 +119,7 @@ impl Side<'_> {
         match asked {
             Ok(values) => add(run, round, OF_NETWORK, name, work, values),
             Err(error) if matches!(self.place, Place::Qemu(_)) => {
-                interrupt::check()?;
+                interrupt::check_after_failure()?;
                 run.failed(&format!("{error:#}"));
                 self.left_out = true;
             }
@@ -172,7 +172,7 @@ impl<'o> Bench<'o> {
             match self.qemu(program, &bridge) {
                 Ok(side) => sides.push(side),
                 Err(error) => {
-                    interrupt::check()?;
+                    interrupt::check_after_failure()?;
                     run.failed(&format!("qemu is left out: {error:#}"));
                 }
             }

@@ -147,7 +147,7 @@ impl Side<'_> {
         let (unit, value, remark) = match asked {
             Ok(asked) => asked,
             Err(error) if matches!(self.place, Place::Qemu(_)) => {
-                interrupt::check()?;
+                interrupt::check_after_failure()?;
                 run.failed(&format!("{error:#}"));
                 self.left_out = true;
                 return Ok(());
