@@ -14,7 +14,8 @@ use anyhow::{Result, ensure};
 use clap::Args;
 
 use super::Setting;
-use super::document::{Document, GuestKernel, Machine, replace};
+use super::document::{Document, Machine, replace};
+use super::guest::GuestKernel;
 use super::page::plain;
 use super::run::tell;
 use judge::{Judged, Terms, Verdict, judge};
@@ -168,16 +169,15 @@ fn differences(a: &Document, b: &Document) -> Vec<String> {
         format!("{} MiB", other.memory_mib),
     );
     differ("host's kernel", one.kernel.clone(), other.kernel.clone());
-    let release = |kernel: &Option<GuestKernel>| match kernel {
-        Some(GuestKernel {
-            release: Some(release),
-            ..
-        }) => release.clone(),
-        Some(kernel) => kernel.file.display().to_string(),
-        None => "unknown".to_owned(),
-    };
-    let (one, other) = (release(&a.guest_kernel), release(&b.guest_kernel));
+    let (one, other) = guests(a.guest_kernel.as_ref(), b.guest_kernel.as_ref());
     differ("guest's kernel", one, other);
+    let initrd = |document: &Document| {
+        let kernel = document.guest_kernel.as_ref()?;
+        kernel.initrd.as_ref()?.sha256.clone()
+    };
+    if let (Some(one), Some(other)) = (initrd(a), initrd(b)) {
+        differ("SHA-256 of the guest's initrd", one, other);
+    }
     let settings = |document: &Document| -> BTreeMap<String, String> {
         let settings = document.settings.iter();
         settings
@@ -200,6 +200,23 @@ fn differences(a: &Document, b: &Document) -> Vec<String> {
         }
     }
     all
+}
+
+/// Both guests' kernels, by what both tell: releases, and digests where both have one.
+fn guests(a: Option<&GuestKernel>, b: Option<&GuestKernel>) -> (String, String) {
+    let digest = |kernel: Option<&GuestKernel>| kernel?.sha256.clone();
+    let digests = digest(a).zip(digest(b)).unzip();
+    let words = |kernel: Option<&GuestKernel>, digest: Option<String>| {
+        let Some(kernel) = kernel else {
+            return "unknown".to_owned();
+        };
+        let file = kernel.file.display().to_string();
+        let release = kernel.release.clone().unwrap_or(file);
+        digest.map_or(release.clone(), |digest| {
+            format!("{release} (SHA-256 {digest}…)")
+        })
+    };
+    (words(a, digests.0), words(b, digests.1))
 }
 
 #[cfg(test)]
