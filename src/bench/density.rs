@@ -9,12 +9,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::document::{Document, GuestKernel};
+use super::guest::GuestKernel;
 use super::memory::{Held, Parts, proportional};
 use super::peers::{Container, Peer, Surroundings};
-use super::report::{Report, Unit};
+use super::report::{Better, Report, Unit, quantile};
 use super::run::{Rounds, Run, turns};
-use super::{Setting, as_root, interrupt};
+use super::{Setting, as_root, each_once, interrupt};
 use crate::config::Config;
 
 /// What each container does.
@@ -23,12 +23,14 @@ const IDLES: [&str; 2] = ["sleep", "100000"];
 const BETWEEN: Duration = Duration::from_secs(1);
 /// They have settled when all together changed by less than this between two looks, for each one.
 const SETTLED_KIB: u64 = 64;
+/// And the host's own memory, in which there is more that comes and goes.
+const QUIET_KIB: u64 = 1024;
 const LOOKS: u32 = 3;
 
 /// Options of `nacre-bench density`.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Options {
-    /// How many run at once
+    /// How many run at once, each number once
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,4,8", overrides_with = "vms", value_parser = clap::value_parser!(u16).range(1..=256))]
     vms: Vec<u16>,
     /// Rounds; in each, every number of them is looked at once
@@ -58,6 +60,7 @@ impl Options {
 
 /// Measures until all rounds are done, something fails or a signal comes; what there is then is shown and written.
 pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
+    each_once(&options.vms)?;
     as_root()?;
     let peers = setting.peers()?;
     let busybox = setting.busybox()?;
@@ -65,7 +68,8 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     let around = Surroundings::new(setting.rootfs.as_deref(), &busybox, patience)?;
     let mut run = Run::new("density", options.settings(), setting);
     run.document.tables = tables(options, &peers);
-    run.document.guest_kernel = Some(GuestKernel::of(&Config::load()?.kernel));
+    let config = Config::load()?;
+    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel, Some(&config.initrd)));
     run.peers(&peers);
     let outcome = rounds(options, &around, &peers, &mut run);
     run.end(outcome)
@@ -98,13 +102,20 @@ fn rounds(
                 let settle = Duration::from_secs(options.settle);
                 let seen = together(around, peer, *count, settle)
                     .with_context(|| format!("{count} containers of {name}, round {number}"))?;
-                if !seen.settled {
-                    run.document.note(&format!(
-                        "{count} of {name}, round {number}: what they hold still changed after {} s",
-                        options.settle
-                    ));
+                for (still, what) in [
+                    (seen.quiet, "what the host had before still changed"),
+                    (seen.settled, "what they hold still changed"),
+                ] {
+                    if !still {
+                        run.document.note(&format!(
+                            "{count} of {name}, round {number}: {what} after {} s",
+                            options.settle
+                        ));
+                    }
                 }
-                seen.add(&mut run.document, &title(*count), name);
+                if let Some(table) = run.document.table(&title(*count)) {
+                    seen.add(table, name);
+                }
             }
         }
         Ok(())
@@ -117,6 +128,8 @@ struct Seen {
     each: Vec<One>,
     /// How much less memory the host has for others, KiB, of all.
     host_kib: f64,
+    /// The host's memory stood still before.
+    quiet: bool,
     settled: bool,
 }
 
@@ -129,26 +142,41 @@ struct One {
     processes: u64,
 }
 
+/// A row of each container.
+type Row = (&'static str, Unit, fn(&One) -> u64);
+
+const ROWS: [Row; 5] = [
+    ("PSS beyond guest memory", Unit::Kib, |one| {
+        one.memory.own_kib
+    }),
+    ("PSS of guest memory", Unit::Kib, |one| one.memory.guest_kib),
+    ("threads", Unit::Count, |one| one.threads),
+    ("descriptors", Unit::Count, |one| one.descriptors),
+    ("processes", Unit::Count, |one| one.processes),
+];
+
 impl Seen {
-    fn add(&self, document: &mut Document, table: &str, name: &str) {
-        for one in &self.each {
-            for (row, unit, value) in [
-                ("PSS beyond guest memory", Unit::Kib, one.memory.own_kib),
-                ("PSS of guest memory", Unit::Kib, one.memory.guest_kib),
-                ("threads", Unit::Count, one.threads),
-                ("descriptors", Unit::Count, one.descriptors),
-                ("processes", Unit::Count, one.processes),
-            ] {
-                document.add(table, name, row, unit, value as f64);
+    /// One value of each row: what runs at once is alike, and would not be so many values.
+    fn add(&self, table: &mut Report, name: &str) {
+        let mut add = |row: &str, unit, value| {
+            table.add(name, row, unit, value);
+            table.better(name, row, Better::Less);
+        };
+        for (row, unit, of) in ROWS {
+            let all: Vec<f64> = self.each.iter().map(|one| of(one) as f64).collect();
+            add(row, unit, quantile(&all, 50.0));
+            if all.len() > 1 {
+                add(&format!("{row}, most"), unit, quantile(&all, 100.0));
             }
         }
         let each = self.host_kib / self.each.len().max(1) as f64;
-        document.add(table, name, "host memory", Unit::Kib, each);
+        add("host memory", Unit::Kib, each);
     }
 }
 
 /// Starts so many, looks at them when they have settled, and ends them.
 fn together(around: &Surroundings, peer: &Peer, count: u16, settle: Duration) -> Result<Seen> {
+    let quiet = settled(settle, QUIET_KIB, || Ok(available_kib()? as u64))?;
     let before = available_kib()?;
     let containers = (0..count)
         .map(|_| Container::running(around, peer, &IDLES))
@@ -157,7 +185,7 @@ fn together(around: &Surroundings, peer: &Peer, count: u16, settle: Duration) ->
         .iter()
         .map(|container| container.shim_pid.context("the shim does not say its pid"))
         .collect::<Result<Vec<_>>>()?;
-    let settled = settled(settle, u64::from(count), || {
+    let settled = settled(settle, SETTLED_KIB * u64::from(count), || {
         let all = shims.iter().map(|pid| one(*pid));
         let all = all.collect::<Result<Vec<_>>>()?;
         Ok(all
@@ -171,12 +199,13 @@ fn together(around: &Surroundings, peer: &Peer, count: u16, settle: Duration) ->
     Ok(Seen {
         each,
         host_kib,
+        quiet,
         settled,
     })
 }
 
 /// Looks until a few looks one after another are about the same; whether they were before the time was over.
-fn settled(within: Duration, count: u64, mut look: impl FnMut() -> Result<u64>) -> Result<bool> {
+fn settled(within: Duration, kib: u64, mut look: impl FnMut() -> Result<u64>) -> Result<bool> {
     let began = Instant::now();
     let mut last = look()?;
     let mut same = 0;
@@ -187,7 +216,7 @@ fn settled(within: Duration, count: u64, mut look: impl FnMut() -> Result<u64>) 
         interrupt::check()?;
         std::thread::sleep(BETWEEN);
         let now = look()?;
-        same = match now.abs_diff(last) < SETTLED_KIB * count {
+        same = match now.abs_diff(last) < kib {
             true => same + 1,
             false => 0,
         };
@@ -304,13 +333,13 @@ mod tests {
     #[test]
     fn what_stands_still_has_settled_and_what_grows_has_not() {
         let mut seen = 0;
-        let still = settled(Duration::from_secs(30), 1, || {
+        let still = settled(Duration::from_secs(30), 64, || {
             seen += 1;
             Ok(if seen < 2 { 0 } else { 9000 })
         });
         assert!(still.unwrap() && seen == 5);
         let mut grown = 0;
-        let growing = settled(Duration::from_millis(10), 1, || {
+        let growing = settled(Duration::from_millis(10), 64, || {
             grown += 1000;
             Ok(grown)
         });
@@ -323,11 +352,9 @@ mod tests {
         let peer = Peer {
             name: "nacre",
             program: "/s".into(),
-            path: None,
-            config: None,
+            ..Peer::default()
         };
-        let mut document = Document::new("density", options.settings());
-        document.tables = tables(&options, &[peer]);
+        let mut table = tables(&options, &[peer]).remove(0);
         let one = |own_kib| One {
             memory: Parts {
                 own_kib,
@@ -338,13 +365,18 @@ mod tests {
             processes: 1,
         };
         let seen = Seen {
-            each: vec![one(8000), one(9000)],
-            host_kib: 120_000.0,
+            each: vec![one(8000), one(9000), one(7000)],
+            host_kib: 180_000.0,
+            quiet: true,
             settled: true,
         };
-        seen.add(&mut document, &title(2), "nacre");
-        let values = |row| document.tables[0].values("nacre", row);
-        assert_eq!(values("PSS beyond guest memory"), [8000.0, 9000.0]);
+        seen.add(&mut table, "nacre");
+        let values = |row| table.values("nacre", row);
+        // One of a round, however many there are.
+        assert_eq!(values("PSS beyond guest memory"), [8000.0]);
+        assert_eq!(values("PSS beyond guest memory, most"), [9000.0]);
+        let rows = &table.sides[0].series;
+        assert!(rows.iter().all(|row| row.better == Better::Less));
         assert_eq!(values("host memory"), [60_000.0]);
         assert_eq!(
             available_of("MemFree: 1 kB\nMemAvailable:  77 kB\n"),

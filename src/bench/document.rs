@@ -4,12 +4,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::guest::GuestKernel;
 use super::report::{Report, Unit};
 
 /// Of the shape below. Another number is another shape.
@@ -50,14 +51,6 @@ pub(super) struct Machine {
     pub kernel: String,
     /// Whether it is the testbed of `cargo xtask`, in which every instruction is emulated.
     pub emulated: bool,
-}
-
-/// What the guests ran.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct GuestKernel {
-    pub file: PathBuf,
-    /// Its `uname -r`, where that is known.
-    pub release: Option<String>,
 }
 
 impl Machine {
@@ -108,45 +101,6 @@ impl fmt::Display for Machine {
         }
         Ok(())
     }
-}
-
-impl GuestKernel {
-    /// The kernel in this file; it says its own release.
-    pub fn of(file: &Path) -> Self {
-        let release = std::fs::read(file).ok();
-        Self {
-            file: file.to_owned(),
-            release: release.and_then(|image| release_of(&image)),
-        }
-    }
-}
-
-/// For people.
-impl fmt::Display for GuestKernel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let release = self.release.as_deref().unwrap_or("of an unknown release");
-        write!(f, "Linux {release}, from {}", self.file.display())
-    }
-}
-
-/// The release in a kernel's image: of an ELF file from its banner, of a bzImage from where the boot protocol has it
-/// (`kernel_version` of the setup header, Documentation/arch/x86/boot.rst).
-fn release_of(image: &[u8]) -> Option<String> {
-    let rest = if image.get(0x202..0x206) == Some(b"HdrS") {
-        let at: [u8; 2] = image.get(0x20e..0x210)?.try_into().ok()?;
-        image.get(usize::from(u16::from_le_bytes(at)) + 0x200..)?
-    } else {
-        let banner = b"Linux version ";
-        let mut found = memchr::memmem::find_iter(image, banner).map(|at| at + banner.len());
-        let at = found.find(|at| image.get(*at).is_some_and(u8::is_ascii_digit))?;
-        image.get(at..)?
-    };
-    let end = rest
-        .iter()
-        .take(64)
-        .position(|byte| matches!(byte, b' ' | 0))?;
-    let text = std::str::from_utf8(rest.get(..end)?).ok()?;
-    Some(text.to_owned()).filter(|text| !text.is_empty())
 }
 
 impl Document {
@@ -295,7 +249,7 @@ pub(super) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("a.json");
         let mut written = document(&[("nacre", &[("up", &[1.0, 0.25])]), ("runc", &[])]);
-        written.guest_kernel = Some(GuestKernel::of(Path::new("/nowhere/vmlinux")));
+        written.guest_kernel = Some(GuestKernel::of(Path::new("/nowhere/vmlinux"), None));
         written.program("nacre", Path::new("/bin/shim"));
         written.save(&file).unwrap();
         assert_eq!(Document::load(&file).unwrap(), written);
@@ -355,23 +309,6 @@ pub(super) mod tests {
         document.add("lifecycle", "nacre", "up", Unit::Ms, 2.0);
         document.add("elsewhere", "nacre", "up", Unit::Ms, 3.0);
         assert_eq!(document.tables[0].values("nacre", "up"), [2.0]);
-    }
-
-    #[test]
-    fn a_kernel_says_its_release() {
-        let mut bz_image = vec![0; 0x400];
-        bz_image[0x202..0x206].copy_from_slice(b"HdrS");
-        bz_image[0x20e..0x210].copy_from_slice(&0x100_u16.to_le_bytes());
-        bz_image[0x300..0x30c].copy_from_slice(b"6.1.0 (me) #");
-        let elf = b"\x7fELF..Linux version of \0..Linux version 6.12.48-cloud (gcc)";
-        for (image, expected) in [
-            (&bz_image[..], Some("6.1.0")),
-            (elf, Some("6.12.48-cloud")),
-            (b"\x7fELF", None),
-            (b"Linux version 6", None),
-        ] {
-            assert_eq!(release_of(image).as_deref(), expected);
-        }
     }
 
     #[test]

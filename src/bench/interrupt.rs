@@ -2,6 +2,7 @@
 //! has. Nobody is torn out of a call: between two of them it is looked for.
 
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow};
 use tokio::signal::unix::{SignalKind, signal};
@@ -9,6 +10,9 @@ use tokio::sync::watch;
 
 /// How a program ends that was told twice: as a shell has it for SIGINT.
 const AT_ONCE: i32 = 130;
+/// A terminal's signal goes to all of its processes, one after another: how long ours may come after another's.
+const GRACE: Duration = Duration::from_millis(200);
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Why to end, once there is a reason.
 #[derive(Debug, Clone)]
@@ -21,6 +25,15 @@ impl Ending {
     fn check(&self) -> Result<()> {
         let why = *self.0.borrow();
         why.map_or(Ok(()), |why| Err(anyhow!("{why}")))
+    }
+
+    fn check_within(&self, grace: Duration) -> Result<()> {
+        let began = Instant::now();
+        while began.elapsed() < grace {
+            self.check()?;
+            std::thread::sleep(LOOK);
+        }
+        self.check()
     }
 
     async fn come(mut self) -> Error {
@@ -82,6 +95,15 @@ pub(super) fn check() -> Result<()> {
     ENDING.get().map_or(Ok(()), Ending::check)
 }
 
+/// The same where something has failed that a signal may have ended as well, which may come here a little later.
+///
+/// # Errors
+/// Says which.
+pub(super) fn check_after_failure() -> Result<()> {
+    let ending = ENDING.get();
+    ending.map_or(Ok(()), |ending| ending.check_within(GRACE))
+}
+
 /// Waits until a signal comes, and says which.
 pub(super) async fn come() -> Error {
     match ENDING.get() {
@@ -92,8 +114,6 @@ pub(super) async fn come() -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[tokio::test]
@@ -107,6 +127,21 @@ mod tests {
         let why = tokio::time::timeout(Duration::from_secs(10), waiting);
         assert_eq!(why.await.unwrap().unwrap().to_string(), "interrupted");
         assert_eq!(ending.check().unwrap_err().to_string(), "interrupted");
+    }
+
+    #[test]
+    fn a_signal_that_comes_a_little_after_what_it_has_ended_is_found() {
+        let (sender, receiver) = watch::channel(None);
+        let ending = Ending(receiver);
+        assert!(ending.check_within(LOOK).is_ok());
+        let later = std::thread::spawn(move || {
+            std::thread::sleep(LOOK * 3);
+            sender.send_replace(Some("interrupted"));
+        });
+        assert!(ending.check().is_ok());
+        let why = ending.check_within(Duration::from_secs(10)).unwrap_err();
+        assert_eq!(why.to_string(), "interrupted");
+        later.join().unwrap();
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! holds.
 //!
 //! `run` is a scenario under way, with its `progress` and what an `interrupt`
-//! does to it; `document` what it leaves, with a `report` for each table; `page`
+//! does to it; `document` what it leaves, with what its guests booted (`guest`) and a `report` for each table; `page`
 //! (with `plot`) and `compare` are made of that.
 
 mod boot;
@@ -19,6 +19,7 @@ mod console;
 mod density;
 mod document;
 mod first_byte;
+mod guest;
 mod hotplug;
 mod interrupt;
 mod listeners;
@@ -48,7 +49,7 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
 use crate::config::Config;
-use document::GuestKernel;
+use guest::GuestKernel;
 use peers::{Peer, Surroundings};
 use run::{Rounds, Run};
 
@@ -254,7 +255,7 @@ fn shims(scenario: &Scenario, setting: &Setting) -> Result<()> {
     };
     let mut run = Run::new(name, settings, setting);
     run.peers(&peers);
-    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel));
+    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel, Some(&config.initrd)));
     let outcome = match *scenario {
         Scenario::Lifecycle { .. } => scenarios::lifecycle(&around, &peers, rounds, &mut run),
         Scenario::Exec { .. } => scenarios::exec(&around, &peers, rounds, &mut run),
@@ -270,8 +271,7 @@ impl Setting {
         let mut peers = vec![Peer {
             name: "nacre",
             program: ours,
-            path: None,
-            config: None,
+            ..Peer::default()
         }];
         if self.alone {
             return Ok(peers);
@@ -296,7 +296,7 @@ impl Setting {
             name: "runc",
             program: absolute(&theirs)?,
             path: runc,
-            config: None,
+            ..Peer::default()
         });
         Ok(peers)
     }
@@ -324,6 +324,17 @@ impl Setting {
             "There is no busybox in PATH to make a root of: --busybox or --rootfs names one",
         )
     }
+}
+
+/// Each number of containers has a table of its own.
+fn each_once(vms: &[u16]) -> Result<()> {
+    for (at, count) in vms.iter().enumerate() {
+        ensure!(
+            !vms[..at].contains(count),
+            "--vms names {count} twice: each number once is wanted"
+        );
+    }
+    Ok(())
 }
 
 fn variable(name: &str) -> Option<PathBuf> {
@@ -372,6 +383,13 @@ mod tests {
             let words = std::iter::once("nacre-bench").chain(words);
             assert!(Cli::try_parse_from(words.clone()).is_err(), "{words:?}");
         }
+    }
+
+    #[test]
+    fn a_number_of_containers_is_named_once() {
+        each_once(&[4, 1, 8]).unwrap();
+        let error = each_once(&[4, 1, 4]).unwrap_err();
+        assert!(error.to_string().contains("4 twice"), "{error}");
     }
 
     #[test]

@@ -1,24 +1,25 @@
 //! `nacre-bench parallel`: several containers started at once, each until its first byte, and until all have said something.
 
-use std::sync::Barrier;
+use std::sync::{PoisonError, RwLock};
+use std::thread::Builder;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::document::GuestKernel;
 use super::first_byte::{Prepared, Stamps};
+use super::guest::GuestKernel;
 use super::peers::{Container, Peer, Surroundings};
-use super::report::{Report, Unit};
+use super::report::{Report, Unit, quantile};
 use super::run::{Rounds, Run, turns};
-use super::{Setting, as_root};
+use super::{Setting, as_root, each_once};
 use crate::config::Config;
 
 /// Options of `nacre-bench parallel`.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Options {
-    /// How many are started at once
+    /// How many are started at once, each number once
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,2,4,8", overrides_with = "vms", value_parser = clap::value_parser!(u16).range(1..=64))]
     vms: Vec<u16>,
     /// Rounds; in each, every number of them is started once
@@ -48,6 +49,7 @@ impl Options {
 
 /// Measures until all rounds are done, something fails or a signal comes; what there is then is shown and written.
 pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
+    each_once(&options.vms)?;
     as_root()?;
     let peers = setting.peers()?;
     let busybox = setting.busybox()?;
@@ -55,7 +57,8 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     let around = Surroundings::new(setting.rootfs.as_deref(), &busybox, patience)?;
     let mut run = Run::new("parallel", options.settings(), setting);
     run.document.tables = tables(options, &peers);
-    run.document.guest_kernel = Some(GuestKernel::of(&Config::load()?.kernel));
+    let config = Config::load()?;
+    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel, Some(&config.initrd)));
     run.peers(&peers);
     let outcome = rounds(options, &around, &peers, &mut run);
     run.end(outcome)
@@ -97,11 +100,13 @@ fn rounds(
     })
 }
 
+/// One value of each row: starts that share the machine are alike, and would not be so many values.
 fn add(report: &mut Report, name: &'static str, started: &[Stamps]) {
     let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
-    for one in started {
-        report.add(name, "each", Unit::Ms, ms(one.began, one.first));
-    }
+    let each = started.iter().map(|one| ms(one.began, one.first));
+    let each: Vec<f64> = each.collect();
+    report.add(name, "each, median", Unit::Ms, quantile(&each, 50.0));
+    report.add(name, "each, slowest", Unit::Ms, quantile(&each, 100.0));
     let began = started.iter().map(|one| one.began).min().unwrap_or(0);
     let first = started.iter().map(|one| one.first).max().unwrap_or(0);
     report.add(name, "= all", Unit::Ms, ms(began, first));
@@ -112,36 +117,78 @@ fn at_once(around: &Surroundings, peer: &Peer, count: u16) -> Result<Vec<Stamps>
     let prepared = (0..count)
         .map(|_| Prepared::new(around, peer))
         .collect::<Result<Vec<_>>>()?;
-    let together = Barrier::new(prepared.len());
-    let started = std::thread::scope(|scope| {
-        let threads: Vec<_> = prepared
-            .into_iter()
-            .map(|one| {
-                scope.spawn(|| {
-                    together.wait();
-                    one.start()
-                })
-            })
-            .collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
-            thread
-                .join()
-                .unwrap_or_else(|_| Err(anyhow!("the thread of a start panicked")))
-        };
-        // All are joined before the first error is told, so that what runs is freed.
-        threads.into_iter().map(join).collect::<Vec<_>>()
-    });
-    let started = started.into_iter().collect::<Result<Vec<_>>>()?;
+    let starts = prepared.into_iter().map(|one| || one.start());
+    let started = together(starts.collect(), Builder::new)?;
     let (containers, stamps): (Vec<Container<'_>>, Vec<Stamps>) = started.into_iter().unzip();
     containers.into_iter().try_for_each(Container::end)?;
     Ok(stamps)
 }
 
+/// Does all of it, a thread each; none begins before there is a thread for all of them. Without one nothing is done.
+fn together<T: Send>(
+    work: Vec<impl FnOnce() -> Result<T> + Send>,
+    thread: impl Fn() -> Builder,
+) -> Result<Vec<T>> {
+    let count = work.len();
+    // Who reads waits until it is no longer held, and learns whether to go on.
+    let gate = RwLock::new(false);
+    let done = std::thread::scope(|scope| {
+        let mut held = gate.write().unwrap_or_else(PoisonError::into_inner);
+        let spawned: std::io::Result<Vec<_>> = work
+            .into_iter()
+            .map(|work| {
+                let gate = &gate;
+                thread().spawn_scoped(scope, move || {
+                    let open = *gate.read().unwrap_or_else(PoisonError::into_inner);
+                    ensure!(open, "there were not threads enough");
+                    work()
+                })
+            })
+            .collect();
+        *held = spawned.is_ok();
+        drop(held);
+        let threads = spawned.with_context(|| format!("starting {count} threads"))?;
+        // All are joined before the first error is told, so that what runs is freed.
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            let done = thread.join();
+            done.unwrap_or_else(|_| Err(anyhow!("the thread of a start panicked")))
+        };
+        anyhow::Ok(threads.into_iter().map(join).collect::<Vec<_>>())
+    })?;
+    done.into_iter().collect()
+}
+
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use clap::Parser;
 
     use super::*;
+
+    #[test]
+    fn without_a_thread_for_each_nothing_begins_and_nobody_waits() {
+        let begun = AtomicU32::new(0);
+        let work = || {
+            let one = || Ok(begun.fetch_add(1, Ordering::Relaxed));
+            vec![one; 3]
+        };
+        let mut done = together(work(), Builder::new).unwrap();
+        done.sort_unstable();
+        assert_eq!(done, [0, 1, 2]);
+        let asked = Cell::new(0);
+        let last_fails = || {
+            asked.set(asked.get() + 1);
+            match asked.get() {
+                3 => Builder::new().stack_size(1 << 62),
+                _ => Builder::new(),
+            }
+        };
+        let error = together(work(), last_fails).unwrap_err();
+        assert!(error.to_string().contains("3 threads"), "{error}");
+        assert_eq!(begun.into_inner(), 3);
+    }
 
     #[derive(Parser)]
     struct Line {
@@ -169,8 +216,7 @@ mod tests {
         let peer = Peer {
             name: "nacre",
             program: "/s".into(),
-            path: None,
-            config: None,
+            ..Peer::default()
         };
         let options = options("--vms 2").unwrap();
         let mut reports = tables(&options, &[peer]);
@@ -181,7 +227,8 @@ mod tests {
         };
         let started = [stamps(1_000_000, 9_000_000), stamps(2_000_000, 12_000_000)];
         add(&mut reports[0], "nacre", &started);
-        assert_eq!(reports[0].values("nacre", "each"), [8.0, 10.0]);
+        assert_eq!(reports[0].values("nacre", "each, median"), [8.0]);
+        assert_eq!(reports[0].values("nacre", "each, slowest"), [10.0]);
         assert_eq!(reports[0].values("nacre", "= all"), [11.0]);
     }
 }

@@ -31,7 +31,7 @@ pub(super) const NAMESPACE: &str = "nacre-bench";
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 
 /// A shim to measure.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Peer {
     /// `nacre` or `runc`.
     pub name: &'static str,
@@ -41,6 +41,8 @@ pub(super) struct Peer {
     pub path: Option<PathBuf>,
     /// The configuration of nacre's, in place of the usual one.
     pub config: Option<PathBuf>,
+    /// What else is in its environment.
+    pub environment: Vec<(&'static str, PathBuf)>,
 }
 
 /// What all containers share: their root, a folder, and the one who hears their events.
@@ -88,6 +90,11 @@ impl Surroundings {
             patience,
             made: AtomicU64::new(0),
         })
+    }
+
+    /// The longest that one call may take.
+    pub fn patience(&self) -> Duration {
+        self.patience
     }
 
     /// Events that have come in so far.
@@ -230,6 +237,7 @@ impl<'s> Container<'s> {
         if let Some(config) = &self.peer.config {
             command.env("NACRE_CONFIG", config);
         }
+        command.envs(self.peer.environment.iter().cloned());
         if let Some(first) = &self.peer.path {
             let mut paths = vec![first.clone()];
             if let Some(path) = std::env::var_os("PATH") {

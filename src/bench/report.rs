@@ -2,6 +2,8 @@
 //! another. Quantiles are values that were measured (nearest rank), not
 //! interpolated ones.
 
+use std::collections::BTreeMap;
+
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +72,19 @@ pub(super) struct Series {
     pub unit: Unit,
     pub better: Better,
     pub values: Vec<f64>,
+    /// The round of each value. Files of before have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rounds: Vec<u64>,
+}
+
+impl Series {
+    /// The value of each round; None where that is not known, or a round has several.
+    pub fn by_round(&self) -> Option<BTreeMap<u64, f64>> {
+        let rounds = self.rounds.iter().copied();
+        let values: BTreeMap<u64, f64> = rounds.zip(self.values.iter().copied()).collect();
+        let all = self.rounds.len() == self.values.len() && values.len() == self.values.len();
+        all.then_some(values)
+    }
 }
 
 /// What was measured of one shim or VMM.
@@ -93,6 +108,9 @@ pub(super) struct Report {
     pub milestones: Vec<String>,
     #[serde(default)]
     pub notes: Vec<String>,
+    /// The round that values are of which are added now.
+    #[serde(skip)]
+    pub round: u64,
 }
 
 /// A row of a table.
@@ -157,6 +175,7 @@ impl Report {
             phases: Vec::new(),
             milestones: Vec::new(),
             notes: Vec::new(),
+            round: 0,
         }
     }
 
@@ -181,14 +200,17 @@ impl Report {
             self.note(format!("{side}, {name}: {value} is left out"));
             return;
         }
+        let round = self.round;
         if let Some(series) = self.series_mut(side, name) {
             series.values.push(value);
+            series.rounds.push(round);
         } else if let Some(side) = self.sides.iter_mut().find(|known| known.name == side) {
             side.series.push(Series {
                 name: name.to_owned(),
                 unit,
                 better: unit.better(),
                 values: vec![value],
+                rounds: vec![round],
             });
         }
     }

@@ -1,6 +1,7 @@
 //! A scenario under way: its rounds one after another until a signal comes, with
 //! what was measured written down as it goes on, and shown in the end.
 
+use std::io::{ErrorKind, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -128,6 +129,9 @@ impl<'s> Run<'s> {
     /// It has.
     pub fn begin(&mut self, of: &str, rounds: Rounds, round: Round) -> Result<()> {
         interrupt::check()?;
+        for table in &mut self.document.tables {
+            table.round = round.number;
+        }
         self.progress.begin(rounds.name(of, round));
         Ok(())
     }
@@ -166,9 +170,9 @@ impl<'s> Run<'s> {
     pub fn end(mut self, outcome: Result<()>) -> Result<()> {
         self.progress.end();
         // What fails because a signal has come did not fail.
-        let outcome = outcome.map_err(|error| interrupt::check().err().unwrap_or(error));
+        let outcome =
+            outcome.map_err(|error| interrupt::check_after_failure().err().unwrap_or(error));
         self.document.end(outcome.as_ref().err());
-        println!("{}", self.document.text().trim_end());
         let json = self.setting.json.as_ref();
         let saved = json.map_or(Ok(()), |file| self.document.save(file));
         let shown = self.setting.html.as_ref().map_or(Ok(()), |file| {
@@ -176,7 +180,22 @@ impl<'s> Run<'s> {
             page.and_then(|text| replace(file, text.as_bytes()))
                 .context("making the page")
         });
-        outcome.and(saved).and(shown)
+        // What is written is there whoever reads what is shown.
+        let told = tell(&mut std::io::stdout(), self.document.text().trim_end());
+        outcome.and(saved).and(shown).and(told)
+    }
+}
+
+/// Shows it, and a line's end. Nobody need read it to the end.
+///
+/// # Errors
+/// It cannot be written, and not because the reader has closed it.
+pub(super) fn tell(to: &mut impl Write, text: &str) -> Result<()> {
+    match writeln!(to, "{text}").and_then(|()| to.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("writing to standard output")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -204,6 +223,17 @@ mod tests {
         assert_eq!(counts, [false, false, true, true, true]);
         let last = ROUNDS.each().last().unwrap();
         assert_eq!(ROUNDS.name("exec", last), "exec: round 5 of 5");
+    }
+
+    #[test]
+    fn who_has_closed_what_is_shown_is_no_error_and_a_full_disk_is_one() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        drop(reader);
+        tell(&mut writer, "text").unwrap();
+        let mut full = std::fs::OpenOptions::new();
+        let mut full = full.write(true).open("/dev/full").unwrap();
+        let error = tell(&mut full, "text").unwrap_err();
+        assert!(error.to_string().contains("standard output"), "{error}");
     }
 
     /// Runs rounds of which that one fails; what was written when the last one was over, and in the end.
@@ -243,6 +273,9 @@ mod tests {
             assert_eq!(failed, ended_by.is_some());
             for document in &documents {
                 assert_eq!(document.tables[0].values("nacre", "cycle"), values);
+                let series = &document.tables[0].sides[0].series[0];
+                let rounds: Vec<f64> = series.rounds.iter().map(|at| *at as f64).collect();
+                assert_eq!(rounds, values);
             }
             assert!(!documents[0].complete);
             assert_eq!(documents[1].complete, !failed);

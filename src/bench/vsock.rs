@@ -15,7 +15,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixListener;
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
-use super::document::GuestKernel;
+use super::guest::GuestKernel;
 use super::net::{BIG, Size, Sizes, Vm, Work, answer, make_root};
 use super::probed;
 use super::report::Report;
@@ -98,7 +98,7 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     add_shell(&root, &setting.busybox()?)?;
     let mut run = Run::new("vsock", options.settings(), setting);
     run.table(table());
-    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel));
+    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel, Some(&config.initrd)));
     run.document.program("vmctl", &vmctl);
     let patience = Duration::from_secs(setting.patience);
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -8,7 +8,7 @@ use super::launched::Boot;
 use super::ours::{PHASES, Phased};
 use super::vmms::Vmm;
 use crate::bench::Setting;
-use crate::bench::report::{Report, Unit};
+use crate::bench::report::{Better, Report, Unit};
 use crate::bench::run::Run;
 
 /// Whose phases they are.
@@ -59,7 +59,7 @@ impl<'s> Measured<'s> {
         let name = vmm.name();
         self.run.add(TO_INIT, name, "to init", Unit::Ms, boot.ms);
         for (row, unit, value) in boot.counted {
-            self.run.add(COUNTED, name, row, unit, value);
+            self.add(COUNTED, name, row, unit, value);
         }
     }
 
@@ -69,7 +69,15 @@ impl<'s> Measured<'s> {
             self.run.add(OF_OURS, by, row, Unit::Ms, ms);
         }
         for (row, count) in boot.exits {
-            self.run.add(OF_OURS, by, row, Unit::Count, count);
+            self.add(OF_OURS, by, row, Unit::Count, count);
+        }
+    }
+
+    /// All that a boot costs is better if it is less, what is counted too.
+    fn add(&mut self, title: &str, side: &str, row: &str, unit: Unit, value: f64) {
+        if let Some(table) = self.run.document.table(title) {
+            table.add(side, row, unit, value);
+            table.better(side, row, Better::Less);
         }
     }
 }
@@ -91,7 +99,10 @@ mod tests {
     fn boot(ms: f64) -> Boot {
         Boot {
             ms,
-            counted: vec![("CPU time", Unit::Ms, ms / 2.0)],
+            counted: vec![
+                ("CPU time", Unit::Ms, ms / 2.0),
+                ("system calls", Unit::Count, 7.0),
+            ],
             missing: vec![(INSTRUCTIONS, std::io::Error::from_raw_os_error(2))],
         }
     }
@@ -131,6 +142,9 @@ mod tests {
         let document = &measured.run.document;
         assert_eq!(document.programs["qemu"], "/q, QEMU 10");
         assert_eq!(document.tables.len(), 3);
+        let all = document.tables.iter().flat_map(|table| &table.sides);
+        let mut rows = all.flat_map(|side| &side.series);
+        assert!(rows.all(|row| row.better == Better::Less));
         let ours = Vmm::Ours.name();
         assert_eq!(document.tables[0].values(ours, "to init"), [30.0, 30.0]);
     }

@@ -18,7 +18,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::console::probe_alone;
-use super::document::GuestKernel;
+use super::guest::{GuestKernel, digest_of};
 use super::peers::{Peer, Surroundings};
 use super::run::{Round, Rounds, turns};
 use super::steady::elsewhere;
@@ -45,9 +45,12 @@ pub(super) struct Options {
     /// Memory of the VMs that boot to init
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     memory: ByteSize,
-    /// Guest kernel of the VMs that boot to init, an ELF vmlinux with a PVH note [default: from the configuration]
+    /// Guest kernel of all VMs, an ELF vmlinux with a PVH note [default: from the configuration]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// Initrd of the VMs of the phases, with the agent and that kernel's modules [default: from the configuration]
+    #[arg(long, value_name = "FILE", conflicts_with = "no_phases")]
+    initrd: Option<PathBuf>,
     /// vmctl [default: beside this program, else in PATH]
     #[arg(long, value_name = "PROGRAM")]
     vmctl: Option<PathBuf>,
@@ -57,6 +60,14 @@ pub(super) struct Options {
     /// Also measure this QEMU for x86-64, its machine microvm
     #[arg(long, value_name = "PROGRAM")]
     qemu: Option<PathBuf>,
+    /// What comes first of that QEMU's arguments, a word each time: a loader to be given as --qemu has its own options and QEMU's program here
+    #[arg(
+        long,
+        value_name = "WORD",
+        requires = "qemu",
+        allow_hyphen_values = true
+    )]
+    qemu_argument: Vec<String>,
     /// Also measure this Firecracker
     #[arg(long, value_name = "PROGRAM")]
     firecracker: Option<PathBuf>,
@@ -88,6 +99,14 @@ impl Options {
         })
     }
 
+    /// What comes before what a VMM is told.
+    fn before(&self, vmm: Vmm) -> &[String] {
+        match vmm {
+            Vmm::Qemu => &self.qemu_argument,
+            Vmm::Ours | Vmm::Firecracker | Vmm::CloudHypervisor => &[],
+        }
+    }
+
     /// The VMMs to compare, ours first, and the programs of the others.
     fn vmms(&self) -> impl Iterator<Item = (Vmm, Option<&Path>)> {
         let others = [
@@ -107,7 +126,10 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     let bench = Bench::prepare(options, setting)?;
     let vmms: Vec<Vmm> = options.vmms().map(|(vmm, _)| vmm).collect();
     let mut measured = Measured::new(&vmms, options, setting);
-    measured.run.document.guest_kernel = Some(GuestKernel::of(bench.kernel()));
+    measured.run.document.guest_kernel = Some(GuestKernel::of(
+        &bench.config.kernel,
+        (!options.no_phases).then_some(bench.config.initrd.as_path()),
+    ));
     let to_init = match options.no_init {
         true => Ok(()),
         false => bench.to_init(&mut measured),
@@ -126,6 +148,8 @@ struct Bench<'o> {
     config: Config,
     /// The configuration of the VMs of `vmctl`.
     kept: PathBuf,
+    /// Kernel and initrd of the phases' VMs in place of the configured ones.
+    environment: Vec<(&'static str, PathBuf)>,
     vmctl: PathBuf,
     patience: Duration,
     folder: tempfile::TempDir,
@@ -149,12 +173,25 @@ impl<'o> Bench<'o> {
             .prefix("nacre-bench-boot-")
             .tempdir()
             .context("making a folder for what is booted")?;
+        let mut config = Config::load()?;
+        let mut environment = Vec::new();
+        for (name, given, configured) in [
+            ("NACRE_KERNEL", &options.kernel, &mut config.kernel),
+            ("NACRE_INITRD", &options.initrd, &mut config.initrd),
+        ] {
+            if let Some(given) = given {
+                size(given)?;
+                *configured = std::path::absolute(given)?;
+                environment.push((name, configured.clone()));
+            }
+        }
         let state = folder.path().join("state");
         let kept = elsewhere(folder.path().join(CONFIG), &state)?;
         Ok(Self {
             options,
             setting,
-            config: Config::load()?,
+            config,
+            environment,
             kept,
             vmctl: Setting::ours(options.vmctl.as_deref(), "vmctl", "--vmctl")?,
             patience: Duration::from_secs(setting.patience),
@@ -162,16 +199,14 @@ impl<'o> Bench<'o> {
         })
     }
 
-    fn kernel(&self) -> &Path {
-        self.options.kernel.as_ref().unwrap_or(&self.config.kernel)
-    }
-
     fn sides(&self, measured: &mut Measured<'_>) -> Result<Vec<Side>> {
         let initrd = self.folder.path().join("initrd");
         let probe = probed::program(self.options.probe.as_deref())?;
         probe_alone(&probe, &initrd)?;
+        let digest = digest_of(&probe).map(|digest| format!("SHA-256 {digest}…"));
+        measured.program("probe", &probe, digest);
         let guest = Guest {
-            kernel: std::path::absolute(self.kernel())?,
+            kernel: std::path::absolute(&self.config.kernel)?,
             initrd,
             vcpus: self.options.vcpus,
             memory_mib: self.options.memory.mib(),
@@ -190,10 +225,12 @@ impl<'o> Bench<'o> {
                 Some(program) => absolute(program)?,
                 None => self.vmctl.clone(),
             };
-            measured.program(vmm.name(), &program, version(&program));
+            let mut arguments = self.options.before(vmm).to_vec();
+            measured.program(vmm.name(), &program, version(&program, &arguments));
+            arguments.extend(vmm.arguments(&guest, self.folder.path())?);
             Ok(Side {
                 vmm,
-                arguments: vmm.arguments(&guest, self.folder.path())?,
+                arguments,
                 program,
                 left_out: false,
             })
@@ -229,7 +266,7 @@ impl<'o> Bench<'o> {
                 measured.run.now(by);
                 let boot = match by {
                     SHIM => ours::by_shim(&around, &shim, &self.config),
-                    _ => ours::by_vmctl(&self.vmctl, &self.kept),
+                    _ => ours::by_vmctl(&self.vmctl, &self.kept, &self.environment),
                 };
                 let boot =
                     boot.with_context(|| format!("by {by}, in round {}", round.number + 1))?;
@@ -243,16 +280,18 @@ impl<'o> Bench<'o> {
     }
 
     fn shim(&self) -> Result<Peer> {
-        Ok(Peer {
+        let given = self.setting.shim.as_deref();
+        let program = Setting::ours(given, "containerd-shim-nacre-v1", "--shim")?;
+        Ok(self.shim_of(program))
+    }
+
+    fn shim_of(&self, program: PathBuf) -> Peer {
+        Peer {
             name: "nacre",
-            program: Setting::ours(
-                self.setting.shim.as_deref(),
-                "containerd-shim-nacre-v1",
-                "--shim",
-            )?,
-            path: None,
-            config: None,
-        })
+            program,
+            environment: self.environment.clone(),
+            ..Peer::default()
+        }
     }
 }
 
@@ -283,7 +322,7 @@ fn once(
             Ok(_) => {}
             Err(error) if side.vmm != Vmm::Ours => {
                 // The signal may have been the VMM's as well.
-                interrupt::check()?;
+                interrupt::check_after_failure()?;
                 measured.run.failed(&format!("{error:#}"));
                 side.left_out = true;
             }
@@ -300,8 +339,9 @@ fn size(file: &Path) -> Result<u64> {
 }
 
 /// The first line that a program says of its version.
-fn version(program: &Path) -> Option<String> {
+fn version(program: &Path, before: &[String]) -> Option<String> {
     let output = Command::new(program)
+        .args(before)
         .arg("--version")
         .stdin(Stdio::null())
         .output()
@@ -334,6 +374,11 @@ mod tests {
         assert_eq!((all.rounds, all.vcpus, all.memory.mib()), (10, 1, 256));
         assert_eq!(all.vmms().count(), 1);
         let some = options("--firecracker /f --qemu /q --cloud-hypervisor /c").unwrap();
+        assert!(some.before(Vmm::Qemu).is_empty());
+        let loaded = options("--qemu /ld --qemu-argument --library-path --qemu-argument /l");
+        let loaded = loaded.unwrap();
+        assert_eq!(loaded.before(Vmm::Qemu), ["--library-path", "/l"]);
+        assert!(loaded.before(Vmm::Ours).is_empty());
         let vmms: Vec<Vmm> = some.vmms().map(|(vmm, _)| vmm).collect();
         assert_eq!(
             vmms,
@@ -345,9 +390,27 @@ mod tests {
             "--no-init --no-phases",
             "--no-init --qemu /q",
             "--memory x",
+            "--no-phases --initrd /i",
+            "--qemu-argument -L",
         ] {
             assert!(options(words).is_err(), "{words}");
         }
+    }
+
+    #[test]
+    fn a_kernel_that_is_given_is_that_of_all_vms() {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = folder.path().join("vmlinux");
+        std::fs::write(&kernel, "k").unwrap();
+        let words = format!("--no-phases --vmctl /bin/sh --kernel {}", kernel.display());
+        let (given, setting) = (options(&words).unwrap(), Setting::default());
+        let bench = Bench::prepare(&given, &setting).unwrap();
+        assert_eq!(bench.config.kernel, kernel);
+        assert_eq!(bench.environment, [("NACRE_KERNEL", kernel.clone())]);
+        assert_eq!(bench.shim_of("/s".into()).environment, bench.environment);
+        let words = "--no-phases --vmctl /bin/sh --kernel /nowhere/vmlinux";
+        let error = Bench::prepare(&options(words).unwrap(), &setting).map(|_| ());
+        assert!(error.unwrap_err().to_string().contains("/nowhere/vmlinux"));
     }
 
     #[test]
@@ -390,15 +453,19 @@ mod tests {
 
     #[test]
     fn a_program_says_its_version_or_nothing() {
-        let line = version(Path::new(env!("CARGO"))).unwrap();
+        let line = version(Path::new(env!("CARGO")), &[]).unwrap();
         assert!(line.starts_with("cargo ") && !line.contains('\n'), "{line}");
-        assert_eq!(version(Path::new("/nowhere/vmm")), None);
+        assert_eq!(version(Path::new("/nowhere/vmm"), &[]), None);
         // Of the usual programs even `false` says its version.
         let folder = tempfile::tempdir().unwrap();
         let silent = folder.path().join("silent");
         std::fs::write(&silent, "#!/bin/sh\n").unwrap();
         let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&silent, executable).unwrap();
-        assert_eq!(version(&silent), None);
+        assert_eq!(version(&silent, &[]), None);
+        // By a loader, it is still the program's own.
+        let words = ["-c", "echo VMM $0 1.0", "--library-path"].map(str::to_owned);
+        let line = version(Path::new("/bin/sh"), &words);
+        assert_eq!(line.as_deref(), Some("VMM --library-path 1.0"));
     }
 }

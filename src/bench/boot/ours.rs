@@ -2,7 +2,7 @@
 //! are what the VMM stamped, by CLOCK_MONOTONIC; those of the caller are by the same clock here.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -58,11 +58,16 @@ struct Told {
 }
 
 /// By `vmctl boot --timing`: until the agent is ready.
-pub(super) fn by_vmctl(vmctl: &Path, config: &Path) -> Result<Phased> {
+pub(super) fn by_vmctl(
+    vmctl: &Path,
+    config: &Path,
+    environment: &[(&'static str, PathBuf)],
+) -> Result<Phased> {
     let began = monotonic_ns();
     let output = Command::new(vmctl)
         .args(["boot", "--timing", "--json"])
         .env("NACRE_CONFIG", config)
+        .envs(environment.iter().cloned())
         .stdin(Stdio::null())
         .output()
         .with_context(|| format!("starting {}", vmctl.display()))?;

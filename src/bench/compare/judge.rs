@@ -58,13 +58,30 @@ pub(super) struct Row {
 /// All rows that both runs have, what has changed in front; and what there is to be said.
 pub(super) struct Judged {
     pub rows: Vec<Row>,
+    pub left: Left,
+}
+
+/// What is not compared.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    /// Of A, and nothing of B is like it: something that was measured is measured no more.
+    pub lost: Vec<String>,
+    /// All else.
     pub notes: Vec<String>,
+}
+
+impl Left {
+    /// All of it, in sentences.
+    pub fn all(&self) -> Vec<&str> {
+        let all = self.lost.iter().chain(&self.notes);
+        all.map(String::as_str).collect()
+    }
 }
 
 /// How it is judged.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Terms {
-    /// Changes below so many percent are none.
+    /// Changes below so many percent are none, but for exact counts.
     pub threshold: f64,
     /// Times and rates are compared as ratios of the first side to each of the others.
     pub ratios: bool,
@@ -79,7 +96,7 @@ pub(super) struct Pair {
 
 /// Compares all rows that both have.
 pub(super) fn judge(a: &Document, b: &Document, terms: Terms) -> Judged {
-    let (pairs, notes) = decide(a, b, terms);
+    let (pairs, left) = decide(a, b, terms);
     let with_interval = |pair: Pair| Row {
         interval: interval(&pair.a, &pair.b),
         ..pair.row
@@ -90,26 +107,27 @@ pub(super) fn judge(a: &Document, b: &Document, terms: Terms) -> Judged {
         let order = order(one).cmp(&order(other));
         order.then(size(other).total_cmp(&size(one)))
     });
-    Judged { rows, notes }
+    Judged { rows, left }
 }
 
 /// The same without intervals, in the order of A; and what there is to be said.
-pub(super) fn decide(a: &Document, b: &Document, terms: Terms) -> (Vec<Pair>, Vec<String>) {
-    let mut notes = Vec::new();
+pub(super) fn decide(a: &Document, b: &Document, terms: Terms) -> (Vec<Pair>, Left) {
+    let mut left = Left::default();
     let mut pairs = Vec::new();
     for table in &a.tables {
         match b.tables.iter().find(|other| other.title == table.title) {
-            Some(other) => pair(table, other, terms, &mut pairs, &mut notes),
-            None => notes.push(format!("Only in A: table {}", table.title)),
+            Some(other) => pair(table, other, terms, &mut pairs, &mut left),
+            None => left.lost.push(format!("Only in A: table {}", table.title)),
         }
     }
     for table in &b.tables {
         if !a.tables.iter().any(|other| other.title == table.title) {
-            notes.push(format!("Only in B: table {}", table.title));
+            let only = format!("Only in B: table {}", table.title);
+            left.notes.push(only);
         }
     }
     verdicts(&mut pairs, terms);
-    (pairs, notes)
+    (pairs, left)
 }
 
 fn order(row: &Row) -> usize {
@@ -131,11 +149,12 @@ fn size(row: &Row) -> f64 {
 }
 
 /// The rows of a table that both have.
-fn pair(a: &Report, b: &Report, terms: Terms, pairs: &mut Vec<Pair>, notes: &mut Vec<String>) {
-    for (from, to, which) in [(a, b, "A"), (b, a, "B")] {
+fn pair(a: &Report, b: &Report, terms: Terms, pairs: &mut Vec<Pair>, left: &mut Left) {
+    let Left { lost, notes } = left;
+    for (from, to, which, only) in [(a, b, "A", &mut *lost), (b, a, "B", &mut *notes)] {
         for (side, row) in rows_of(from) {
             if series(to, side, &row.name).is_none() {
-                notes.push(format!(
+                only.push(format!(
                     "Only in {which}: {}, {}, {side}",
                     from.title, row.name
                 ));
@@ -148,7 +167,14 @@ fn pair(a: &Report, b: &Report, terms: Terms, pairs: &mut Vec<Pair>, notes: &mut
         };
         let place = format!("{}, {}, {side}", a.title, ours.name);
         if (ours.unit, ours.better) != (theirs.unit, theirs.better) {
-            notes.push(format!("Not the same unit, and not compared: {place}"));
+            lost.push(format!(
+                "Not the same unit or direction, and not compared: {place}"
+            ));
+            continue;
+        }
+        // What is the beginning of time in both says nothing of either.
+        let mut all = ours.values.iter().chain(&theirs.values);
+        if ours.unit.is_of_the_machine() && all.all(|value| *value == 0.0) {
             continue;
         }
         if !terms.ratios || !ours.unit.is_of_the_machine() {
@@ -161,11 +187,12 @@ fn pair(a: &Report, b: &Report, terms: Terms, pairs: &mut Vec<Pair>, notes: &mut
         }
         let mut references = 0;
         for reference in a.sides.iter().skip(1) {
-            let values = |table: &Report, of: &[f64]| {
+            let values = |table: &Report, of: &Series| {
                 let reference = series(table, &reference.name, &ours.name);
-                reference.map(|reference| ratios(of, &reference.values))
+                let ratios = reference.map(|reference| ratios(of, reference));
+                ratios.filter(|ratios| !ratios.is_empty())
             };
-            if let (Some(from), Some(to)) = (values(a, &ours.values), values(b, &theirs.values)) {
+            if let (Some(from), Some(to)) = (values(a, ours), values(b, theirs)) {
                 let row = row(a, ours, format!("{side}/{}", reference.name), None);
                 pairs.push(row(from, to));
                 references += 1;
@@ -194,10 +221,22 @@ fn series<'t>(table: &'t Report, side: &str, row: &str) -> Option<&'t Series> {
     side.series(row).filter(|series| !series.values.is_empty())
 }
 
-/// Each value relative to the reference's of the same place, which was measured right before or after it.
-fn ratios(ours: &[f64], theirs: &[f64]) -> Vec<f64> {
-    let pairs = ours.iter().zip(theirs).filter(|(_, theirs)| **theirs > 0.0);
-    pairs.map(|(ours, theirs)| ours / theirs).collect()
+/// Each value relative to the reference's of the same round, which was measured right before or after it; where rounds are not known, of
+/// the same place.
+fn ratios(ours: &Series, theirs: &Series) -> Vec<f64> {
+    let pairs: Vec<(f64, f64)> = match (ours.by_round(), theirs.by_round()) {
+        (Some(ours), Some(theirs)) => {
+            let both = ours.iter();
+            both.filter_map(|(round, value)| Some((*value, *theirs.get(round)?)))
+                .collect()
+        }
+        _ => {
+            let values = ours.values.iter().copied();
+            values.zip(theirs.values.iter().copied()).collect()
+        }
+    };
+    let above = pairs.into_iter().filter(|(_, theirs)| *theirs > 0.0);
+    above.map(|(ours, theirs)| ours / theirs).collect()
 }
 
 /// A row that has no verdict yet, once it has its values.
@@ -232,9 +271,10 @@ fn row(
     }
 }
 
-/// Whether a row is a count that was the same each time, in each run.
+/// Whether a row is a count that was the same each time, in each run. Of one value nobody knows that.
 fn is_certain(pair: &Pair) -> bool {
-    let all_equal = |values: &[f64]| values.windows(2).all(|two| two[0] == two[1]);
+    let all_equal =
+        |values: &[f64]| values.len() > 1 && values.windows(2).all(|two| two[0] == two[1]);
     pair.row.unit == Some(Unit::Count) && all_equal(&pair.a) && all_equal(&pair.b)
 }
 

@@ -14,8 +14,10 @@ use anyhow::{Result, ensure};
 use clap::Args;
 
 use super::Setting;
-use super::document::{Document, GuestKernel, Machine, replace};
+use super::document::{Document, Machine, replace};
+use super::guest::GuestKernel;
 use super::page::plain;
+use super::run::tell;
 use judge::{Judged, Terms, Verdict, judge};
 
 /// Options of `nacre-bench compare`.
@@ -27,13 +29,13 @@ pub(super) struct Options {
     /// The same after it
     #[arg(value_name = "B.json")]
     b: PathBuf,
-    /// A change of the median below that is none, however certain
+    /// A change of the median below that is none, however certain; counts that are the same in all rounds of a run are compared exactly
     #[arg(long, value_name = "PERCENT", default_value_t = 5.0, value_parser = percent)]
     threshold: f64,
     /// Compare times and rates as ratios of the first side to the others, as for two machines
     #[arg(long)]
     ratios: bool,
-    /// End with exit code 1 if something got worse
+    /// End with exit code 1 if something got worse, B is not complete, or A has what B has not
     #[arg(long)]
     fail: bool,
 }
@@ -66,14 +68,15 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<ExitCode> {
     );
     let (a, b) = (Document::load(&options.a)?, Document::load(&options.b)?);
     let comparison = Comparison::new(a, b, options)?;
-    println!("{}", comparison.text(&options.a, &options.b));
     if let Some(file) = &setting.json {
         let value = comparison.json(&options.a, &options.b);
         replace(file, &serde_json::to_vec_pretty(&value)?)?;
     }
-    let worse = comparison.count(Verdict::Worse);
-    if options.fail && worse > 0 {
-        eprintln!("nacre-bench: rows that got worse: {worse}");
+    let text = comparison.text(&options.a, &options.b);
+    tell(&mut std::io::stdout(), &text)?;
+    let failures = comparison.failures();
+    if options.fail && !failures.is_empty() {
+        eprintln!("nacre-bench: {}", failures.join("; "));
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
@@ -104,7 +107,7 @@ impl Comparison {
             "{} and {} have no row that can be compared: {}",
             options.a.display(),
             options.b.display(),
-            match judged.notes.as_slice() {
+            match judged.left.all().as_slice() {
                 [] => "nothing was measured".to_owned(),
                 notes => notes.join("; "),
             }
@@ -117,6 +120,22 @@ impl Comparison {
             ratios,
             judged,
         })
+    }
+
+    /// What is not to be if B is to be as good as A.
+    fn failures(&self) -> Vec<String> {
+        let mut failures = Vec::new();
+        let (worse, lost) = (self.count(Verdict::Worse), self.judged.left.lost.len());
+        if worse > 0 {
+            failures.push(format!("rows that got worse: {worse}"));
+        }
+        if lost > 0 {
+            failures.push(format!(
+                "what A has and B has not, or not in the same unit: {lost}"
+            ));
+        }
+        failures.extend(show::unfinished("B", &self.b));
+        failures
     }
 
     fn count(&self, verdict: Verdict) -> usize {
@@ -150,16 +169,15 @@ fn differences(a: &Document, b: &Document) -> Vec<String> {
         format!("{} MiB", other.memory_mib),
     );
     differ("host's kernel", one.kernel.clone(), other.kernel.clone());
-    let release = |kernel: &Option<GuestKernel>| match kernel {
-        Some(GuestKernel {
-            release: Some(release),
-            ..
-        }) => release.clone(),
-        Some(kernel) => kernel.file.display().to_string(),
-        None => "unknown".to_owned(),
-    };
-    let (one, other) = (release(&a.guest_kernel), release(&b.guest_kernel));
+    let (one, other) = guests(a.guest_kernel.as_ref(), b.guest_kernel.as_ref());
     differ("guest's kernel", one, other);
+    let initrd = |document: &Document| {
+        let kernel = document.guest_kernel.as_ref()?;
+        kernel.initrd.as_ref()?.sha256.clone()
+    };
+    if let (Some(one), Some(other)) = (initrd(a), initrd(b)) {
+        differ("SHA-256 of the guest's initrd", one, other);
+    }
     let settings = |document: &Document| -> BTreeMap<String, String> {
         let settings = document.settings.iter();
         settings
@@ -182,6 +200,23 @@ fn differences(a: &Document, b: &Document) -> Vec<String> {
         }
     }
     all
+}
+
+/// Both guests' kernels, by what both tell: releases, and digests where both have one.
+fn guests(a: Option<&GuestKernel>, b: Option<&GuestKernel>) -> (String, String) {
+    let digest = |kernel: Option<&GuestKernel>| kernel?.sha256.clone();
+    let digests = digest(a).zip(digest(b)).unzip();
+    let words = |kernel: Option<&GuestKernel>, digest: Option<String>| {
+        let Some(kernel) = kernel else {
+            return "unknown".to_owned();
+        };
+        let file = kernel.file.display().to_string();
+        let release = kernel.release.clone().unwrap_or(file);
+        digest.map_or(release.clone(), |digest| {
+            format!("{release} (SHA-256 {digest}…)")
+        })
+    };
+    (words(a, digests.0), words(b, digests.1))
 }
 
 #[cfg(test)]

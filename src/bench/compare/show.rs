@@ -24,8 +24,9 @@ impl Comparison {
         lines.extend(self.warnings());
         let mut text = lines.join("\n");
         text.push_str(&format!("\n\n{}\n", self.table()));
-        if !self.judged.notes.is_empty() {
-            text.push_str(&format!("\n{}\n", self.judged.notes.join("\n")));
+        let left = self.judged.left.all();
+        if !left.is_empty() {
+            text.push_str(&format!("\n{}\n", left.join("\n")));
         }
         text.push_str(&format!("\n{}", self.summary()));
         text
@@ -108,12 +109,14 @@ impl Comparison {
             "ratios": self.ratios.is_some(),
             "differences": self.differences,
             "rows": self.judged.rows,
-            "notes": self.judged.notes,
+            "lost": self.judged.left.lost,
+            "notes": self.judged.left.notes,
         })
     }
 }
 
-fn unfinished(name: &str, document: &Document) -> Option<String> {
+/// That it has not all rounds, and why, if so.
+pub(super) fn unfinished(name: &str, document: &Document) -> Option<String> {
     let why = document
         .ended_by
         .as_deref()

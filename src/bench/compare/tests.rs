@@ -7,6 +7,8 @@ use super::*;
 use crate::bench::document::tests::document;
 use crate::bench::report::{Better, Report, Unit};
 
+mod left;
+
 /// Values around `mean` with a normal distribution, whose deviation is that part of it.
 fn noisy(random: &mut fastrand::Rng, count: usize, mean: f64, noise: f64) -> Vec<f64> {
     let value = |_| {
@@ -176,8 +178,14 @@ fn counts_that_never_vary_are_compared_exactly() {
     };
     let (less, neither) = (Better::Less, Better::Neither);
     for (a, b, better, verdict) in [
-        (&[3.0][..], &[3.0][..], less, Verdict::Unchanged),
-        (&[0.0], &[1.0], less, Verdict::Worse),
+        (&[3.0; 2][..], &[3.0; 2][..], less, Verdict::Unchanged),
+        (&[0.0; 2], &[1.0; 2], less, Verdict::Worse),
+        // Below the threshold, which is for what varies.
+        (&[100.0; 2], &[101.0; 3], less, Verdict::Worse),
+        // Nobody knows whether it is the same each time.
+        (&[3.0], &[4.0; 5], less, Verdict::TooFewValues),
+        (&[3.0; 5], &[4.0], less, Verdict::TooFewValues),
+        (&[3.0], &[3.0], less, Verdict::TooFewValues),
         (&[100.0; 2], &[99.0; 2], less, Verdict::Better),
         (&[100.0; 2], &[99.0; 2], neither, Verdict::Changed),
         (&[100.0, 101.0], &[99.0; 2], less, Verdict::TooFewValues),
@@ -251,7 +259,8 @@ fn without_a_reference_times_of_two_machines_are_not_compared_but_memory_is() {
     let judged = Comparison::new(a, b, &options()).unwrap().judged;
     assert_eq!(judged.rows.len(), 1);
     assert_eq!(judged.rows[0].verdict, Verdict::Worse);
-    assert!(judged.notes[0].contains("up, nacre"), "{:?}", judged.notes);
+    let notes = judged.left.notes;
+    assert!(notes[0].contains("up, nacre"), "{notes:?}");
     assert!(
         error.to_string().contains("Nothing to relate it to"),
         "{error}"
@@ -270,6 +279,8 @@ fn what_differs_around_the_runs_is_named_before_the_figures() {
     b.guest_kernel = Some(GuestKernel {
         file: "/k".into(),
         release: Some("6.12".into()),
+        sha256: None,
+        initrd: None,
     });
     b.program("nacre", Path::new("/bin/shim"));
     b.end(Some(&anyhow::anyhow!("interrupted")));

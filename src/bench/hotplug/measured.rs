@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::parts::{PLUGGED, Parts, REPORTED, REQUESTED, TOTAL, UNPLUGGED};
 use super::{Options, Setup, Way, What};
 use crate::bench::Setting;
-use crate::bench::document::GuestKernel;
+use crate::bench::guest::GuestKernel;
 use crate::bench::plot::{self, Ground, Labels, Line};
 use crate::bench::report::{Report, Unit};
 use crate::bench::run::Run;
@@ -107,8 +107,8 @@ impl<'s> Measured<'s> {
     /// Notes what the guests run.
     pub fn guest(&mut self, config: &Config, release: &str) {
         self.run.document.guest_kernel = Some(GuestKernel {
-            file: config.kernel.clone(),
             release: Some(release.to_owned()),
+            ..GuestKernel::of(&config.kernel, Some(&config.initrd))
         });
     }
 

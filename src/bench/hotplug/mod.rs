@@ -180,7 +180,9 @@ impl Options {
             let vcpus = self.vcpus.iter().copied().map(What::Vcpus);
             setups.push(setup(None, vcpus.collect()));
         }
-        for way in self.ways.iter().copied().filter(|_| !self.no_memory) {
+        let ways = self.ways.iter().enumerate();
+        let once = ways.filter(|(at, way)| !self.no_memory && !self.ways[..*at].contains(way));
+        for way in once.map(|(_, way)| *way) {
             let sizes = self.sizes.iter().map(|size| What::Memory(size.mib(), way));
             setups.push(setup(Some(way), sizes.collect()));
         }
@@ -276,7 +278,7 @@ impl Bench<'_> {
                         Ok(_) => {}
                         Err(error) if side == 1 => {
                             // The signal may have been QEMU's as well.
-                            interrupt::check()?;
+                            interrupt::check_after_failure()?;
                             measured.failed(what, name, &error);
                             // What it has now is not known.
                             peer = None;

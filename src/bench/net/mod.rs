@@ -15,10 +15,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 
 use super::console::Booted;
-use super::document::GuestKernel;
+use super::guest::GuestKernel;
 use super::peers::{Joined, Peer, Surroundings};
 use super::probed::{self, PROBE, Probed};
-use super::report::Unit;
+use super::report::{Unit, quantile};
 use super::run::{Round, Run, turns};
 use super::steady::steady;
 use super::{Setting, as_root, interrupt};
@@ -47,7 +47,10 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     let bench = Bench::prepare(options, setting)?;
     let mut run = Run::new("net", options.settings(), setting);
     run.document.tables = options.tables(&bench.peers);
-    run.document.guest_kernel = Some(GuestKernel::of(&bench.config.kernel));
+    run.document.guest_kernel = Some(GuestKernel::of(
+        &bench.config.kernel,
+        Some(&bench.config.initrd),
+    ));
     run.peers(&bench.peers);
     if let Some(qemu) = &options.qemu {
         run.document.program(QEMU, qemu);
@@ -119,7 +122,7 @@ impl Side<'_> {
         match asked {
             Ok(values) => add(run, round, OF_NETWORK, name, work, values),
             Err(error) if matches!(self.place, Place::Qemu(_)) => {
-                interrupt::check()?;
+                interrupt::check_after_failure()?;
                 run.failed(&format!("{error:#}"));
                 self.left_out = true;
             }
@@ -172,7 +175,7 @@ impl<'o> Bench<'o> {
             match self.qemu(program, &bridge) {
                 Ok(side) => sides.push(side),
                 Err(error) => {
-                    interrupt::check()?;
+                    interrupt::check_after_failure()?;
                     run.failed(&format!("qemu is left out: {error:#}"));
                 }
             }
@@ -279,7 +282,8 @@ impl<'o> Bench<'o> {
     }
 }
 
-/// Adds the values of one measurement, if its round counts.
+/// Adds one measurement, if its round counts. Of requests that is their median and their p99: those of a round are alike, and would not be
+/// so many values.
 fn add(
     run: &mut Run<'_>,
     round: Round,
@@ -288,8 +292,13 @@ fn add(
     work: Work,
     (unit, values): (Unit, Vec<f64>),
 ) {
-    for value in values.into_iter().filter(|_| round.counts) {
-        run.add(table, side, work.name, unit, value);
+    if !round.counts || values.is_empty() {
+        return;
+    }
+    run.add(table, side, work.name, unit, quantile(&values, 50.0));
+    if work.asks() {
+        let row = format!("{}, p99", work.name);
+        run.add(table, side, &row, unit, quantile(&values, 99.0));
     }
 }
 
@@ -337,7 +346,7 @@ mod tests {
                     OF_NETWORK,
                     OURS,
                     work,
-                    (Unit::Us, vec![3.0, 3.0]),
+                    (Unit::Us, vec![3.0, 9.0, 2.0]),
                 );
                 add(run, round, OF_NETWORK, "runc", work, (Unit::Us, vec![2.0]));
             }
@@ -353,7 +362,9 @@ mod tests {
         let [network, vsock] = run.document.tables.as_slice() else {
             panic!("two tables in {text}");
         };
-        assert_eq!(network.values(OURS, NETWORK[5].name), [3.0, 3.0]);
+        assert_eq!(network.values(OURS, "UDP request"), [3.0]);
+        assert_eq!(network.values(OURS, "UDP request, p99"), [9.0]);
+        assert!(network.values(OURS, "TCP in, 1 stream, p99").is_empty());
         assert_eq!(vsock.values(OURS, VSOCK[8].name), [7.0]);
     }
 }

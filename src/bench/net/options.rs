@@ -146,8 +146,7 @@ pub(super) mod tests {
         [OURS, "runc"].map(|name| Peer {
             name,
             program: format!("/bin/{name}").into(),
-            path: None,
-            config: None,
+            ..Peer::default()
         })
     }
 

@@ -90,6 +90,11 @@ struct Answer {
 }
 
 impl Work {
+    /// Whether it is requests, of which an answer has many values.
+    pub fn asks(self) -> bool {
+        matches!(self.what, What::Ask { .. })
+    }
+
     /// Bytes of each stream.
     fn bytes(self, sizes: Sizes) -> u64 {
         let all = (sizes.mib << 20) / u64::from(self.streams);

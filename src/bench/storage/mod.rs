@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::console::Booted;
-use super::document::GuestKernel;
+use super::guest::GuestKernel;
 use super::peers::{Joined, Peer, Surroundings};
 use super::probed::{self, Probed, Root};
 use super::run::{Round, Run, turns};
@@ -59,7 +59,7 @@ pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
     let around = Surroundings::over(&files.root(), patience)?;
     let mut run = Run::new("storage", options.settings(&within), setting);
     run.document.tables.extend(options.tables(&peers));
-    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel));
+    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel, Some(&config.initrd)));
     run.peers(&peers);
     for (name, program) in [(QEMU, &options.qemu), ("virtiofsd", &options.virtiofsd)] {
         if let Some(program) = program {
@@ -104,7 +104,7 @@ struct Side<'s> {
 }
 
 enum Place<'s> {
-    Container(Probed<'s>),
+    Container(Box<Probed<'s>>),
     Qemu(Qemu),
 }
 
@@ -147,7 +147,7 @@ impl Side<'_> {
         let (unit, value, remark) = match asked {
             Ok(asked) => asked,
             Err(error) if matches!(self.place, Place::Qemu(_)) => {
-                interrupt::check()?;
+                interrupt::check_after_failure()?;
                 run.failed(&format!("{error:#}"));
                 self.left_out = true;
                 return Ok(());
@@ -205,7 +205,7 @@ fn sides<'s>(
         };
         sides.push(Side {
             name: peer.name,
-            place: Place::Container(place),
+            place: Place::Container(Box::new(place)),
             folders,
             left_out: false,
         });
@@ -276,8 +276,7 @@ mod tests {
         let peers = [OURS, "runc"].map(|name| Peer {
             name,
             program: format!("/bin/{name}").into(),
-            path: None,
-            config: None,
+            ..Peer::default()
         });
         let setting = Setting::default();
         let mut run = Run::new("storage", options.settings(Path::new("/d")), &setting);

@@ -166,15 +166,20 @@ impl Scenario {
         if let Some(count) = count {
             add(count_option, &count);
         }
-        let mut before = "";
+        let mut before = String::new();
         match self {
             Self::Boot => {
                 if place == Place::Testbed {
-                    before = TRACEFS;
+                    before.push_str(TRACEFS);
                     add("patience", &EMULATED_BOOT);
                 }
-                if let Some(qemu) = qemu {
-                    add("qemu", &qemu.program.display());
+                if let Some(Qemu { direct, .. }) = qemu {
+                    let modules = direct.modules.display();
+                    before.push_str(&format!("QEMU_MODULE_DIR='{modules}' "));
+                    add("qemu", &direct.loader.display());
+                    for word in &direct.arguments {
+                        add("qemu-argument", word);
+                    }
                 }
                 for (option, program) in [
                     ("firecracker", peers.firecracker),
@@ -187,7 +192,7 @@ impl Scenario {
             }
             Self::Density | Self::Parallel => {
                 if place == Place::Testbed {
-                    before = PATIENT;
+                    before.push_str(PATIENT);
                     add("vms", &EMULATED_VMS);
                     add("patience", &EMULATED_PATIENCE);
                 }
@@ -200,7 +205,7 @@ impl Scenario {
             }
             Self::Storage => {
                 if place == Place::Testbed {
-                    before = DISK;
+                    before.push_str(DISK);
                     add("dir", &"/mnt/bench");
                     add("files", &EMULATED_FILES);
                     add("patience", &EMULATED_PATIENCE);
@@ -332,7 +337,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
 mod tests {
     use std::path::Path;
 
-    use super::peers::QEMU_INITRD;
+    use super::peers::{Direct, QEMU_INITRD};
     use super::*;
 
     #[test]
@@ -341,6 +346,7 @@ mod tests {
         assert_eq!(options, r" '--sizes' '1G' 'it'\''s'");
         let qemu = Qemu {
             program: "/opt/qemu/run".into(),
+            direct: Direct::of(Path::new("/opt/qemu")),
             virtiofsd: Some("/opt/virtiofsd/run".into()),
             initrd: Some(QEMU_INITRD.into()),
         };
@@ -383,7 +389,11 @@ mod tests {
                 &[
                     "tracefs",
                     "--rounds '2'",
-                    "--qemu '/opt/qemu/run' --firecracker '/opt/firecracker'",
+                    // No shell that would be measured with it.
+                    "\nQEMU_MODULE_DIR='/opt/qemu/usr/lib/x86_64-linux-gnu/qemu' nacre-bench boot ",
+                    "--qemu '/opt/qemu/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2' --qemu-argument '--library-path' ",
+                    "--qemu-argument '/opt/qemu/usr/bin/qemu-system-x86_64' --qemu-argument '-L' ",
+                    "'/opt/qemu/usr/share/seabios' --firecracker '/opt/firecracker'",
                 ],
             ),
             (

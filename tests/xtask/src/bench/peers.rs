@@ -63,8 +63,40 @@ pub(super) fn brought(
 /// QEMU's programs and files, where the benchmarks run.
 pub(super) struct Qemu {
     pub(super) program: PathBuf,
+    pub(super) direct: Direct,
     pub(super) virtiofsd: Option<PathBuf>,
     pub(super) initrd: Option<PathBuf>,
+}
+
+/// How QEMU is started without the script, whose shell is not to be measured where the start is.
+pub(super) struct Direct {
+    /// Its own loader.
+    pub(super) loader: PathBuf,
+    /// What comes first of the loader's arguments: its own, the program, and the program's.
+    pub(super) arguments: Vec<String>,
+    /// Where its modules are, for `QEMU_MODULE_DIR`.
+    pub(super) modules: PathBuf,
+}
+
+impl Direct {
+    /// Of a QEMU that is unpacked there.
+    pub(super) fn of(root: &Path) -> Self {
+        let path = |name: &str| root.join(name).display().to_string();
+        let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(path);
+        Self {
+            loader: root.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"),
+            arguments: vec![
+                "--library-path".to_owned(),
+                libraries.join(":"),
+                path("usr/bin/qemu-system-x86_64"),
+                "-L".to_owned(),
+                path("usr/share/qemu"),
+                "-L".to_owned(),
+                path("usr/share/seabios"),
+            ],
+            modules: root.join("usr/lib/x86_64-linux-gnu/qemu"),
+        }
+    }
 }
 
 /// What of it is needed.
@@ -89,7 +121,7 @@ impl Qemu {
 
     /// In the testbed all of it is brought along.
     pub(super) fn bring(place: Place, parts: &Parts, request: &mut Request) -> Result<Self> {
-        let program = bring_qemu(place, request)?;
+        let (program, direct) = bring_qemu(place, request)?;
         let virtiofsd = match parts.virtiofsd {
             true => Some(bring_virtiofsd(place, request)?),
             false => None,
@@ -103,22 +135,28 @@ impl Qemu {
         }
         Ok(Self {
             program,
+            direct,
             virtiofsd,
             initrd,
         })
     }
 }
 
-/// Debian's QEMU as one program: a script that starts it by its own loader, with its own libraries and firmware.
-fn bring_qemu(place: Place, request: &mut Request) -> Result<PathBuf> {
+/// Debian's QEMU as one program: a script that starts it by its own loader, with its own libraries and firmware; and what the script does.
+fn bring_qemu(place: Place, request: &mut Request) -> Result<(PathBuf, Direct)> {
     let unpacked = apt::closure(Release::BookwormBackports, &["qemu-system-x86"])?;
-    bring(
+    let program = bring(
         place,
         request,
         ("bench-qemu", &unpacked),
         (QEMU, &QEMU_PARTS),
         qemu_script,
-    )
+    )?;
+    let root = match place {
+        Place::Host => unpacked.as_path(),
+        Place::Testbed => Path::new(QEMU),
+    };
+    Ok((program, Direct::of(root)))
 }
 
 /// The same with virtiofsd, which QEMU no longer has with it.
@@ -161,15 +199,17 @@ fn bring(
 }
 
 fn qemu_script(root: &Path) -> String {
-    let root = root.display();
+    let Direct {
+        loader,
+        arguments,
+        modules,
+    } = Direct::of(root);
+    let words: Vec<String> = arguments.iter().map(|word| format!("'{word}'")).collect();
     format!(
-        "#!/bin/sh
-root='{root}'
-export QEMU_MODULE_DIR=\"$root/usr/lib/x86_64-linux-gnu/qemu\"
-exec \"$root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2\" \\
-  --library-path \"$root/usr/lib/x86_64-linux-gnu:$root/lib/x86_64-linux-gnu\" \\
-  \"$root/usr/bin/qemu-system-x86_64\" -L \"$root/usr/share/qemu\" -L \"$root/usr/share/seabios\" \"$@\"
-"
+        "#!/bin/sh\nexport QEMU_MODULE_DIR='{}'\nexec '{}' {} \"$@\"\n",
+        modules.display(),
+        loader.display(),
+        words.join(" ")
     )
 }
 
@@ -210,7 +250,9 @@ mod tests {
     #[test]
     fn qemu_is_started_by_its_own_loader() {
         let script = qemu_script(Path::new("/opt/qemu"));
-        assert!(script.starts_with("#!/bin/sh\nroot='/opt/qemu'\n"));
+        assert!(script.starts_with("#!/bin/sh\nexport QEMU_MODULE_DIR='/opt/qemu/usr/lib/"));
+        let loader = "exec '/opt/qemu/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2' '--library-path' ";
+        assert!(script.contains(loader), "{script}");
         assert!(script.trim_end().ends_with("\"$@\""), "{script}");
         let script = virtiofsd_script(Path::new("/opt/virtiofsd"));
         assert!(script.contains("'/opt/virtiofsd/usr/libexec/virtiofsd' \"$@\""));
