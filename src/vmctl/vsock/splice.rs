@@ -60,7 +60,8 @@ async fn carry(
             },
             _ = asked.tick() => {
                 // Nothing, but refused where it could not be taken.
-                to.write(&[]).await?;
+                let none = to.write(&[]).await?;
+                debug_assert_eq!(none, 0);
                 continue;
             }
         };
