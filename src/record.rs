@@ -21,6 +21,10 @@ use crate::hooks;
 use crate::network;
 use crate::sandbox::cgroup;
 
+mod socket;
+
+pub(crate) use socket::listened;
+
 /// Name of the record in a VM's state directory.
 pub const RECORD: &str = "record.json";
 /// Name of the pid file in a VM's state directory.
@@ -87,7 +91,7 @@ fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error
 pub enum Resource {
     /// A file, such as a scratch disk.
     File(PathBuf),
-    /// A Unix socket.
+    /// A Unix socket; it stays if somebody listens on it, since it is another's then.
     Socket(PathBuf),
     /// A mount point; unmounted lazily as often as something is mounted there.
     Mount(PathBuf),
@@ -123,7 +127,11 @@ impl Resource {
     /// Frees it; what is not there is free. True if there was something.
     fn free(&self) -> Result<bool, String> {
         let outcome = match self {
-            Self::File(path) | Self::Socket(path) => std::fs::remove_file(path),
+            Self::File(path) => std::fs::remove_file(path),
+            Self::Socket(path) => match socket::free(path) {
+                Ok(false) => return Ok(false),
+                freed => freed.map(|_| ()),
+            },
             Self::Directory(path) => std::fs::remove_dir(path),
             Self::Mount(path) => return unmount_all(path),
             Self::Cgroup(path) => {

@@ -372,6 +372,13 @@ impl Machine for Fake {
     }
 
     fn listen(&self, port: u32) -> Result<Box<dyn PortListener>, Error> {
+        let taken = |sender: &mpsc::Sender<_>| !sender.is_closed();
+        if self.ports.lock().unwrap().get(&port).is_some_and(taken) {
+            return Err(Error::Machine {
+                doing: format!("listen on vsock port {port}"),
+                cause: "it has a listener".to_owned(),
+            });
+        }
         Ok(self.listener(port))
     }
 

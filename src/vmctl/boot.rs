@@ -104,6 +104,7 @@ struct Report {
 pub(super) async fn boot(config: &Config, args: &Args, main_ns: u64) -> anyhow::Result<u8> {
     let id = args.name.clone().unwrap_or_else(|| default_name("boot"));
     let mut session = Session::begin(config, &id)?;
+    let vsock = args.vsock.bind(&session.record)?;
     let (quit, mut quitting) = mpsc::channel(1);
     let mut signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
     let mut sandbox_config = sandbox_config(config, args, &id, &session);
@@ -120,10 +121,12 @@ pub(super) async fn boot(config: &Config, args: &Args, main_ns: u64) -> anyhow::
         raw
     };
     let sandbox = Sandbox::boot(sandbox_config)?;
-    session.serve(&sandbox).await?;
-    let sockets = args.vsock.serve(&sandbox)?;
-    let ended = run(args, &id, &sandbox, &mut quitting, &mut signals, &ending).await;
-    drop(sockets);
+    let ended = async {
+        session.serve(&sandbox).await?;
+        let _sockets = vsock.serve(&sandbox)?;
+        run(args, &id, &sandbox, &mut quitting, &mut signals, &ending).await
+    }
+    .await;
     // Whatever ended it, no console is waited for any more.
     ending.store(true, Ordering::Relaxed);
     let reason = sandbox.shutdown().await;

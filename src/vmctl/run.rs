@@ -161,6 +161,7 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
         libc::SIGWINCH,
     ])?;
     let mut session = Session::begin(config, &id)?;
+    let vsock = args.vsock.bind(&session.record)?;
     let network = match &args.net {
         Some(list) => {
             let list = List::of(list, config.network.directory());
@@ -200,7 +201,7 @@ pub(super) async fn run(config: &Config, args: &Args, main_ns: u64) -> anyhow::R
     };
     let ran = async {
         session.serve(&sandbox).await?;
-        let _sockets = args.vsock.serve(&sandbox)?;
+        let _sockets = vsock.serve(&sandbox)?;
         container
             .run(config, args, &session, spec, &mut signals)
             .await

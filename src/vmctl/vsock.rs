@@ -4,19 +4,26 @@
 //! same name with `_PORT` behind it.
 
 use std::future::Future;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use tokio::io::{
-    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes,
-};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
 
+use crate::record::{self, Record, Resource};
 use crate::sandbox::{GuestStream, PortListener, Sandbox};
+
+mod splice;
+
+use splice::splice;
 
 /// Bytes of the longest line that a client may begin with, without its end.
 const LINE: usize = 32;
@@ -24,10 +31,12 @@ const LINE: usize = 32;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Before the next connection is awaited, after one could not be had.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Bytes on their way between the two, each way.
-const BUFFER: usize = 64 << 10;
 /// Connections of one VM at a time, by its socket and by each of its ports.
 const CONNECTIONS: usize = 256;
+/// Connections that could not be had of which each is a warning; a guest does not fill the output of vmctl.
+const LOUD: u64 = 4;
+/// Bytes of the path of a Unix socket, at most.
+const LONGEST_PATH: usize = 107;
 
 /// Options of what boots a VM.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -42,81 +51,171 @@ pub(super) struct Vsock {
     vsock_ports: Vec<u32>,
 }
 
+/// The socket, bound, and who connects waits; nothing if it was not asked for.
+pub(super) struct Bound {
+    socket: Option<(UnixListener, SocketFile)>,
+    /// Ports of the host, and the socket of each.
+    ports: Vec<(u32, PathBuf)>,
+}
+
 /// Serves until it is dropped, which ends its connections and removes the socket.
 pub(super) struct Sockets {
     _tasks: JoinSet<()>,
     _file: Option<SocketFile>,
 }
 
-/// The socket's file; gone with this.
-struct SocketFile(PathBuf);
+/// The socket's file; gone with this. The record has it too, for when this process is killed.
+struct SocketFile {
+    path: PathBuf,
+    record: Arc<Record>,
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "the vsock's socket was not removed");
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "the vsock's socket was not removed");
+        }
+        // Only forgets it: it is gone.
+        if let Err(error) = self.record.free(&Resource::Socket(self.path.clone())) {
+            tracing::warn!("the vsock's socket is still in the record: {error}");
         }
     }
 }
 
 impl Vsock {
-    /// Serves what was asked for. Needs a tokio runtime.
-    pub(super) fn serve(&self, sandbox: &Sandbox) -> Result<Sockets> {
-        let mut tasks = JoinSet::new();
+    /// Takes the socket's name, if a socket was asked for. Needs a tokio runtime.
+    pub(super) fn bind(&self, record: &Arc<Record>) -> Result<Bound> {
         let Some(socket) = &self.vsock else {
-            return Ok(Sockets {
-                _tasks: tasks,
-                _file: None,
+            return Ok(Bound {
+                socket: None,
+                ports: Vec::new(),
             });
         };
-        // Ports first: what is refused then leaves no socket.
-        for port in &self.vsock_ports {
-            let listener = sandbox
-                .listen(*port)
-                .with_context(|| format!("--vsock-port {port}"))?;
+        let mut ports = Vec::new();
+        for (index, port) in self.vsock_ports.iter().copied().enumerate() {
+            ensure!(
+                !self.vsock_ports[..index].contains(&port),
+                "--vsock-port {port} is given twice"
+            );
+            ensure!(
+                ![PORT_CALLS, PORT_EVENTS, PORT_LOG].contains(&port),
+                "--vsock-port {port}: this port is the agent's; choose another"
+            );
             let mut path = socket.as_os_str().to_owned();
             path.push(format!("_{port}"));
-            tasks.spawn(from_guest(listener, path.into()));
+            ports.push((port, PathBuf::from(path)));
         }
-        let (listener, file) = bind(socket)?;
-        let sandbox = sandbox.downgrade();
-        tasks.spawn(to_guest(listener, move |port| {
-            let sandbox = sandbox.upgrade();
-            async move {
-                let sandbox = sandbox.context("The VM has ended")?;
-                Ok(sandbox.connect(port).await?)
-            }
-        }));
+        let paths = ports.iter().map(|(_, path)| path);
+        for path in paths.chain([socket]) {
+            let bytes = path.as_os_str().len();
+            ensure!(
+                bytes <= LONGEST_PATH,
+                "--vsock: {} has {bytes} bytes, and the path of a Unix socket has {LONGEST_PATH} at most: choose a shorter one, or one from \
+                 the directory where vmctl is started",
+                path.display()
+            );
+        }
+        Ok(Bound {
+            socket: Some(bind(socket, record)?),
+            ports,
+        })
+    }
+}
+
+impl Bound {
+    /// Serves what was asked for.
+    pub(super) fn serve(self, sandbox: &Sandbox) -> Result<Sockets> {
+        let mut tasks = JoinSet::new();
+        for (port, socket) in self.ports {
+            let listener = sandbox
+                .listen(port)
+                .with_context(|| format!("--vsock-port {port}"))?;
+            tasks.spawn(from_guest(listener, socket));
+        }
+        let file = self.socket.map(|(listener, file)| {
+            let sandbox = sandbox.downgrade();
+            tasks.spawn(to_guest(listener, move |port| {
+                let sandbox = sandbox.upgrade();
+                async move {
+                    let sandbox = sandbox.context("The VM has ended")?;
+                    Ok(sandbox.connect(port).await?)
+                }
+            }));
+            file
+        });
         Ok(Sockets {
             _tasks: tasks,
-            _file: Some(file),
+            _file: file,
         })
     }
 }
 
 /// A socket that only this user may connect to, where nothing is yet.
-fn bind(path: &Path) -> Result<(UnixListener, SocketFile)> {
-    let failed = || {
-        format!(
-            "Cannot listen on {}, as --vsock says: nothing may be there, and its folder must be",
-            path.display()
-        )
-    };
-    // Made under another name in a folder that nobody else enters, so that no one connects before the mode is set.
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let folder = tempfile::Builder::new()
-        .prefix(".vsock-")
-        .tempdir_in(parent)
+fn bind(path: &Path, record: &Arc<Record>) -> Result<(UnixListener, SocketFile)> {
+    let failed = || format!("Cannot listen on {}, as --vsock says", path.display());
+    // Another directory may be the current one when the record is read.
+    let path = std::path::absolute(path).with_context(failed)?;
+    let parent = path.parent().with_context(failed)?;
+    let scratch = scratch(parent).with_context(failed)?;
+    // By the folder's descriptor: its path is longer than the socket's own, which may be as long as it can be.
+    let folder = std::fs::File::open(scratch.path()).with_context(failed)?;
+    let made = scratch.path().join("s");
+    let listener = UnixListener::bind(format!("/proc/self/fd/{}/s", folder.as_raw_fd()))
         .with_context(failed)?;
-    let made = folder.path().join("s");
-    let listener = UnixListener::bind(&made).with_context(failed)?;
     std::fs::set_permissions(&made, std::fs::Permissions::from_mode(0o600)).with_context(failed)?;
     // A link, unlike a rename, does not replace what is there.
-    std::fs::hard_link(&made, path).with_context(failed)?;
-    Ok((listener, SocketFile(path.to_owned())))
+    if let Err(error) = std::fs::hard_link(&made, &path) {
+        let error = match error.kind() {
+            std::io::ErrorKind::AlreadyExists => anyhow!(occupant(&path)),
+            _ => error.into(),
+        };
+        return Err(error.context(failed()));
+    }
+    let file = SocketFile {
+        path: path.clone(),
+        record: Arc::clone(record),
+    };
+    // After it is there: before, what another has there would be in the record.
+    record.add(Resource::Socket(path.clone()))?;
+    Ok((listener, file))
+}
+
+/// A folder that no other user enters, whatever the umask: in it a socket gets its mode before anybody can connect to it.
+fn scratch(parent: &Path) -> std::io::Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix(".vsock-")
+        .permissions(std::fs::Permissions::from_mode(0o700))
+        .tempdir_in(parent)
+}
+
+/// What is where the socket should be, and what to do about it.
+fn occupant(path: &Path) -> &'static str {
+    let kind = std::fs::symlink_metadata(path).map(|there| there.file_type());
+    if !kind.is_ok_and(|kind| kind.is_socket()) {
+        return "a file is there that is no socket, and is not replaced: choose another path";
+    }
+    match record::listened(path) {
+        Ok(true) => "another program listens there: choose another path",
+        Ok(false) => {
+            "the socket there is one that nobody listens on, as a vmctl leaves that is killed: `vmctl list --prune` removes what \
+             these have left; else remove it"
+        }
+        Err(_) => {
+            "another socket is there: choose another path, or remove it if nobody listens on it"
+        }
+    }
+}
+
+/// Tells that a connection could not be had: the first few times as a warning.
+fn complain(told: &AtomicU64, what: &str) {
+    let count = told.fetch_add(1, Ordering::Relaxed) + 1;
+    if count < LOUD {
+        tracing::warn!("{what}");
+    } else if count == LOUD {
+        tracing::warn!("{what}; from here on this is told at the level debug");
+    } else {
+        tracing::debug!(count, "{what}");
+    }
 }
 
 /// Takes clients, each until its stream has ended.
@@ -126,6 +225,7 @@ where
 {
     let connect = Arc::new(connect);
     let mut connections = JoinSet::new();
+    let told = AtomicU64::new(0);
     loop {
         let client = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -139,13 +239,16 @@ where
             Some(_) = connections.join_next() => continue,
         };
         if connections.len() >= CONNECTIONS {
-            tracing::warn!(CONNECTIONS, "one connection too many to the vsock's socket");
+            complain(
+                &told,
+                &format!("the vsock's socket has {CONNECTIONS} connections, and takes no more"),
+            );
             continue;
         }
         let connect = Arc::clone(&connect);
         let asked = async move {
             let (mut client, port) = wanted(client).await?;
-            let asked = tokio::time::timeout(PATIENCE, connect(port));
+            let asked = timeout(PATIENCE, connect(port));
             let (guest, from) = asked
                 .await
                 .with_context(|| format!("The guest did not answer on vsock port {port}"))??;
@@ -164,6 +267,7 @@ where
 /// Hands the guest's connections to one port to whoever listens on a Unix socket.
 async fn from_guest(mut listener: Box<dyn PortListener>, socket: PathBuf) {
     let mut connections = JoinSet::new();
+    let (socket, told) = (Arc::new(socket), Arc::new(AtomicU64::new(0)));
     loop {
         let guest = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -174,33 +278,48 @@ async fn from_guest(mut listener: Box<dyn PortListener>, socket: PathBuf) {
             Some(_) = connections.join_next() => continue,
         };
         if connections.len() >= CONNECTIONS {
-            tracing::warn!(CONNECTIONS, "one connection too many of the guest");
+            let what = format!(
+                "the guest has {CONNECTIONS} connections to {}",
+                socket.display()
+            );
+            complain(&told, &format!("{what}, and gets no more"));
             continue;
         }
-        let socket = socket.clone();
+        let (socket, told) = (Arc::clone(&socket), Arc::clone(&told));
         connections.spawn(async move {
-            match UnixStream::connect(&socket).await {
+            match dial(&socket).await {
                 Ok(client) => splice(client, guest).await,
-                // Dropped, the guest's end is reset.
+                // The guest's end is dropped: it reads an end at once.
                 Err(error) => {
-                    tracing::warn!(socket = %socket.display(), %error, "nobody takes the guest's connection");
+                    let socket = socket.display();
+                    complain(
+                        &told,
+                        &format!("nobody takes the guest's connection at {socket}: {error}"),
+                    );
                 }
             }
         });
     }
 }
 
-/// Bytes each way, and each way's end by itself, until both have ended or one breaks.
-async fn splice(mut client: UnixStream, mut guest: GuestStream) {
-    if let Err(error) = copy_bidirectional_with_sizes(&mut client, &mut guest, BUFFER, BUFFER).await
-    {
-        tracing::debug!(%error, "a stream of the vsock broke");
+/// Connects to a Unix socket; one that has no room for more is tried again for a while.
+async fn dial(socket: &Path) -> std::io::Result<UnixStream> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < end =>
+            {
+                tokio::time::sleep(PAUSE).await;
+            }
+            dialled => return dialled,
+        }
     }
 }
 
 /// The port that a client asks for; nothing behind its line is read.
 async fn wanted(mut client: UnixStream) -> Result<(UnixStream, u32)> {
-    let line = tokio::time::timeout(PATIENCE, line(&mut client));
+    let line = timeout(PATIENCE, line(&mut client));
     let line = line.await.context("It did not say which port")??;
     Ok((client, port(&line)?))
 }

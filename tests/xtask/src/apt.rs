@@ -61,8 +61,29 @@ pub struct Deb {
 }
 
 impl Deb {
+    /// A package that someone else has downloaded.
+    ///
+    /// # Errors
+    /// It is not there, or not called as packages are.
+    pub fn of_file(path: &Path) -> Result<Deb> {
+        let path = fs::canonicalize(path).with_context(|| format!("reading {}", path.display()))?;
+        let name = path.file_name().and_then(|name| name.to_str());
+        let (package, version) = name.and_then(parse_name).with_context(|| {
+            format!(
+                "{} is not called NAME_VERSION_ARCHITECTURE.deb, as Debian's packages are",
+                path.display()
+            )
+        })?;
+        Ok(Deb {
+            package,
+            version,
+            file: path.to_string_lossy().into_owned(),
+        })
+    }
+
     /// The `.deb` file.
     pub fn path(&self) -> PathBuf {
+        // One that is elsewhere has an absolute path, which stays what it is.
         paths::cache("debs").join(&self.file)
     }
 
@@ -84,6 +105,32 @@ pub fn deb(release: Release, package: &str) -> Result<Deb> {
     let mut debs = fetch(release, &[package], false)?;
     debs.pop()
         .with_context(|| format!("apt resolved {package} of {} to nothing", release.name()))
+}
+
+/// What a package was resolved to last, whether the file is still there or not; nobody is asked.
+pub fn known(release: Release, package: &str) -> Option<Deb> {
+    let text = fs::read_to_string(resolved(release, &[package], false)).ok()?;
+    serde_json::from_str::<Vec<Deb>>(&text).ok()?.pop()
+}
+
+/// The next request for this package reads the mirror's lists anew.
+///
+/// # Errors
+/// What was written down cannot be removed.
+pub fn forget(release: Release, package: &str) -> Result<()> {
+    let _lock = lock()?;
+    for file in [
+        resolved(release, &[package], false),
+        paths::cache("apt").join(release.name()).join("updated"),
+    ] {
+        match fs::remove_file(&file) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("removing {}", file.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// One package, without its dependencies, unpacked.
@@ -184,23 +231,24 @@ fn lock() -> Result<Lock> {
 
 fn unpack(deb: &Path, folder: &Path) -> Result<()> {
     run::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(folder))?;
-    // The scratch folder was made private; the unpacked tree's top is not.
+    // The tree's top has the mode that the umask left to the scratch folder.
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(folder, fs::Permissions::from_mode(0o755))?;
     Ok(())
 }
 
-/// Resolves a request, from the record of an earlier one if its files are still there, and downloads what is missing.
-fn fetch(release: Release, packages: &[&str], with_dependencies: bool) -> Result<Vec<Deb>> {
-    let key = format!(
-        "{}{}.json",
-        packages.join("+"),
-        if with_dependencies { "+all" } else { "" }
-    );
-    let record = paths::cache("apt")
+/// The record of what a request resolved to.
+fn resolved(release: Release, packages: &[&str], with_dependencies: bool) -> PathBuf {
+    let all = if with_dependencies { "+all" } else { "" };
+    paths::cache("apt")
         .join(release.name())
         .join("resolved")
-        .join(key);
+        .join(format!("{}{all}.json", packages.join("+")))
+}
+
+/// Resolves a request, from the record of an earlier one if its files are still there, and downloads what is missing.
+fn fetch(release: Release, packages: &[&str], with_dependencies: bool) -> Result<Vec<Deb>> {
+    let record = resolved(release, packages, with_dependencies);
     let _lock = lock()?;
     if let Ok(text) = fs::read_to_string(&record)
         && let Ok(debs) = serde_json::from_str::<Vec<Deb>>(&text)
@@ -387,13 +435,21 @@ fn parse_planned(line: &str) -> Option<String> {
 /// A line of `apt-get --print-uris download`: `'URI' NAME_VERSION_ARCH.deb SIZE HASH`.
 fn parse_uri(line: &str) -> Option<Deb> {
     let file = line.strip_prefix('\'')?.split_whitespace().nth(1)?;
-    let mut parts = file.strip_suffix(".deb")?.split('_');
-    let (package, version) = (parts.next()?, parts.next()?);
+    let (package, version) = parse_name(file)?;
     Some(Deb {
-        package: package.into(),
-        version: version.replace("%3a", ":"),
+        package,
+        version,
         file: file.into(),
     })
+}
+
+/// Package and version of a file `NAME_VERSION_ARCH.deb`.
+fn parse_name(file: &str) -> Option<(String, String)> {
+    let mut parts = file.strip_suffix(".deb")?.split('_');
+    let (package, version) = (parts.next()?, parts.next()?);
+    parts
+        .next()
+        .map(|_| (package.to_owned(), version.replace("%3a", ":")))
 }
 
 /// Where the machine's own packages come from.
@@ -520,6 +576,26 @@ mod tests {
                 .map(|mirror| mirror.signed_by),
             Some(None)
         );
+    }
+
+    #[test]
+    fn a_package_that_is_elsewhere_stays_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("linux-source-6.12_6.12.117-2_all.deb");
+        assert!(Deb::of_file(&file).is_err(), "it is not there");
+        fs::write(&file, "").unwrap();
+        let deb = Deb::of_file(&file).unwrap();
+        assert_eq!(deb.path(), file.canonicalize().unwrap());
+        assert_eq!(
+            (&*deb.package, &*deb.version),
+            ("linux-source-6.12", "6.12.117-2")
+        );
+        for name in ["linux.tar.xz", "linux-source-6.12.deb", "linux_6.12.deb"] {
+            let file = folder.path().join(name);
+            fs::write(&file, "").unwrap();
+            let error = Deb::of_file(&file).unwrap_err().to_string();
+            assert!(error.contains("NAME_VERSION_ARCHITECTURE.deb"), "{error}");
+        }
     }
 
     #[test]

@@ -1,28 +1,27 @@
 //! `cargo xtask kernel`: the lean guest kernel, built from Debian's source package with the configuration in `firmware/kernel`. What is
-//! made is kept by the digest of what it is made of: package, configuration, compiler.
+//! made is kept by what it is made of: package, configuration, compiler.
 
+mod kept;
 mod needed;
 mod tree;
 mod why;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use sha2::{Digest, Sha256};
 
 use crate::apt::{self, Deb, Release};
 use crate::paths;
-use crate::run::{self, Lock, step};
+use crate::run::{Lock, step};
+pub use kept::Kernel;
+use kept::MadeOf;
 use needed::{Config, Needed, Scope};
 use tree::Tree;
 
 /// The source package, and the release that it is of.
 const SOURCE: (Release, &str) = (Release::Trixie, "linux-source-6.12");
-/// Version of what is made; a change of it makes a new kernel.
-const FORMAT: u32 = 1;
 /// What the configuration is resolved with, and a file that each brings.
 const RESOLVING: [(&str, &str); 6] = [
     ("gcc", "gcc"),
@@ -52,18 +51,15 @@ pub struct KernelArgs {
     /// Hold the configuration of another kernel (/boot/config-…) against what guests need
     #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "config_only", "jobs"])]
     config: Option<PathBuf>,
+    /// Take the source from this package, such as one of Debian's security archive: linux-source-6.12_VERSION_all.deb
+    #[arg(long, value_name = "FILE", conflicts_with = "config")]
+    source: Option<PathBuf>,
+    /// Ask the mirror for the newest version of the source, whatever there is already
+    #[arg(long, conflicts_with_all = ["config", "source"])]
+    newest: bool,
     /// Compilers at a time; as many as there are CPUs, if it is not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     jobs: Option<u32>,
-}
-
-/// A kernel that is there.
-#[derive(Debug)]
-pub struct Kernel {
-    /// The ELF file.
-    pub vmlinux: PathBuf,
-    /// The folder that is called by the kernel's release and lists what is built in; it has no modules.
-    pub modules: PathBuf,
 }
 
 /// Does what is asked for; the result is the exit code.
@@ -74,18 +70,34 @@ pub fn run(args: &KernelArgs) -> Result<i32> {
     if let Some(file) = &args.config {
         return foreign(file);
     }
+    if args.newest {
+        let (release, package) = SOURCE;
+        apt::forget(release, package)?;
+        let source = source()?;
+        step(format!(
+            "the newest source is {} {}",
+            source.package, source.version
+        ));
+    }
+    let given = args.source.as_deref().map(Deb::of_file).transpose()?;
+    if let Some(other) = given
+        .as_ref()
+        .filter(|deb| !deb.package.starts_with("linux-source-"))
+    {
+        bail!(
+            "--source {}: the kernel's source is in a package linux-source-VERSION",
+            other.path().display()
+        );
+    }
+    let the_source = || given.clone().map_or_else(source, Ok);
     if args.config_only {
-        let (tree, _) = resolve(&source()?)?;
+        let (tree, _) = resolve(&the_source()?)?;
         println!("{}", tree.config().display());
     } else if args.check {
-        check()?;
+        check_in(&the_source()?)?;
     } else {
-        let jobs = match args.jobs {
-            Some(jobs) => jobs as usize,
-            None => std::thread::available_parallelism().map_or(1, usize::from),
-        };
-        let kernel = build(jobs)?;
-        print(&kernel)?;
+        let jobs = args.jobs.map_or_else(cpus, |jobs| jobs as usize);
+        print(&build(given, jobs)?)?;
     }
     Ok(0)
 }
@@ -95,7 +107,11 @@ pub fn run(args: &KernelArgs) -> Result<i32> {
 /// # Errors
 /// As [`run`].
 pub fn lean() -> Result<Kernel> {
-    build(std::thread::available_parallelism().map_or(1, usize::from))
+    build(None, cpus())
+}
+
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Resolves the configuration and holds it against what is needed of it.
@@ -103,7 +119,11 @@ pub fn lean() -> Result<Kernel> {
 /// # Errors
 /// Every option that is not as it is needed, with what it lacks.
 pub fn check() -> Result<()> {
-    let (tree, needed) = resolve(&source()?)?;
+    check_in(&source()?)
+}
+
+fn check_in(source: &Deb) -> Result<()> {
+    let (tree, needed) = resolve(source)?;
     step(format!(
         "the configuration has all {} options that guests need: {}",
         needed.len(),
@@ -150,14 +170,22 @@ fn ours(file: &str) -> PathBuf {
 fn source() -> Result<Deb> {
     let (release, package) = SOURCE;
     apt::deb(release, package).with_context(|| {
-        format!("the lean kernel is built from Debian's package {package}, which is not to be had")
+        format!(
+            "the lean kernel, and the check of its configuration, are made from Debian's package {package} (150 MB), which \
+             could not be downloaded; once it is in {}, no network is needed",
+            paths::cache("debs").display()
+        )
     })
 }
 
 /// Resolves the configuration, in the whole source if it is there, else in as much of it as that takes.
 fn resolve(source: &Deb) -> Result<(Tree, Needed)> {
-    apt::ensure_installed(&RESOLVING)?;
-    let _lock = lock()?;
+    install(&RESOLVING)?;
+    // Not the lock of a build, which is held for ten minutes: nothing of a build's folder is touched.
+    let _lock = Lock::take(
+        &paths::cache("kernel-src/lock-configured"),
+        "the folder where the kernel's configuration is resolved",
+    )?;
     let tree = Tree::for_configuration(source)?;
     let needed = resolve_in(&tree)?;
     Ok((tree, needed))
@@ -198,88 +226,34 @@ fn resolve_in(tree: &Tree) -> Result<Needed> {
     }
 }
 
-fn build(jobs: usize) -> Result<Kernel> {
-    let tools: Vec<(&str, &str)> = RESOLVING.into_iter().chain(BUILDING).collect();
-    apt::ensure_installed(&tools)?;
-    let source = source()?;
-    let digest = digest(&source)?;
-    let folder = paths::cache("kernel").join(&digest);
-    if let Some(kernel) = made_already(&folder)? {
+/// The kernel, from where it is kept, which takes neither source nor compiler, or built.
+fn build(given: Option<Deb>, jobs: usize) -> Result<Kernel> {
+    let (release, package) = SOURCE;
+    let (all, fragment) = (paths::cache("kernel"), ours("nacre.config"));
+    let known = given.clone().or_else(|| apt::known(release, package));
+    let version = known.as_ref().map(|source| source.version.as_str());
+    if let Some(kernel) = kept::find(&all, &MadeOf::now(package, version, &fragment)?)? {
         return Ok(kernel);
     }
-    let _lock = lock()?;
-    if let Some(kernel) = made_already(&folder)? {
+    let tools: Vec<(&str, &str)> = RESOLVING.into_iter().chain(BUILDING).collect();
+    install(&tools)?;
+    let source = given.map_or_else(source, Ok)?;
+    let made_of = MadeOf::now(&source.package, Some(&source.version), &fragment)?;
+    let _lock = Lock::take(&paths::cache("kernel-src/lock"), "the kernel's source")?;
+    if let Some(kernel) = kept::find(&all, &made_of)? {
         return Ok(kernel);
     }
     let tree = Tree::whole(&source)?;
     resolve_in(&tree)?;
     let release = tree.build(jobs)?;
-    keep(&tree, &release, &folder)?;
-    made_already(&folder)?.with_context(|| format!("no kernel in {}", folder.display()))
+    kept::keep(&all, made_of, &tree, &release)
 }
 
-/// Everything that the kernel depends on, as far as it differs from one run to the next.
-fn digest(source: &Deb) -> Result<String> {
-    let mut hash = Sha256::new();
-    hash.update(format!("nacre kernel {FORMAT}\n"));
-    hash.update(format!("{} {}\n", source.package, source.version));
-    for tool in ["gcc", "ld"] {
-        let version = run::output(Command::new(tool).arg("--version"))?;
-        hash.update(version.lines().next().unwrap_or_default());
-        hash.update("\n");
-    }
-    let fragment = ours("nacre.config");
-    hash.update(fs::read(&fragment).with_context(|| format!("reading {}", fragment.display()))?);
-    Ok(format!("{:x}", hash.finalize())[..32].to_owned())
-}
-
-/// Puts what was built where it is kept: all of it, or nothing.
-fn keep(tree: &Tree, release: &str, folder: &Path) -> Result<()> {
-    let parent = paths::cache("kernel");
-    fs::create_dir_all(&parent).with_context(|| format!("making {}", parent.display()))?;
-    let scratch = tempfile::tempdir_in(&parent)?;
-    run::output(
-        Command::new("strip")
-            .args(["--strip-all", "--remove-section=.comment", "-o"])
-            .arg(scratch.path().join("vmlinux"))
-            .arg(tree.build.join("vmlinux")),
-    )?;
-    let modules = scratch.path().join("modules").join(release);
-    fs::create_dir_all(&modules)?;
-    for (from, to) in [
-        (tree.config(), scratch.path().join("config")),
-        (
-            tree.build.join("modules.builtin"),
-            modules.join("modules.builtin"),
-        ),
-        (
-            tree.build.join("modules.builtin.modinfo"),
-            modules.join("modules.builtin.modinfo"),
-        ),
-    ] {
-        fs::copy(&from, to).with_context(|| format!("keeping {}", from.display()))?;
-    }
-    use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o755))?;
-    fs::rename(scratch.keep(), folder)
-        .with_context(|| format!("putting the kernel to {}", folder.display()))
-}
-
-/// The kernel of a folder, which is whole if it is there at all.
-fn made_already(folder: &Path) -> Result<Option<Kernel>> {
-    let vmlinux = folder.join("vmlinux");
-    if !vmlinux.exists() {
-        return Ok(None);
-    }
-    let modules = folder.join("modules");
-    let release = fs::read_dir(&modules)
-        .and_then(|mut entries| entries.next().transpose())
-        .with_context(|| format!("reading {}", modules.display()))?
-        .with_context(|| format!("{} is empty; remove its parent", modules.display()))?;
-    Ok(Some(Kernel {
-        vmlinux,
-        modules: release.path(),
-    }))
+fn install(tools: &[(&str, &str)]) -> Result<()> {
+    apt::ensure_installed(tools).context(
+        "the kernel's configuration and the kernel are made with these packages, which could not be installed; once they are, no \
+         network is needed",
+    )
 }
 
 fn print(kernel: &Kernel) -> Result<()> {
@@ -293,15 +267,12 @@ fn print(kernel: &Kernel) -> Result<()> {
         kernel.vmlinux.display(),
         size as f64 / 1048576.0
     );
+    println!("modules  {}", kernel.modules.display());
     println!(
         "config   {}",
         kernel.vmlinux.with_file_name("config").display()
     );
     Ok(())
-}
-
-fn lock() -> Result<Lock> {
-    Lock::take(&paths::cache("kernel-src/lock"), "the kernel's source")
 }
 
 #[cfg(test)]
@@ -320,16 +291,5 @@ mod tests {
             .collect();
         assert!(wrong.is_empty(), "{wrong:#?}");
         assert!(needed.len() > 100, "{}", needed.len());
-    }
-
-    #[test]
-    fn a_kernel_is_found_by_its_vmlinux_and_called_by_its_release() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(made_already(folder.path()).unwrap().is_none());
-        fs::write(folder.path().join("vmlinux"), "x").unwrap();
-        assert!(made_already(folder.path()).is_err(), "no modules folder");
-        fs::create_dir_all(folder.path().join("modules/6.12.1-nacre")).unwrap();
-        let kernel = made_already(folder.path()).unwrap().unwrap();
-        assert!(kernel.modules.ends_with("modules/6.12.1-nacre"));
     }
 }
