@@ -9,14 +9,13 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::guest::GuestKernel;
 use super::memory::{Held, Parts, proportional};
 use super::peers::{Container, Peer, Surroundings};
 use super::report::{Better, Report, Unit, quantile};
 use super::run::{Rounds, Run, turns};
-use super::{Setting, as_root, each_once, interrupt};
-use crate::config::Config;
+use super::{Setting, interrupt, several};
 
+const SCENARIO: &str = "density";
 /// What each container does.
 const IDLES: [&str; 2] = ["sleep", "100000"];
 /// Between two looks at what all hold.
@@ -60,29 +59,14 @@ impl Options {
 
 /// Measures until all rounds are done, something fails or a signal comes; what there is then is shown and written.
 pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
-    each_once(&options.vms)?;
-    as_root()?;
-    let peers = setting.peers()?;
-    let busybox = setting.busybox()?;
-    let patience = Duration::from_secs(setting.patience);
-    let around = Surroundings::new(setting.rootfs.as_deref(), &busybox, patience)?;
-    let mut run = Run::new("density", options.settings(), setting);
-    run.document.tables = tables(options, &peers);
-    let config = Config::load()?;
-    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel, Some(&config.initrd)));
-    run.peers(&peers);
-    let outcome = rounds(options, &around, &peers, &mut run);
-    run.end(outcome)
+    let rounds = |around: &Surroundings, peers: &[Peer], run: &mut Run<'_>| {
+        rounds(options, around, peers, run)
+    };
+    several::run(SCENARIO, &options.vms, options.settings(), setting, rounds)
 }
 
 fn title(count: u16) -> String {
-    format!("density, {count} at once")
-}
-
-fn tables(options: &Options, peers: &[Peer]) -> Vec<Report> {
-    let names = || peers.iter().map(|peer| peer.name);
-    let table = |count: &u16| Report::new(title(*count), names());
-    options.vms.iter().map(table).collect()
+    several::title(SCENARIO, count)
 }
 
 fn rounds(
@@ -93,7 +77,7 @@ fn rounds(
 ) -> Result<()> {
     let rounds = options.all_rounds();
     run.expect(rounds);
-    run.rounds("density", rounds, |run, round| {
+    run.rounds(SCENARIO, rounds, |run, round| {
         for count in &options.vms {
             for turn in turns(peers.len(), round.number) {
                 let peer = &peers[turn];
@@ -280,19 +264,10 @@ fn available_of(meminfo: &str) -> Option<f64> {
 mod tests {
     use std::process::Command;
 
-    use clap::Parser;
-
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
     fn options(words: &str) -> Result<Options, clap::Error> {
-        let words = std::iter::once("density").chain(words.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.options)
+        crate::bench::options(words)
     }
 
     #[test]
@@ -354,7 +329,7 @@ mod tests {
             program: "/s".into(),
             ..Peer::default()
         };
-        let mut table = tables(&options, &[peer]).remove(0);
+        let mut table = several::tables(SCENARIO, &options.vms, &[peer]).remove(0);
         let one = |own_kib| One {
             memory: Parts {
                 own_kib,

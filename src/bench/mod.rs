@@ -34,6 +34,7 @@ mod progress;
 mod report;
 mod run;
 mod scenarios;
+mod several;
 pub mod shim;
 mod steady;
 mod storage;
@@ -356,6 +357,18 @@ fn in_path(program: &str) -> Option<PathBuf> {
     std::env::split_paths(&path)
         .map(|folder| folder.join(program))
         .find(|file| file.is_file())
+}
+
+/// Options of a scenario, from words.
+#[cfg(test)]
+fn options<Options: Args>(words: &str) -> Result<Options, clap::Error> {
+    #[derive(Parser)]
+    struct Line<Options: Args> {
+        #[command(flatten)]
+        options: Options,
+    }
+    let words = std::iter::once("nacre-bench").chain(words.split_whitespace());
+    Line::try_parse_from(words).map(|line| line.options)
 }
 
 #[cfg(test)]

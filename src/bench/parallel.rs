@@ -2,19 +2,18 @@
 
 use std::sync::{PoisonError, RwLock};
 use std::thread::Builder;
-use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::first_byte::{Prepared, Stamps};
-use super::guest::GuestKernel;
 use super::peers::{Container, Peer, Surroundings};
 use super::report::{Report, Unit, quantile};
 use super::run::{Rounds, Run, turns};
-use super::{Setting, as_root, each_once};
-use crate::config::Config;
+use super::{Setting, several};
+
+const SCENARIO: &str = "parallel";
 
 /// Options of `nacre-bench parallel`.
 #[derive(Debug, Clone, Args)]
@@ -49,29 +48,14 @@ impl Options {
 
 /// Measures until all rounds are done, something fails or a signal comes; what there is then is shown and written.
 pub(super) fn run(options: &Options, setting: &Setting) -> Result<()> {
-    each_once(&options.vms)?;
-    as_root()?;
-    let peers = setting.peers()?;
-    let busybox = setting.busybox()?;
-    let patience = Duration::from_secs(setting.patience);
-    let around = Surroundings::new(setting.rootfs.as_deref(), &busybox, patience)?;
-    let mut run = Run::new("parallel", options.settings(), setting);
-    run.document.tables = tables(options, &peers);
-    let config = Config::load()?;
-    run.document.guest_kernel = Some(GuestKernel::of(&config.kernel, Some(&config.initrd)));
-    run.peers(&peers);
-    let outcome = rounds(options, &around, &peers, &mut run);
-    run.end(outcome)
+    let rounds = |around: &Surroundings, peers: &[Peer], run: &mut Run<'_>| {
+        rounds(options, around, peers, run)
+    };
+    several::run(SCENARIO, &options.vms, options.settings(), setting, rounds)
 }
 
 fn title(count: u16) -> String {
-    format!("parallel, {count} at once")
-}
-
-fn tables(options: &Options, peers: &[Peer]) -> Vec<Report> {
-    let names = || peers.iter().map(|peer| peer.name);
-    let table = |count: &u16| Report::new(title(*count), names());
-    options.vms.iter().map(table).collect()
+    several::title(SCENARIO, count)
 }
 
 fn rounds(
@@ -82,7 +66,7 @@ fn rounds(
 ) -> Result<()> {
     let rounds = options.all_rounds();
     run.expect(rounds);
-    run.rounds("parallel", rounds, |run, round| {
+    run.rounds(SCENARIO, rounds, |run, round| {
         for count in &options.vms {
             for turn in turns(peers.len(), round.number) {
                 let peer = &peers[turn];
@@ -163,8 +147,6 @@ mod tests {
     use std::cell::Cell;
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    use clap::Parser;
-
     use super::*;
 
     #[test]
@@ -190,15 +172,8 @@ mod tests {
         assert_eq!(begun.into_inner(), 3);
     }
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
     fn options(words: &str) -> Result<Options, clap::Error> {
-        let words = std::iter::once("parallel").chain(words.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.options)
+        crate::bench::options(words)
     }
 
     #[test]
@@ -219,7 +194,7 @@ mod tests {
             ..Peer::default()
         };
         let options = options("--vms 2").unwrap();
-        let mut reports = tables(&options, &[peer]);
+        let mut reports = several::tables(SCENARIO, &options.vms, &[peer]);
         let stamps = |began, first| Stamps {
             began,
             started: began,

@@ -294,21 +294,12 @@ fn arguments(options: &Options, folder: &Path, socket: &Path) -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::*;
     use crate::bench::probed::PROBE;
     use crate::bench::report::Unit;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
     fn options(words: &str) -> Result<Options, clap::Error> {
-        let words = std::iter::once("vsock").chain(words.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.options)
+        crate::bench::options(words)
     }
 
     #[test]

@@ -353,19 +353,10 @@ fn version(program: &Path, before: &[String]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
     pub(super) fn options(words: &str) -> Result<Options, clap::Error> {
-        let words = std::iter::once("boot").chain(words.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.options)
+        crate::bench::options(words)
     }
 
     #[test]

@@ -87,19 +87,10 @@ impl Options {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use clap::Parser;
-
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
     pub fn options(words: &str) -> Result<Options, clap::Error> {
-        let words = std::iter::once("storage").chain(words.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.options)
+        crate::bench::options(words)
     }
 
     #[test]
