@@ -20,10 +20,10 @@ use crate::run::{self, Lock, step};
 pub enum Release {
     /// Debian 12.
     Bookworm,
-    /// Debian 12 with its backports preferred.
-    BookwormBackports,
     /// Debian 13.
     Trixie,
+    /// Debian 13 with its backports preferred.
+    TrixieBackports,
     /// Debian 14.
     #[allow(dead_code, reason = "each release is used by some command only")]
     Forky,
@@ -33,8 +33,8 @@ impl Release {
     fn name(self) -> &'static str {
         match self {
             Release::Bookworm => "bookworm",
-            Release::BookwormBackports => "bookworm-backports",
             Release::Trixie => "trixie",
+            Release::TrixieBackports => "trixie-backports",
             Release::Forky => "forky",
         }
     }
@@ -42,8 +42,8 @@ impl Release {
     fn suites(self) -> &'static [&'static str] {
         match self {
             Release::Bookworm => &["bookworm", "bookworm-updates"],
-            Release::BookwormBackports => &["bookworm", "bookworm-updates", "bookworm-backports"],
             Release::Trixie => &["trixie", "trixie-updates"],
+            Release::TrixieBackports => &["trixie", "trixie-updates", "trixie-backports"],
             Release::Forky => &["forky"],
         }
     }
@@ -412,8 +412,8 @@ impl Apt {
             .arg(&self.config)
             .env("LC_ALL", "C")
             .stdin(std::process::Stdio::null());
-        if self.release == Release::BookwormBackports {
-            command.args(["-t", "bookworm-backports"]);
+        if self.release == Release::TrixieBackports {
+            command.args(["-t", "trixie-backports"]);
         }
         command
     }

@@ -14,8 +14,7 @@ use crate::{apt, image, paths};
 
 /// Where QEMU is in the testbed, and what of its root is needed.
 const QEMU: &str = "/opt/qemu";
-const QEMU_PARTS: [&str; 5] = [
-    "lib/x86_64-linux-gnu",
+const QEMU_PARTS: [&str; 4] = [
     "usr/lib/x86_64-linux-gnu",
     "usr/share/qemu",
     "usr/share/seabios",
@@ -82,12 +81,11 @@ impl Direct {
     /// Of a QEMU that is unpacked there.
     pub(super) fn of(root: &Path) -> Self {
         let path = |name: &str| root.join(name).display().to_string();
-        let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(path);
         Self {
-            loader: root.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"),
+            loader: root.join("usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"),
             arguments: vec![
                 "--library-path".to_owned(),
-                libraries.join(":"),
+                path("usr/lib/x86_64-linux-gnu"),
                 path("usr/bin/qemu-system-x86_64"),
                 "-L".to_owned(),
                 path("usr/share/qemu"),
@@ -144,7 +142,7 @@ impl Qemu {
 
 /// Debian's QEMU as one program: a script that starts it by its own loader, with its own libraries and firmware; and what the script does.
 fn bring_qemu(place: Place, request: &mut Request) -> Result<(PathBuf, Direct)> {
-    let unpacked = apt::closure(Release::BookwormBackports, &["qemu-system-x86"])?;
+    let unpacked = apt::closure(Release::TrixieBackports, &["qemu-system-x86"])?;
     let program = bring(
         place,
         request,
@@ -251,7 +249,8 @@ mod tests {
     fn qemu_is_started_by_its_own_loader() {
         let script = qemu_script(Path::new("/opt/qemu"));
         assert!(script.starts_with("#!/bin/sh\nexport QEMU_MODULE_DIR='/opt/qemu/usr/lib/"));
-        let loader = "exec '/opt/qemu/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2' '--library-path' ";
+        let loader =
+            "exec '/opt/qemu/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2' '--library-path' ";
         assert!(script.contains(loader), "{script}");
         assert!(script.trim_end().ends_with("\"$@\""), "{script}");
         let script = virtiofsd_script(Path::new("/opt/virtiofsd"));

@@ -142,14 +142,10 @@ fn qemu_command(machine: &Machine, request: &Request, console: &Path, channel: i
     let root = &machine.qemu;
     let library = |below: &str| root.join(below).display().to_string();
     // By its own loader and libraries, so that the machine's release does not matter.
-    let mut command = Command::new(root.join("lib64/ld-linux-x86-64.so.2"));
-    command.arg("--library-path").arg(
-        [
-            library("usr/lib/x86_64-linux-gnu"),
-            library("lib/x86_64-linux-gnu"),
-        ]
-        .join(":"),
-    );
+    let mut command = Command::new(library("usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"));
+    command
+        .arg("--library-path")
+        .arg(library("usr/lib/x86_64-linux-gnu"));
     command.arg(root.join("usr/bin/qemu-system-x86_64")).env(
         "QEMU_MODULE_DIR",
         root.join("usr/lib/x86_64-linux-gnu/qemu"),

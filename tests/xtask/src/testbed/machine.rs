@@ -74,7 +74,7 @@ pub(super) fn prepare(request: &Request) -> Result<Machine> {
         ("util-linux", "setpriv"),
         ("gcc", "gcc"),
     ])?;
-    let qemu = apt::closure(Release::BookwormBackports, &["qemu-system-x86"])?;
+    let qemu = apt::closure(Release::TrixieBackports, &["qemu-system-x86"])?;
     let kernel_deb = apt::kernel(Release::Bookworm, KERNEL)?;
     let kernel_root = kernel_deb.unpacked()?;
     let release = single_entry(&kernel_root.join("lib/modules"))?;
