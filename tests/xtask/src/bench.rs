@@ -391,7 +391,7 @@ mod tests {
                     "--rounds '2'",
                     // No shell that would be measured with it.
                     "\nQEMU_MODULE_DIR='/opt/qemu/usr/lib/x86_64-linux-gnu/qemu' nacre-bench boot ",
-                    "--qemu '/opt/qemu/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2' --qemu-argument '--library-path' ",
+                    "--qemu '/opt/qemu/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2' --qemu-argument '--library-path' ",
                     "--qemu-argument '/opt/qemu/usr/bin/qemu-system-x86_64' --qemu-argument '-L' ",
                     "'/opt/qemu/usr/share/seabios' --firecracker '/opt/firecracker'",
                 ],
