@@ -63,6 +63,11 @@ pub struct Config {
     /// Words added to the guest's kernel command line: one line of at most 1024 bytes.
     #[serde(deserialize_with = "value::cmdline")]
     pub cmdline: String,
+    /// The words before those, one line of at most 1024 bytes. The default has the guest boot fast: without the kernel's
+    /// self-tests of its ciphers, and without steps that only tracing and the kernel's jitter random number generator
+    /// need (docs/boot.md); to have one of them, give the line without it.
+    #[serde(deserialize_with = "value::cmdline")]
+    pub base_cmdline: String,
     /// Directory below which each VM has one of its own, `vms/KEY`, with its control socket, cleanup record and disk
     /// images. An absolute path of at most 56 bytes, so that the sockets below it have room.
     #[serde(deserialize_with = "value::state_dir")]
@@ -179,6 +184,7 @@ impl Default for Config {
             kernel: "/usr/share/nacre/vmlinux".into(),
             initrd: "/usr/share/nacre/initrd".into(),
             cmdline: String::new(),
+            base_cmdline: nacre_vmm::config::default_cmdline(),
             state_dir: "/run/nacre".into(),
             cgroup_parent: PathBuf::new(),
             cgroup_required: true,

@@ -93,6 +93,12 @@ const KEYS: &[Key] = &[
     ),
     key(
         "",
+        "base_cmdline",
+        "\"console=ttyS0\"",
+        &[("1", "a string of"), ("\"a\\nb\"", "one line")],
+    ),
+    key(
+        "",
         "state_dir",
         "\"/s\"",
         &[

@@ -135,7 +135,7 @@ impl SandboxConfig {
             kernel: config.kernel.clone(),
             initrd: Some(config.initrd.clone()),
             agent: true,
-            cmdline: cmdline(&nacre_vmm::config::default_cmdline(), &config.cmdline),
+            cmdline: cmdline(&config.base_cmdline, &config.cmdline),
             vcpus: config.size.default_vcpus,
             memory_mib: config.size.default_memory.mib(),
             plug: PlugConfig {

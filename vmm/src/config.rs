@@ -510,8 +510,22 @@ impl fmt::Display for DiskSource {
 ///
 /// `panic=-1` reboots at once after a panic, which pvpanic has told before. `reboot=a` goes through
 /// the ACPI reset register: without EFI, Linux's own choice for hardware-reduced ACPI is the BIOS.
+///
+/// The rest is left out of the boot because it takes long and is of no use to a guest: `cryptomgr.notests`, the self-tests of the
+/// kernel's ciphers, which FIPS mode still runs; and with `initcall_blacklist`, the search for functions that tracing could
+/// list twice, the names of constants in the formats of trace events, and the jitter random number generator, whose own test
+/// is slow, where the CPU's and virtio-rng's are there. A kernel without one of these does not mind.
 pub fn default_cmdline() -> String {
-    "console=ttyS0 quiet panic=-1 reboot=a tsc=reliable random.trust_cpu=on".to_owned()
+    let skipped = [
+        "ftrace_check_for_weak_functions",
+        "trace_eval_init",
+        "jent_mod_init",
+    ];
+    format!(
+        "console=ttyS0 quiet panic=-1 reboot=a tsc=reliable random.trust_cpu=on cryptomgr.notests \
+         initcall_blacklist={}",
+        skipped.join(",")
+    )
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ use nacre_protocol::agent::ReadyRequest;
 use nacre_protocol::agent_ttrpc::{HostClient, create_agent};
 use nacre_protocol::{PORT_CALLS, PORT_EVENTS, PORT_LOG, PROTOCOL_VERSION};
 use tokio::sync::{oneshot, watch};
-use tracing::{Level, debug, error, info, warn};
+use tracing::{Level, error, info, warn};
 use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server};
 
@@ -132,7 +132,7 @@ async fn serve(init_us: u64, modules_us: u64) -> Result<(), Error> {
     let hotplug = Hotplug::new(reaper.clone());
     let memory_watch = MemoryWatch::start(Path::new(init::CGROUP_ROOT), events.clone());
     let containers = Containers::new(reaper, events);
-    let (loaded, modules) = watch::channel(false);
+    let (loaded, modules) = watch::channel(Group::Boot);
     let (down, mut is_down) = watch::channel(false);
 
     let (calls, mut calls_ended) = Watched::new(vsock::dial(PORT_CALLS).await?);
@@ -150,11 +150,7 @@ async fn serve(init_us: u64, modules_us: u64) -> Result<(), Error> {
 
     say_ready(&host, init_us, modules_us).await?;
     // After Ready, so that readiness does not wait for them; calls that need them do.
-    tokio::task::spawn_blocking(move || {
-        modules::load(Path::new(modules::DIRECTORY), Group::Late);
-        debug!("the late modules are loaded");
-        loaded.send_replace(true);
-    });
+    modules::load_behind(loaded).doing(|| "starting a thread to load modules".into())?;
     let delivery = tokio::spawn(events::deliver(host, queue));
 
     let lost =

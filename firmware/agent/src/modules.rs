@@ -1,24 +1,51 @@
 //! Loads the kernel modules that the image brought, in the order of its list:
-//! lines of `boot FILE` (needed to reach the host) or `late FILE` (needed by
-//! the first disk or container).
+//! lines of `boot FILE` (needed to reach the host), `mount FILE` (needed by the
+//! first container) or `late FILE` (needed by the first disk or network device).
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::thread;
 
-use tracing::{error, warn};
+use tokio::sync::watch;
+use tracing::{debug, error, warn};
 
 /// Where the image puts the modules and the list of them.
 pub const DIRECTORY: &str = "/modules";
 
-/// When a module is needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Niceness of the thread that loads what no container waits for, beside a container that starts on the same vCPU.
+const LATE_NICENESS: libc::c_int = 10;
+
+/// When a module is needed. They load in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Group {
     /// Before the host is dialled.
     Boot,
-    /// Before the first disk or container.
+    /// Before the first container.
+    Mount,
+    /// Before the first disk or network device, and before the VM's size changes.
     Late,
+}
+
+/// Loads the groups after [`Group::Boot`] on a thread of their own; what is sent is the last that is loaded.
+///
+/// # Errors
+/// There is no thread.
+pub fn load_behind(loaded: watch::Sender<Group>) -> io::Result<()> {
+    let load = move || {
+        load(Path::new(DIRECTORY), Group::Mount);
+        loaded.send_replace(Group::Mount);
+        // SAFETY: plain integers; 0 is the calling thread. If it stays as it is, a container starts later.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LATE_NICENESS) };
+        load(Path::new(DIRECTORY), Group::Late);
+        debug!("the late modules are loaded");
+        loaded.send_replace(Group::Late);
+    };
+    thread::Builder::new()
+        .name("modules".into())
+        .spawn(load)
+        .map(drop)
 }
 
 /// Loads all modules of a group, in order. What fails is logged, and the rest goes on: the feature that
@@ -54,12 +81,15 @@ fn parse(line: &str) -> Result<Option<(Group, &str)>, String> {
         return Ok(None);
     }
     let Some((group, file)) = line.split_once(char::is_whitespace) else {
-        return Err(format!("`{line}` is not `boot FILE` or `late FILE`"));
+        return Err(format!(
+            "`{line}` is not `boot FILE`, `mount FILE` or `late FILE`"
+        ));
     };
     let group = match group {
         "boot" => Group::Boot,
+        "mount" => Group::Mount,
         "late" => Group::Late,
-        other => return Err(format!("`{other}` is neither `boot` nor `late`")),
+        other => return Err(format!("`{other}` is none of `boot`, `mount` and `late`")),
     };
     let file = file.trim();
     if file.contains('/') || file.contains(char::is_whitespace) {
@@ -96,6 +126,7 @@ mod tests {
     fn lines_are_read_and_wrong_ones_refused() {
         let table = [
             ("boot virtio.ko", Ok(Some((Group::Boot, "virtio.ko")))),
+            ("mount overlay.ko", Ok(Some((Group::Mount, "overlay.ko")))),
             ("  late   ext4.ko ", Ok(Some((Group::Late, "ext4.ko")))),
             ("", Ok(None)),
             ("# late ext4.ko", Ok(None)),

@@ -27,6 +27,7 @@ use crate::error::Error;
 use crate::hotplug::Hotplug;
 use crate::hotplug::pressure::MemoryWatch;
 use crate::init;
+use crate::modules::Group;
 use crate::net;
 use crate::shares;
 
@@ -39,18 +40,18 @@ pub struct Service {
     containers: Containers,
     hotplug: Hotplug,
     memory_watch: MemoryWatch,
-    modules: watch::Receiver<bool>,
+    modules: watch::Receiver<Group>,
     down: watch::Sender<bool>,
 }
 
 impl Service {
-    /// `modules` turns true when the late modules are loaded; `down` is set true when everything is
+    /// `modules` is the last group of modules that is loaded; `down` is set true when everything is
     /// unmounted and the machine may be switched off.
     pub fn new(
         containers: Containers,
         hotplug: Hotplug,
         memory_watch: MemoryWatch,
-        modules: watch::Receiver<bool>,
+        modules: watch::Receiver<Group>,
         down: watch::Sender<bool>,
     ) -> Service {
         Service {
@@ -62,11 +63,11 @@ impl Service {
         }
     }
 
-    /// Waits for the late modules; disks and filesystems need them.
-    async fn modules_loaded(&self) {
+    /// Waits for the modules of a group, and of those before it.
+    async fn modules_loaded(&self, group: Group) {
         let mut modules = self.modules.clone();
         // An error means that the loader is gone: then there is nothing to wait for.
-        let _ = modules.wait_for(|loaded| *loaded).await;
+        let _ = modules.wait_for(|loaded| *loaded >= group).await;
     }
 }
 
@@ -100,7 +101,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<BindDiskResponse> {
         let this = self.clone();
         let device = run("BindDisk", request.window.to_string(), async move {
-            this.modules_loaded().await;
+            this.modules_loaded(Group::Late).await;
             devices::bind_disk(request.window, request.partitions).await
         })
         .await?;
@@ -130,7 +131,7 @@ impl Agent for Service {
         let this = self.clone();
         let of = format!("{:?}", request.windows);
         run("ConfigureNetwork", of, async move {
-            this.modules_loaded().await;
+            this.modules_loaded(Group::Late).await;
             let id = &request.container_id;
             let init = this.containers.find(id)?.process("")?;
             let pid = init
@@ -161,7 +162,7 @@ impl Agent for Service {
         let this = self.clone();
         let of = shown(&request.container_id);
         let pid = run("CreateContainer", of, async move {
-            this.modules_loaded().await;
+            this.modules_loaded(Group::Mount).await;
             this.containers.create(request).await
         })
         .await?;
@@ -376,7 +377,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<ResourcesResponse> {
         let this = self.clone();
         run("Resources", "the guest".into(), async move {
-            this.modules_loaded().await;
+            this.modules_loaded(Group::Late).await;
             Ok(this.hotplug.resources())
         })
         .await

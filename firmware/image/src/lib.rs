@@ -13,6 +13,7 @@ mod manifest;
 mod modinfo;
 mod modules;
 mod source;
+mod vmlinux;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,11 +25,12 @@ pub use initrd::InitrdError;
 pub use manifest::{FileEntry, Group, KernelEntry, Manifest, ModuleEntry};
 pub use modinfo::ModuleFileError;
 pub use modules::ModulesError;
+use modules::Signatures;
 pub use source::{KernelSource, SourceError};
 
 /// Version of what is made: goes into the cache's key and the manifest, so that
 /// a change of this crate's output makes a new image.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// What to make an image of.
 #[derive(Debug, Clone)]
@@ -39,6 +41,9 @@ pub struct Request {
     pub agent: PathBuf,
     /// Names of modules beyond the usual ones; each is necessary.
     pub modules: Vec<String>,
+    /// Leave the signatures on the modules. They are left too if the configuration beside the kernel says that it loads no module
+    /// without one.
+    pub keep_signatures: bool,
     /// The folder that gets `DIGEST/` and the symlink `current`.
     pub out: PathBuf,
 }
@@ -142,7 +147,11 @@ fn make_in(dir: &Path, request: &Request, agent: &[u8]) -> Result<Manifest, Imag
     use std::os::unix::fs::PermissionsExt;
 
     let kernel = source::open(&request.source)?;
-    let plan = modules::plan(&kernel.modules, &request.modules)?;
+    let signatures = match request.keep_signatures || kernel.insists_on_signatures {
+        true => Signatures::Kept,
+        false => Signatures::Removed,
+    };
+    let plan = modules::plan(&kernel.modules, &request.modules, signatures)?;
     let initrd = initrd::build(agent, &plan.modules)?;
     let manifest = Manifest {
         format: FORMAT,
@@ -238,6 +247,9 @@ fn inputs_digest(request: &Request, agent: &[u8]) -> Result<String, ImageError> 
     for module in &modules {
         part("module", module, &[]);
     }
+    if request.keep_signatures {
+        part("signatures", "kept", &[]);
+    }
     for file in source::inputs(&request.source)? {
         part("file", &file.name, &read(&file.path)?);
     }
@@ -312,6 +324,7 @@ mod tests {
             },
             agent,
             modules: Vec::new(),
+            keep_signatures: false,
             out: root.join("out"),
         }
     }
@@ -360,6 +373,41 @@ mod tests {
                 .any(|module| module.name == "extra")
         );
         assert_ne!(third.dir, fourth.dir);
+    }
+
+    #[test]
+    fn signatures_stay_where_they_are_asked_for_or_insisted_on() {
+        let root = tempfile::tempdir().expect("a folder");
+        let mut request = request(root.path());
+        let KernelSource::Files { kernel, modules } = &request.source else {
+            unreachable!()
+        };
+        let overlay = modules.join("kernel/drivers/overlay.ko");
+        let plain = fs::metadata(&overlay).expect("a module").len();
+        let mut signed = fs::read(&overlay).expect("a module");
+        signed.extend_from_slice(&[0; 12 + 8]);
+        let at = signed.len() - 4;
+        signed[at..].copy_from_slice(&8u32.to_be_bytes());
+        signed.extend_from_slice(b"~Module signature appended~\n");
+        fs::write(&overlay, &signed).expect("a file");
+        let config = kernel.with_file_name("config-6.1.0-test");
+        let size = |request: &Request| {
+            let modules = make(request).expect("an image").manifest.modules;
+            let overlay = modules.iter().find(|module| module.name == "overlay");
+            overlay.expect("the module").content.size
+        };
+        assert_eq!(size(&request), plain);
+        fs::write(
+            &config,
+            "CONFIG_MODULE_SIG=y\n# CONFIG_MODULE_SIG_FORCE is not set\n",
+        )
+        .expect("a file");
+        assert_eq!(size(&request), plain);
+        fs::write(&config, "CONFIG_MODULE_SIG_FORCE=y\n").expect("a file");
+        assert_eq!(size(&request), signed.len() as u64);
+        fs::remove_file(&config).expect("a file");
+        request.keep_signatures = true;
+        assert_eq!(size(&request), signed.len() as u64);
     }
 
     #[test]

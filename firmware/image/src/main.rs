@@ -26,6 +26,10 @@ struct Options {
     /// One more module, with what it depends on; may be given again.
     #[arg(long = "module", value_name = "NAME")]
     extra: Vec<String>,
+    /// Leave the signatures on the modules, which costs the guest's boot a check of each; by itself only where the
+    /// configuration beside the kernel says that it loads no module without one.
+    #[arg(long)]
+    keep_signatures: bool,
     /// Where DIGEST/ and the symlink current are made.
     #[arg(long, value_name = "DIR", default_value = "target/nacre/image")]
     out: PathBuf,
@@ -42,6 +46,7 @@ fn main() -> Result<()> {
         source,
         agent: options.agent,
         modules: options.extra,
+        keep_signatures: options.keep_signatures,
         out: options.out,
     })?;
     let manifest = &image.manifest;

@@ -93,6 +93,8 @@ pub enum Group {
     /// Before the agent dials the host.
     Boot,
     /// After that, before the first container.
+    Mount,
+    /// After that, before the first disk or network device, and before the VM's size changes.
     Late,
 }
 
@@ -101,6 +103,7 @@ impl Group {
     pub fn word(self) -> &'static str {
         match self {
             Group::Boot => "boot",
+            Group::Mount => "mount",
             Group::Late => "late",
         }
     }

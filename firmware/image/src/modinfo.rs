@@ -15,6 +15,12 @@ const MAX_MODULE: u64 = 256 << 20;
 /// The endings of a module's file.
 const ENDINGS: [&str; 4] = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"];
 
+/// How the file of a signed module ends.
+const SIGNED: &[u8] = b"~Module signature appended~\n";
+
+/// Bytes of the kernel's `struct module_signature` before that; the last four are the signature's length, big-endian.
+const SIGNATURE_HEADER: usize = 12;
+
 /// What a module says of itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct ModuleInfo {
@@ -84,6 +90,18 @@ pub(crate) fn read_module(path: &Path) -> Result<Vec<u8>, ModuleFileError> {
         path: path.to_owned(),
         source,
     })
+}
+
+/// The module's content without the signature at its end, if it has one.
+pub(crate) fn without_signature(content: &[u8]) -> &[u8] {
+    let cut = || {
+        let signed = content.strip_suffix(SIGNED)?;
+        let (rest, length) = signed.split_last_chunk()?;
+        let behind = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+        let behind = behind.checked_add(SIGNATURE_HEADER - length.len())?;
+        rest.get(..rest.len().checked_sub(behind)?)
+    };
+    cut().unwrap_or(content)
 }
 
 /// What the `.modinfo` section of a module's content says.
@@ -195,6 +213,25 @@ pub(crate) mod tests {
         assert_eq!(info.aliases, ["crypto_crc32c"]);
         assert_eq!(info.version.as_deref(), Some("1.2"));
         assert_eq!(info.vermagic, "6.1.0 SMP");
+    }
+
+    #[test]
+    fn a_signature_is_cut_off_and_nothing_else() {
+        let module = made_up_module(&[("name", "a")]);
+        let sign = |length: u32| {
+            let mut signed = module.clone();
+            signed.extend_from_slice(&[7; 5]);
+            signed.extend_from_slice(&[0; SIGNATURE_HEADER - 4]);
+            signed.extend_from_slice(&length.to_be_bytes());
+            signed.extend_from_slice(SIGNED);
+            signed
+        };
+        assert_eq!(without_signature(&sign(5)), module);
+        assert_eq!(without_signature(&module), module);
+        assert_eq!(without_signature(SIGNED), SIGNED);
+        for length in [1 << 20, u32::MAX] {
+            assert_eq!(without_signature(&sign(length)), sign(length));
+        }
     }
 
     #[test]

@@ -36,12 +36,14 @@ const fn optional(name: &'static str, group: Group) -> Wanted {
     }
 }
 
-/// In load order. The console and the transport come first: what fails after
-/// them can be told.
+/// In load order. The transport comes first: what fails after it can be told.
 const WANTED: [Wanted; 13] = [
     necessary("virtio_mmio", Group::Boot),
     necessary("vmw_vsock_virtio_transport", Group::Boot),
     optional("pvpanic_mmio", Group::Boot),
+    // The host's files, and a root that is written over them.
+    necessary("virtiofs", Group::Mount),
+    necessary("overlay", Group::Mount),
     necessary("virtio_blk", Group::Late),
     // Without it containers run, without a network.
     optional("virtio_net", Group::Late),
@@ -53,9 +55,6 @@ const WANTED: [Wanted; 13] = [
     optional("crc32c_intel", Group::Late),
     necessary("ext4", Group::Late),
     optional("erofs", Group::Late),
-    necessary("overlay", Group::Late),
-    // The host's files.
-    necessary("virtiofs", Group::Late),
 ];
 
 /// Why the modules folder does not give what is needed.
@@ -126,9 +125,23 @@ pub(crate) struct Plan {
     pub missing: Vec<String>,
 }
 
+/// What becomes of the signatures at the modules' ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Signatures {
+    /// They stay, for a kernel that loads no module without.
+    Kept,
+    /// They go: to check one costs the guest's boot more than most modules do.
+    Removed,
+}
+
 /// The modules for the initrd: the usual ones and `extra`, each with what it depends on.
-pub(crate) fn plan(folder: &Path, extra: &[String]) -> Result<Plan, ModulesError> {
+pub(crate) fn plan(
+    folder: &Path,
+    extra: &[String],
+    signatures: Signatures,
+) -> Result<Plan, ModulesError> {
     let mut planner = Planner {
+        signatures,
         tree: ModuleTree::read(folder)?,
         plan: Plan {
             modules: Vec::new(),
@@ -166,6 +179,7 @@ enum Place {
 }
 
 struct Planner {
+    signatures: Signatures,
     tree: ModuleTree,
     plan: Plan,
     places: BTreeMap<String, Place>,
@@ -202,8 +216,11 @@ impl Planner {
         let Some(path) = self.tree.files.get(name).cloned() else {
             return Err(self.missing(name, needed_by));
         };
-        let content = modinfo::read_module(&path)?;
+        let mut content = modinfo::read_module(&path)?;
         let info = modinfo::parse(&path, &content)?;
+        if self.signatures == Signatures::Removed {
+            content.truncate(modinfo::without_signature(&content).len());
+        }
         self.places.insert(name.to_owned(), Place::Coming);
         for soft in &info.soft_pre {
             self.add_soft(soft, group)?;
@@ -371,7 +388,7 @@ mod tests {
 
         fn plan(&self, extra: &[&str]) -> Result<Plan, ModulesError> {
             let extra: Vec<String> = extra.iter().map(|&name| name.to_owned()).collect();
-            plan(self.0.path(), &extra)
+            plan(self.0.path(), &extra, Signatures::Removed)
         }
 
         fn order(&self, extra: &[&str]) -> Vec<String> {

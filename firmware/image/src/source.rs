@@ -7,6 +7,8 @@ use std::process::Command;
 use nacre_vmm::boot::payload::{self, PayloadError};
 use thiserror::Error;
 
+use crate::vmlinux;
+
 /// A kernel with its modules.
 #[derive(Debug, Clone)]
 pub enum KernelSource {
@@ -91,8 +93,22 @@ pub(crate) struct Kernel {
     pub version: String,
     pub vmlinux: Vec<u8>,
     pub modules: PathBuf,
+    /// Whether it loads no module without a signature, by the configuration beside it.
+    pub insists_on_signatures: bool,
     /// Keeps what was unpacked.
     _unpacked: Option<tempfile::TempDir>,
+}
+
+/// Options with which a kernel loads no module without a signature: by itself, or because it is locked down from its start.
+const INSISTING: [&str; 3] = [
+    "CONFIG_MODULE_SIG_FORCE=y",
+    "CONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY=y",
+    "CONFIG_LOCK_DOWN_KERNEL_FORCE_CONFIDENTIALITY=y",
+];
+
+/// The kernel's configuration, where distributions have it: beside the kernel, by its release.
+fn config_of(kernel: &Path, release: &str) -> PathBuf {
+    kernel.with_file_name(format!("config-{release}"))
 }
 
 /// Every file that the source consists of, in a fixed order.
@@ -104,8 +120,16 @@ pub(crate) fn inputs(source: &KernelSource) -> Result<Vec<Input>, SourceError> {
         }]),
         KernelSource::Files { kernel, modules } => {
             let mut inputs = Vec::new();
-            collect(modules, &release_of(modules)?, &mut inputs)?;
+            let release = release_of(modules)?;
+            collect(modules, &release, &mut inputs)?;
             inputs.sort_by(|one, other| one.name.cmp(&other.name));
+            let config = config_of(kernel, &release);
+            if config.is_file() {
+                inputs.push(Input {
+                    name: "config".into(),
+                    path: config,
+                });
+            }
             inputs.insert(
                 0,
                 Input {
@@ -227,7 +251,18 @@ fn open_files(
             modules: release,
         });
     }
-    let vmlinux = if file.starts_with(b"\x7fELF") {
+    let config = config_of(path, &release);
+    let insists_on_signatures = match fs::read_to_string(&config) {
+        Ok(config) => config.lines().any(|line| INSISTING.contains(&line)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(source) => {
+            return Err(SourceError::Read {
+                path: config,
+                source,
+            });
+        }
+    };
+    let mut vmlinux = if file.starts_with(b"\x7fELF") {
         file
     } else {
         payload::unpack_bzimage(&file).map_err(|source| SourceError::Payload {
@@ -235,11 +270,13 @@ fn open_files(
             source,
         })?
     };
+    vmlinux::trim(&mut vmlinux);
     Ok(Kernel {
         release,
         version,
         vmlinux,
         modules,
+        insists_on_signatures,
         _unpacked: unpacked,
     })
 }

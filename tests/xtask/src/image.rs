@@ -38,6 +38,9 @@ pub struct ImageArgs {
     /// One more module in the initrd, with what it depends on; may be given again
     #[arg(long = "module", value_name = "NAME")]
     extra: Vec<String>,
+    /// Leave the signatures on the modules, which costs the guest's boot a check of each; by itself only where the configuration beside the kernel says that it loads no module without one
+    #[arg(long)]
+    keep_signatures: bool,
     /// Use this static program as the agent, instead of building it
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
@@ -133,6 +136,9 @@ fn make(args: &ImageArgs, out: &str) -> Result<()> {
     }
     for module in &args.extra {
         command.arg("--module").arg(module);
+    }
+    if args.keep_signatures {
+        command.arg("--keep-signatures");
     }
     run::run(&mut command)
 }
