@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use nacre_vmm::config::default_cmdline;
 use serde_json::json;
 
 use crate::bench::probed::PROBE;
@@ -122,13 +123,12 @@ impl Vmm {
     }
 }
 
-/// The kernel command line, the same for all. A guest that panics resets its machine by the keyboard controller, which most of them have;
-/// none has a keyboard or a mouse at it to look for, which Firecracker's own command line says by the words of i8042.
+/// The kernel command line, the same for all: our default one, but a guest that panics resets its machine by the keyboard controller,
+/// which most of them have; none has a keyboard or a mouse at it to look for, which Firecracker's own command line says by the words
+/// of i8042.
 fn cmdline() -> String {
-    format!(
-        "console=ttyS0 quiet panic=-1 reboot=k tsc=reliable random.trust_cpu=on \
-         i8042.noaux i8042.nomux i8042.dumbkbd rdinit=/{PROBE} -- hello"
-    )
+    let base = default_cmdline().replace("reboot=a", "reboot=k");
+    format!("{base} i8042.noaux i8042.nomux i8042.dumbkbd rdinit=/{PROBE} -- hello")
 }
 
 fn words(all: &[&str]) -> Vec<String> {

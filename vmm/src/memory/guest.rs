@@ -329,8 +329,13 @@ fn map(base: u64, size: u64) -> Result<Arc<GuestRegionMmap>, Error> {
     let length = usize::try_from(size).map_err(|error| failed(error.to_string()))?;
     let mapping = map_aligned(length).map_err(|error| failed(error.to_string()))?;
     // A core dump of the VMM is no place for the guest's memory, nor is a child of it: a fork would write-protect all
-    // of it to share it with a program that has no use for it. These are wishes: nothing depends on them.
-    for advice in [libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
+    // of it to share it with a program that has no use for it. Huge pages, also where the host gives them to who asks only: a boot
+    // is a quarter shorter with them. These are wishes: nothing depends on them.
+    for advice in [
+        libc::MADV_DONTDUMP,
+        libc::MADV_DONTFORK,
+        libc::MADV_HUGEPAGE,
+    ] {
         // SAFETY: the range is the mapping just made; neither changes its contents in this process.
         unsafe { libc::madvise(mapping.as_ptr().cast(), length, advice) };
     }
@@ -484,5 +489,27 @@ mod tests {
         });
         assert!(aligned);
         assert_eq!(map_aligned(4096).expect("maps").size(), 4096);
+    }
+
+    #[test]
+    fn mappings_ask_for_huge_pages() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            return;
+        }
+        let region = map(0, 4 * MIB).expect("mapped");
+        let address = region.as_ptr() as usize;
+        // Neighbours that are alike are shown as one.
+        let holds = |line: &&str| {
+            let ends = line.split_whitespace().next()?.split_once('-')?;
+            let [begin, end] = [ends.0, ends.1].map(|end| usize::from_str_radix(end, 16));
+            (begin.ok()? <= address && address < end.ok()?).then_some(())
+        };
+        let smaps = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
+        let mapping = smaps
+            .lines()
+            .skip_while(|line| holds(line).is_none())
+            .find_map(|line| line.strip_prefix("VmFlags:"));
+        let flags = mapping.expect("the mapping");
+        assert!(flags.split_whitespace().any(|flag| flag == "hg"), "{flags}");
     }
 }
