@@ -6,6 +6,7 @@ use nacre_vmm::virtio::mem::BLOCK_BYTES;
 use tokio::time::Instant;
 
 use super::requested::AGAIN;
+use super::units::UNCERTAIN;
 use super::{MemoryWay, Resized, Step, us};
 use crate::control::Memory;
 use crate::sandbox::Sandbox;
@@ -295,7 +296,21 @@ impl Sandbox {
         let mut steps = Vec::new();
         let mut total = None;
         if status.driver && (status.plugged, status.requested) != (to, to) {
-            total = self.resources().await.ok().map(|r| r.memory_total_bytes);
+            let seen = self.resources().await.ok();
+            total = seen.as_ref().map(|seen| seen.memory_total_bytes);
+            // A guest that gave until it had nothing left would hardly have room to take it back.
+            let available = seen.map(|seen| seen.memory_available_bytes);
+            let goes = status.plugged - to;
+            if let Some(bytes) = available
+                && status.requested == status.plugged
+                && bytes.saturating_add(UNCERTAIN) < goes
+            {
+                return Err(format!(
+                    "{} MiB were to go by virtio-mem: not tried, since the guest has only {} MiB available",
+                    goes / MIB,
+                    bytes / MIB
+                ));
+            }
             match self.request(to).await {
                 Ok(step) => steps = step,
                 Err(mut why) => {

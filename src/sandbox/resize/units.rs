@@ -9,7 +9,7 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::error::chain;
 
 /// How much more the guest may have available than its kernel estimates.
-const UNCERTAIN: u64 = 32 << 20;
+pub(super) const UNCERTAIN: u64 = 32 << 20;
 
 impl Sandbox {
     /// Bytes of the units that are there.

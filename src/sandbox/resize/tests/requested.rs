@@ -323,6 +323,27 @@ async fn a_shrink_that_failed_is_told_when_the_guest_has_all_again() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_guest_without_room_is_not_asked() {
+    let driven = Driven::new(at_once, Duration::ZERO).await;
+    driven.to(768).await.0.unwrap();
+    driven.vm.guest.behave(Script {
+        has: |has| {
+            has.virtio_mem = true;
+            has.memory_available_bytes = 100 * MIB;
+        },
+        ..Script::good()
+    });
+    let why = words(driven.to(256).await.0);
+    let said =
+        "512 MiB were to go by virtio-mem: not tried, since the guest has only 100 MiB available";
+    has_all(&why, &[said]);
+    assert_eq!(driven.device(), (512, 512));
+    // What the kernel says is an estimate.
+    driven.to(640).await.0.unwrap();
+    assert_eq!(driven.device(), (384, 384));
+}
+
 /// As Linux' driver, which waits for a minute after a failure unless it is told of a change.
 #[tokio::test(start_paused = true)]
 async fn a_driver_that_waits_after_a_failure_is_told_again() {
