@@ -6,7 +6,7 @@ use nacre_vmm::virtio::mem::BLOCK_BYTES;
 use tokio::time::Instant;
 
 use super::requested::AGAIN;
-use super::units::UNCERTAIN;
+use super::units::is_short;
 use super::{MemoryWay, Resized, Step, us};
 use crate::control::Memory;
 use crate::sandbox::Sandbox;
@@ -303,7 +303,7 @@ impl Sandbox {
             let goes = status.plugged - to;
             if let Some(bytes) = available
                 && status.requested == status.plugged
-                && bytes.saturating_add(UNCERTAIN) < goes
+                && is_short(bytes, goes)
             {
                 return Err(format!(
                     "{} MiB were to go by virtio-mem: not tried, since the guest has only {} MiB available",

@@ -9,7 +9,16 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::error::chain;
 
 /// How much more the guest may have available than its kernel estimates.
-pub(super) const UNCERTAIN: u64 = 32 << 20;
+const UNCERTAIN: u64 = 32 << 20;
+
+/// Whether a guest has clearly less memory available than is to go. What its kernel says is an estimate, and leaves out what it keeps
+/// in reserve for that memory and the memory's page structures (1.56 %), which go with it.
+pub(super) fn is_short(available: u64, goes: u64) -> bool {
+    available
+        .saturating_add(UNCERTAIN)
+        .saturating_add(goes / 32)
+        < goes
+}
 
 impl Sandbox {
     /// Bytes of the units that are there.
@@ -159,7 +168,7 @@ impl Sandbox {
         // what went before it failed; or, once a unit has not gone, for another.
         let needed = (before - to).min(online);
         let mut short = self.available().await;
-        short = short.filter(|bytes| bytes.saturating_add(UNCERTAIN) < needed);
+        short = short.filter(|bytes| is_short(*bytes, needed));
         // What the guest was asked for by an earlier change may go by itself.
         while self.unit_bytes() > to {
             let Some(unit) = units.pop() else {

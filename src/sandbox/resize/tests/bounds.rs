@@ -219,3 +219,21 @@ async fn the_most_is_what_the_way_can_have() {
         assert_eq!(sandbox.max_memory_mib(), most, "{way:?} {has_mem} {units}");
     }
 }
+
+#[test]
+fn a_guest_is_short_of_memory_only_if_that_is_clear() {
+    let table = [
+        (100, 128, false),
+        (91, 128, true),
+        (196, 512, true),
+        (470, 512, false),
+        // Of much memory the kernel keeps much in reserve, and has page structures of it.
+        (15_900, 16_384, false),
+        (15_000, 16_384, true),
+        (u64::MAX / MIB, 512, false),
+    ];
+    for (available, goes, short) in table {
+        let seen = super::super::units::is_short(available * MIB, goes * MIB);
+        assert_eq!(seen, short, "{available} of {goes} MiB");
+    }
+}
