@@ -1,11 +1,13 @@
 //! Loads the kernel modules that the image brought, in the order of its list:
 //! lines of `boot FILE` (needed to reach the host), `mount FILE` (needed by the
-//! first container) or `late FILE` (needed by the first disk or network device).
+//! first container) or `late FILE` (needed by the first disk or network device, and
+//! before the VM's size changes).
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
 
 use tokio::sync::watch;
@@ -16,6 +18,12 @@ pub const DIRECTORY: &str = "/modules";
 
 /// Niceness of the thread that loads what no container waits for, beside a container that starts on the same vCPU.
 const LATE_NICENESS: libc::c_int = 10;
+
+/// The thread that loads them, while it does, else 0.
+static LOADER: AtomicI32 = AtomicI32::new(0);
+
+/// Whether someone has come to wait for them.
+static AWAITED: AtomicBool = AtomicBool::new(false);
 
 /// When a module is needed. They load in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,9 +44,14 @@ pub fn load_behind(loaded: watch::Sender<Group>) -> io::Result<()> {
     let load = move || {
         load(Path::new(DIRECTORY), Group::Mount);
         loaded.send_replace(Group::Mount);
-        // SAFETY: plain integers; 0 is the calling thread. If it stays as it is, a container starts later.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LATE_NICENESS) };
+        let thread = nix::unistd::gettid().as_raw();
+        set_niceness(thread, LATE_NICENESS);
+        LOADER.store(thread, Ordering::SeqCst);
+        if AWAITED.load(Ordering::SeqCst) {
+            set_niceness(thread, 0);
+        }
         load(Path::new(DIRECTORY), Group::Late);
+        LOADER.store(0, Ordering::SeqCst);
         debug!("the late modules are loaded");
         loaded.send_replace(Group::Late);
     };
@@ -46,6 +59,21 @@ pub fn load_behind(loaded: watch::Sender<Group>) -> io::Result<()> {
         .name("modules".into())
         .spawn(load)
         .map(drop)
+}
+
+/// Someone waits for [`Group::Late`]: it loads with a usual thread's share of a vCPU that containers keep busy.
+pub fn hurry() {
+    AWAITED.store(true, Ordering::SeqCst);
+    match LOADER.load(Ordering::SeqCst) {
+        0 => {}
+        thread => set_niceness(thread, 0),
+    }
+}
+
+/// If it stays as it was, someone waits a little longer.
+fn set_niceness(thread: libc::pid_t, niceness: libc::c_int) {
+    // SAFETY: plain integers.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, thread as libc::id_t, niceness) };
 }
 
 /// Loads all modules of a group, in order. What fails is logged, and the rest goes on: the feature that

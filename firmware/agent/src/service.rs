@@ -27,7 +27,7 @@ use crate::error::Error;
 use crate::hotplug::Hotplug;
 use crate::hotplug::pressure::MemoryWatch;
 use crate::init;
-use crate::modules::Group;
+use crate::modules::{self, Group};
 use crate::net;
 use crate::shares;
 
@@ -65,6 +65,9 @@ impl Service {
 
     /// Waits for the modules of a group, and of those before it.
     async fn modules_loaded(&self, group: Group) {
+        if group == Group::Late {
+            modules::hurry();
+        }
         let mut modules = self.modules.clone();
         // An error means that the loader is gone: then there is nothing to wait for.
         let _ = modules.wait_for(|loaded| *loaded >= group).await;

@@ -162,6 +162,7 @@ fn make_in(dir: &Path, request: &Request, agent: &[u8]) -> Result<Manifest, Imag
         },
         initrd: FileEntry::of(&initrd),
         agent: FileEntry::of(agent),
+        signatures_kept: signatures == Signatures::Kept,
         modules: plan.modules.iter().map(ModuleEntry::of).collect(),
         built_in: plan.built_in,
         missing: plan.missing,

@@ -16,6 +16,8 @@ pub struct Manifest {
     pub initrd: FileEntry,
     /// The agent's binary, `/init` in the initrd.
     pub agent: FileEntry,
+    /// Whether the modules have kept their signatures, without which some kernels load none.
+    pub signatures_kept: bool,
     /// The modules in the initrd, in load order.
     pub modules: Vec<ModuleEntry>,
     /// Wanted modules that the kernel has built in, sorted.

@@ -44,10 +44,11 @@ const WANTED: [Wanted; 13] = [
     // The host's files, and a root that is written over them.
     necessary("virtiofs", Group::Mount),
     necessary("overlay", Group::Mount),
+    // Random numbers where the CPU has none.
+    optional("virtio_rng", Group::Mount),
     necessary("virtio_blk", Group::Late),
     // Without it containers run, without a network.
     optional("virtio_net", Group::Late),
-    optional("virtio_rng", Group::Late),
     // What the guest is resized with; without them it says what it lacks when it runs.
     optional("virtio_mem", Group::Late),
     optional("virtio_balloon", Group::Late),
@@ -154,7 +155,8 @@ pub(crate) fn plan(
     let usual = WANTED
         .iter()
         .map(|wanted| (wanted.name, wanted.group, wanted.necessary));
-    let extra = extra.iter().map(|name| (name.as_str(), Group::Late, true));
+    // What a container does with them is not known here, so each finds them.
+    let extra = extra.iter().map(|name| (name.as_str(), Group::Mount, true));
     for (name, group, necessary) in usual.chain(extra) {
         if planner.tree.built_in.contains(name) {
             planner.plan.built_in.push(name.to_owned());
@@ -452,6 +454,15 @@ mod tests {
     }
 
     /// As ours is built: the folder lists what is built in, and has nothing else.
+    #[test]
+    fn what_was_asked_for_is_there_before_the_first_container() {
+        let tree = Tree::new();
+        tree.module("tun", &[]);
+        let plan = tree.plan(&["tun"]).expect("a plan");
+        let group = |name| plan.modules.iter().find(|module| module.name == name);
+        assert_eq!(group("tun").map(|module| module.group), Some(Group::Mount));
+    }
+
     #[test]
     fn a_kernel_without_modules_has_an_initrd_without_them() {
         let tree = Tree(tempfile::tempdir().expect("a folder"));

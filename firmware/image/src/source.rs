@@ -106,9 +106,14 @@ const INSISTING: [&str; 3] = [
     "CONFIG_LOCK_DOWN_KERNEL_FORCE_CONFIDENTIALITY=y",
 ];
 
-/// The kernel's configuration, where distributions have it: beside the kernel, by its release.
-fn config_of(kernel: &Path, release: &str) -> PathBuf {
-    kernel.with_file_name(format!("config-{release}"))
+/// The kernel's configuration, where distributions have it: beside the kernel, by its release, or with its modules.
+fn config_of(kernel: &Path, modules: &Path, release: &str) -> Option<PathBuf> {
+    // What is named is a link in some distributions.
+    let kernel = fs::canonicalize(kernel).unwrap_or_else(|_| kernel.to_owned());
+    let beside = kernel.with_file_name(format!("config-{release}"));
+    [beside, modules.join("config")]
+        .into_iter()
+        .find(|path| path.is_file())
 }
 
 /// Every file that the source consists of, in a fixed order.
@@ -123,11 +128,10 @@ pub(crate) fn inputs(source: &KernelSource) -> Result<Vec<Input>, SourceError> {
             let release = release_of(modules)?;
             collect(modules, &release, &mut inputs)?;
             inputs.sort_by(|one, other| one.name.cmp(&other.name));
-            let config = config_of(kernel, &release);
-            if config.is_file() {
+            if let Some(path) = config_of(kernel, modules, &release) {
                 inputs.push(Input {
                     name: "config".into(),
-                    path: config,
+                    path,
                 });
             }
             inputs.insert(
@@ -251,16 +255,16 @@ fn open_files(
             modules: release,
         });
     }
-    let config = config_of(path, &release);
-    let insists_on_signatures = match fs::read_to_string(&config) {
-        Ok(config) => config.lines().any(|line| INSISTING.contains(&line)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-        Err(source) => {
-            return Err(SourceError::Read {
+    let insists_on_signatures = match config_of(path, &modules, &release) {
+        Some(config) => {
+            let text = fs::read(&config).map_err(|source| SourceError::Read {
                 path: config,
                 source,
-            });
+            })?;
+            let text = String::from_utf8_lossy(&text);
+            text.lines().any(|line| INSISTING.contains(&line))
         }
+        None => false,
     };
     let mut vmlinux = if file.starts_with(b"\x7fELF") {
         file

@@ -51,7 +51,8 @@ fn cut(vmlinux: &[u8]) -> Option<Cut> {
             PT_LOAD => content
                 .iter()
                 .rposition(|&byte| byte != 0)
-                .map_or(0, |last| last + 1),
+                // One byte stays, since loaders take a segment without any for nothing at all.
+                .map_or(length.min(1), |last| last + 1),
             _ => length,
         };
         sizes.push((table + number * entry + FILE_SIZE, used as u64));
@@ -121,6 +122,9 @@ mod tests {
                 (8, b"d\0ta".to_vec())
             ]
         );
+        let mut zeros = file(&[(PT_LOAD, b"text"), (PT_LOAD, b"\0\0\0")]);
+        trim(&mut zeros);
+        assert_eq!(contents(&zeros)[1], (4, b"\0".to_vec()));
         let once = vmlinux.clone();
         trim(&mut vmlinux);
         assert_eq!(vmlinux, once);

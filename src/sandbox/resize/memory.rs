@@ -13,6 +13,9 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::error::{Error, chain};
 use crate::sandbox::host::bounded;
 
+/// How long what a container has just let go of may take to be available.
+const SOON: Duration = Duration::from_secs(2);
+
 /// Where a size goes that is between two steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rounding {
@@ -298,18 +301,11 @@ impl Sandbox {
         if status.driver && (status.plugged, status.requested) != (to, to) {
             let seen = self.resources().await.ok();
             total = seen.as_ref().map(|seen| seen.memory_total_bytes);
-            // A guest that gave until it had nothing left would hardly have room to take it back.
-            let available = seen.map(|seen| seen.memory_available_bytes);
-            let goes = status.plugged - to;
-            if let Some(bytes) = available
-                && status.requested == status.plugged
-                && is_short(bytes, goes)
+            if status.requested == status.plugged
+                && let Some(seen) = seen
             {
-                return Err(format!(
-                    "{} MiB were to go by virtio-mem: not tried, since the guest has only {} MiB available",
-                    goes / MIB,
-                    bytes / MIB
-                ));
+                self.has_room(seen.memory_available_bytes, status.plugged - to)
+                    .await?;
             }
             match self.request(to).await {
                 Ok(step) => steps = step,
@@ -339,6 +335,25 @@ impl Sandbox {
             }
         }
         Ok(steps)
+    }
+
+    /// Whether the guest, which has so much available, or has it soon, can do without what is to go: one that gave until it had nothing
+    /// left would hardly have room to take it back.
+    async fn has_room(&self, mut available: u64, goes: u64) -> Result<(), String> {
+        let until = Instant::now() + SOON;
+        // 0 is a guest that does not know.
+        while available != 0 && is_short(available, goes) {
+            if Instant::now() >= until {
+                return Err(format!(
+                    "{} MiB were to go by virtio-mem: not tried, since the guest has only {} MiB available",
+                    goes / MIB,
+                    available / MIB
+                ));
+            }
+            tokio::time::sleep(SOON / 4).await;
+            available = self.available().await.unwrap_or(0);
+        }
+        Ok(())
     }
 
     /// Where the driver is back at `plugged` bytes, waits until the guest's kernel manages the `total` that it had before: what

@@ -12,11 +12,11 @@ use crate::sandbox::error::chain;
 const UNCERTAIN: u64 = 32 << 20;
 
 /// Whether a guest has clearly less memory available than is to go. What its kernel says is an estimate, and leaves out what it keeps
-/// in reserve for that memory and the memory's page structures (1.56 %), which go with it.
+/// in reserve for that memory, and its page structures: together up to 6 % of it, which go with it.
 pub(super) fn is_short(available: u64, goes: u64) -> bool {
     available
         .saturating_add(UNCERTAIN)
-        .saturating_add(goes / 32)
+        .saturating_add(goes / 16)
         < goes
 }
 

@@ -59,15 +59,26 @@ pub fn cargo() -> Command {
 /// Cargo building static programs for a guest: an explicit target, so that the flags do not reach the host's build.
 pub fn cargo_static() -> Command {
     let mut command = cargo();
-    // Relocations as a bitmap, in a fifteenth of what a boot else unpacks of the agent.
-    command.env(
-        "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
-        "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs",
-    );
+    let mut flags = "-C target-feature=+crt-static".to_owned();
+    // As a bitmap, relocations are all but none of what a boot unpacks of the agent; else they are a fifteenth of it.
+    if output(Command::new("getconf").arg("GNU_LIBC_VERSION")).is_ok_and(|text| packs(&text)) {
+        flags.push_str(" -C link-arg=-Wl,-z,pack-relative-relocs");
+    }
+    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", flags);
     command
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     command
+}
+
+/// Whether a static program of this C library ("glibc 2.36") applies packed relocations to itself: from 2.36 on.
+fn packs(version: &str) -> bool {
+    let numbers = version.trim().strip_prefix("glibc ");
+    let numbers = numbers.and_then(|numbers| numbers.split_once('.'));
+    numbers.is_some_and(|(major, minor)| match (major.parse(), minor.parse()) {
+        (Ok(major), Ok(minor)) => (major, minor) >= (2u32, 36u32),
+        _ => false,
+    })
 }
 
 /// An exclusive lock on a file, held until dropped.
@@ -107,5 +118,24 @@ impl Lock {
             .write(true)
             .open(path)
             .with_context(|| format!("opening {}", path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relocations_are_packed_where_the_c_library_takes_them() {
+        for (version, expected) in [
+            ("glibc 2.36\n", true),
+            ("glibc 2.41", true),
+            ("glibc 3.0", true),
+            ("glibc 2.35", false),
+            ("musl 1.2", false),
+            ("", false),
+        ] {
+            assert_eq!(packs(version), expected, "{version}");
+        }
     }
 }

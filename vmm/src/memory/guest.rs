@@ -336,7 +336,7 @@ fn map(base: u64, size: u64) -> Result<Arc<GuestRegionMmap>, Error> {
         libc::MADV_DONTFORK,
         libc::MADV_HUGEPAGE,
     ] {
-        // SAFETY: the range is the mapping just made; neither changes its contents in this process.
+        // SAFETY: the range is the mapping just made; none changes its contents in this process.
         unsafe { libc::madvise(mapping.as_ptr().cast(), length, advice) };
     }
     GuestRegionMmap::new(mapping, GuestAddress(base))

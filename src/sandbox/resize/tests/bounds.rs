@@ -224,7 +224,7 @@ async fn the_most_is_what_the_way_can_have() {
 fn a_guest_is_short_of_memory_only_if_that_is_clear() {
     let table = [
         (100, 128, false),
-        (91, 128, true),
+        (87, 128, true),
         (196, 512, true),
         (470, 512, false),
         // Of much memory the kernel keeps much in reserve, and has page structures of it.

@@ -290,7 +290,7 @@ fn memory_once(shell: &mut Shell<'_>, way: &str) -> Result<()> {
     Ok(())
 }
 
-/// Shrinking by what is in use fails with the cause and changes nothing; when it is free again it works.
+/// Shrinking by what is in use is refused with the cause and changes nothing; when it is free again it works.
 fn in_use(shell: &mut Shell<'_>, way: &str, limit: Duration) -> Result<()> {
     const SUM: &str = "sha256sum < /dev/shm/kept";
     grow(shell, way)?;
@@ -313,7 +313,6 @@ fn in_use(shell: &mut Shell<'_>, way: &str, limit: Duration) -> Result<()> {
         ],
     };
     let refused = shell.refused(&["--memory", &format!("{BOOT_MIB}M")], words)?;
-    // It is tried for as long as a step may take, and not once for each.
     ensure!(
         refused.took < limit,
         "it took {:?}, the limit is {limit:?}",
@@ -325,7 +324,6 @@ fn in_use(shell: &mut Shell<'_>, way: &str, limit: Duration) -> Result<()> {
         after == before,
         "the guest has {after} MiB after a shrink that failed, and had {before}"
     );
-    // Whose memory was moved to and fro has lost nothing.
     shell.tell("kill -0 $(cat /tmp/holder)")?;
     ensure!(shell.tell(SUM)? == kept, "a file in memory has changed");
     let_go(shell)?;
