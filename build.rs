@@ -29,6 +29,12 @@ fn main() {
     println!("cargo::rerun-if-changed=src/control/proto");
 
     println!("cargo::rerun-if-changed=.git/HEAD");
+    // Each commit is in the log. Programs that figures are taken of name the one they are of; others are not built anew for it.
+    let log = ".git/logs/HEAD";
+    if std::env::var("PROFILE").is_ok_and(|profile| profile == "release") && Path::new(log).exists()
+    {
+        println!("cargo::rerun-if-changed={log}");
+    }
     println!("cargo::rerun-if-env-changed=NACRE_COMMIT");
     let version = std::env::var("CARGO_PKG_VERSION").expect("cargo sets CARGO_PKG_VERSION");
     let commit = std::env::var("NACRE_COMMIT").ok().or_else(commit);
