@@ -1,7 +1,7 @@
 //! What the agent is asked to do: disks, containers, processes. Each call waits
 //! for the agent, has its deadline, and names its thing in its error.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use nacre_protocol::agent::{
     BindDiskRequest, CreateContainerRequest, DeleteContainerRequest, GuestMount, PidsRequest,
@@ -26,7 +26,10 @@ impl Sandbox {
         let agent = self.agent().await?;
         let name = format!("the disk {}", disk.source);
         let detail = disk.source.to_string();
-        let window = self.0.machine.plug_disk(disk)?;
+        let machine = Arc::clone(&self.0.machine);
+        let window = tokio::task::spawn_blocking(move || machine.plug_disk(disk))
+            .await
+            .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
         let mut request = BindDiskRequest::new();
         request.window = u32::from(window);
         request.partitions = partitions;

@@ -20,6 +20,7 @@ use nacre_vmm::virtio::net::{NetConfig, Tap};
 use nacre_vmm::{DiskConfig, ExitReason};
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, Server};
 
@@ -328,6 +329,10 @@ impl Plug for Fake {
                 units: 0,
             },
         }
+    }
+
+    fn ejecting_since(&self) -> Option<Instant> {
+        self.plugs.ejecting_since()
     }
 
     fn plug_changes(&self) -> watch::Receiver<u64> {

@@ -16,6 +16,7 @@ use nacre_vmm::virtio::net::{NetConfig, Tap};
 use nacre_vmm::{DiskConfig, ExitReason};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::error::Error;
 use super::phases::MachinePhases;
@@ -42,6 +43,8 @@ pub(crate) trait Plug: Send + Sync {
     fn memory_units(&self) -> Vec<UnitView>;
     /// Where units may be; no units after the VM's end.
     fn memory_area(&self) -> Area;
+    /// When the guest last ejected something without having reported since that it is done.
+    fn ejecting_since(&self) -> Option<Instant>;
     /// Tells of each change of a slot.
     fn plug_changes(&self) -> watch::Receiver<u64>;
     /// Ejects by the guest that nobody had asked for.

@@ -14,6 +14,7 @@ use nacre_vmm::virtio::net::{NetConfig, NetHost, Tap};
 use nacre_vmm::virtio::vsock::{VsockHost, VsockListener};
 use nacre_vmm::{DiskConfig, ExitReason, Vm, VmConfig};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::SandboxConfig;
 use super::bring_up::Ports;
@@ -149,6 +150,10 @@ impl Plug for Vm {
             unit: 0,
             units: 0,
         })
+    }
+
+    fn ejecting_since(&self) -> Option<Instant> {
+        Vm::ejecting_since(self)
     }
 
     fn plug_changes(&self) -> watch::Receiver<u64> {

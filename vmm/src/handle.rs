@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ThreadId};
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::config::{DiskConfig, VmConfig};
 use crate::exit::ExitReason;
@@ -16,7 +17,7 @@ use crate::virtio::mem::MemHost;
 use crate::virtio::net::{NetConfig, NetHost, Tap};
 use crate::virtio::vsock::VsockHost;
 pub use crate::vm::{Counters, Error};
-use crate::vm::{Machine, Progress};
+use crate::vm::{Machine, Progress, open_disk};
 
 /// A running VM; clones share it. When the last clone is dropped the VM is stopped, and the drop
 /// returns when its threads are joined and its memory is given back.
@@ -186,7 +187,10 @@ impl Vm {
     ///
     /// If the disk cannot be opened, no window is free (with their number), or the VM has ended.
     pub fn plug_disk(&self, disk: DiskConfig) -> Result<u8, Error> {
-        self.with_machine(|machine| machine.plug_disk(&disk))
+        // A file of a slow file system is opened while others use the machine.
+        let events = self.with_machine(|machine| Ok(machine.events()))?;
+        let device = open_disk(&disk, events)?;
+        self.with_machine(|machine| machine.plug_block(device))
     }
 
     /// Puts a network device over a TAP interface into the first spare window; returns the window's index, and the host's
@@ -310,6 +314,14 @@ impl Vm {
     pub fn unasked_ejects(&self) -> u64 {
         self.with_machine(|machine| Ok(machine.plugs().registers().unasked()))
             .unwrap_or(0)
+    }
+
+    /// When the guest last ejected a vCPU or memory without having reported since that it is done. What is plugged before it
+    /// has may be missed by it. `None` when the VM has ended.
+    pub fn ejecting_since(&self) -> Option<Instant> {
+        self.with_machine(|machine| Ok(machine.plugs().ejecting_since()))
+            .ok()
+            .flatten()
     }
 
     /// Tells of each change of a vCPU's or memory unit's slot.

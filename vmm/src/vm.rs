@@ -429,18 +429,28 @@ impl Machine {
         Ok(host)
     }
 
-    /// Puts a disk into the first spare window; the window's index.
+    /// Opens a disk, and puts it into the first spare window; the window's index.
     ///
     /// # Errors
     ///
     /// If the disk cannot be opened or no window is free.
     pub fn plug_disk(&mut self, disk: &DiskConfig) -> Result<u8, Error> {
-        disk.check()?;
-        let device = Block::new(disk, self.events.clone()).map_err(|source| Error::Device {
-            kind: "block",
-            source: Box::new(source),
-        })?;
+        let device = open_disk(disk, self.events())?;
+        self.plug_block(device)
+    }
+
+    /// Puts a disk that is open into the first spare window; the window's index.
+    ///
+    /// # Errors
+    ///
+    /// If no window is free.
+    pub(crate) fn plug_block(&mut self, device: Block) -> Result<u8, Error> {
         self.plug(Box::new(device))
+    }
+
+    /// Where devices' events are waited for.
+    pub fn events(&self) -> EventLoopHandle {
+        self.events.clone()
     }
 
     /// Puts a network device over a TAP interface into the first spare window; the window's index.
@@ -574,6 +584,19 @@ impl Machine {
         self.event_loop.stop();
         counters
     }
+}
+
+/// Opens the files of a disk, and makes its device.
+///
+/// # Errors
+///
+/// If the configuration cannot be, or a file cannot be opened.
+pub(crate) fn open_disk(disk: &DiskConfig, events: EventLoopHandle) -> Result<Block, Error> {
+    disk.check()?;
+    Block::new(disk, events).map_err(|source| Error::Device {
+        kind: "block",
+        source: Box::new(source),
+    })
 }
 
 /// Where a virtio-mem device's region is: behind the units of ACPI memory. Its slots are as small as they may be while there are

@@ -62,7 +62,10 @@ struct Table {
 }
 
 enum Entry {
-    Creating,
+    /// `unwanted` since a Delete came: it goes when it is made.
+    Creating {
+        unwanted: bool,
+    },
     Ready(Arc<Container>),
     Deleting,
 }
@@ -135,7 +138,7 @@ impl Containers {
             }
             match table.entries.entry(id.clone()) {
                 hash_map::Entry::Vacant(place) => {
-                    place.insert(Entry::Creating);
+                    place.insert(Entry::Creating { unwanted: false });
                 }
                 hash_map::Entry::Occupied(_) => {
                     return Err(Error::AlreadyExists(format!("container {id} exists")));
@@ -143,17 +146,28 @@ impl Containers {
             }
         }
         let made = self.make(request).await;
-        let mut table = self.0.table.lock().expect("containers");
-        match made {
-            Ok((container, pid)) => {
-                table.entries.insert(id, Entry::Ready(container));
-                Ok(pid)
+        let (pid, before) = {
+            let mut table = self.0.table.lock().expect("containers");
+            match made {
+                Ok((container, pid)) => (
+                    pid,
+                    table.entries.insert(id.clone(), Entry::Ready(container)),
+                ),
+                Err(error) => {
+                    table.entries.remove(&id);
+                    return Err(error);
+                }
             }
-            Err(error) => {
-                table.entries.remove(&id);
-                Err(error)
-            }
+        };
+        if !matches!(before, Some(Entry::Creating { unwanted: true })) {
+            return Ok(pid);
         }
+        if let Err(error) = self.delete(&id).await {
+            warn!("container {id} was deleted while it was being made: {error}");
+        }
+        Err(Error::FailedPrecondition(format!(
+            "container {id} was deleted while it was being made"
+        )))
     }
 
     async fn make(&self, request: CreateContainerRequest) -> Result<(Arc<Container>, u32), Error> {
@@ -517,12 +531,18 @@ impl Containers {
         }
     }
 
-    /// Frees a container whose init was not started or is gone. What still runs in it is killed.
+    /// Frees a container whose init was not started or is gone. What still runs in it is killed. One that is being made is
+    /// freed as soon as it is.
     ///
     /// # Errors
-    /// `NotFound`; `FailedPrecondition` while the init runs, or another Delete does; `Internal` with all that
+    /// `NotFound`; `FailedPrecondition` while the init runs, the container is being made, or another Delete runs; `Internal` with all that
     /// could not be freed: the container stays, and Delete may be called again.
     pub async fn delete(&self, id: &str) -> Result<(), Error> {
+        if let Some(Entry::Creating { unwanted }) =
+            self.0.table.lock().expect("containers").entries.get_mut(id)
+        {
+            *unwanted = true;
+        }
         let container = self.find(id)?;
         let init = container.process("")?;
         {
@@ -562,7 +582,7 @@ impl Containers {
             table.closed = true;
             let ready = table.entries.values().filter_map(|entry| match entry {
                 Entry::Ready(container) => Some(container.clone()),
-                Entry::Creating | Entry::Deleting => None,
+                Entry::Creating { .. } | Entry::Deleting => None,
             });
             ready.collect()
         };
@@ -590,7 +610,7 @@ impl Containers {
         check_id(id)?;
         match self.0.table.lock().expect("containers").entries.get(id) {
             Some(Entry::Ready(container)) => Ok(container.clone()),
-            Some(Entry::Creating | Entry::Deleting) => Err(busy(id)),
+            Some(Entry::Creating { .. } | Entry::Deleting) => Err(busy(id)),
             None => Err(Error::NotFound(format!("no container {id}"))),
         }
     }

@@ -51,8 +51,8 @@ pub(super) struct Options {
     /// Rounds before that, which do not count
     #[arg(long, value_name = "N", default_value_t = 1)]
     warm_up: u64,
-    /// Memory that the VM begins with; the guest keeps 1.56 % of what is plugged there
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    /// Memory that the VM begins with: a third of what is plugged or more, so that the guest can give all of it back
+    #[arg(long, value_name = "SIZE", default_value = "1536M")]
     memory: ByteSize,
     /// Guest kernel [default: from the configuration]
     #[arg(long, value_name = "FILE")]

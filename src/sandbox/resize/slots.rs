@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nacre_vmm::hotplug::{SlotView, State};
 use tokio::time::Instant;
@@ -10,6 +11,9 @@ use tokio::time::Instant;
 use super::Stuck;
 use crate::sandbox::Sandbox;
 use crate::sandbox::error::{Error, chain};
+
+/// A guest that has not reported on what it ejected for so long does not, or has come to grief over it.
+const DONE_EJECTING: Duration = Duration::from_secs(5);
 
 /// What is plugged by ACPI, by its slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -111,6 +115,18 @@ impl Sandbox {
             return Ok(());
         }
         ejected
+    }
+
+    /// Waits until the guest is done with what it has ejected: before that it could miss what is plugged in its place.
+    pub(super) async fn done_ejecting(&self) {
+        let mut changes = self.0.machine.plug_changes();
+        while let Some(since) = self.0.machine.ejecting_since() {
+            tokio::select! {
+                () = tokio::time::sleep_until(since + DONE_EJECTING) => return,
+                _ = changes.changed() => {}
+                _ = self.0.machine.ended() => return,
+            }
+        }
     }
 
     /// Waits for the guest's answer to a request to eject.

@@ -29,6 +29,7 @@ impl Sandbox {
 
     /// Plugs `bytes` more, a multiple of the unit. What went wrong is in words, and is undone.
     pub(super) async fn add_units(&self, bytes: u64) -> Result<Vec<Step>, String> {
+        self.done_ejecting().await;
         let began = Instant::now();
         let plugged = self.0.machine.plug_memory(bytes);
         let units = plugged.map_err(|error| chain(&error))?;

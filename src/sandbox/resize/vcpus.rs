@@ -196,6 +196,7 @@ impl Sandbox {
     async fn add_vcpu(&self) -> Result<Step, String> {
         // A guest that is not ready yet is not to notice it.
         self.agent().await.map_err(|error| chain(&error))?;
+        self.done_ejecting().await;
         let began = Instant::now();
         let plugged = self.0.machine.plug_vcpu();
         let index = plugged.map_err(|error| chain(&error))?;

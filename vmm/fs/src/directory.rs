@@ -2,6 +2,7 @@
 //! offsets as cookies.
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::mem::size_of;
 
 use rustix::fs::SeekFrom;
@@ -19,6 +20,8 @@ const MOST: u64 = 32 << 10;
 const LEAST: usize = 512;
 /// The same, at most: what finds no room stays with the handle.
 const REFILL: usize = 4096;
+/// `NAME_MAX`.
+const LONGEST_NAME: usize = 255;
 /// `struct linux_dirent64` up to the name.
 const HOST_HEADER: usize = 19;
 
@@ -57,6 +60,10 @@ impl Entry<'_> {
         node: Option<&mut dyn FnMut() -> EntryOut>,
     ) -> Result<bool, Errno> {
         let name = self.name.to_bytes();
+        // A host's file system with longer names has no place here.
+        if name.len() > LONGEST_NAME {
+            return Err(Errno::NAMETOOLONG);
+        }
         let plain = (size_of::<Dirent>() + name.len()).next_multiple_of(8);
         let plus = node.as_ref().map_or(0, |_| size_of::<EntryOut>());
         let size = (plus + plain) as u64;
@@ -78,14 +85,10 @@ impl Entry<'_> {
             namelen: name.len() as u32,
             kind: self.kind.into(),
         };
-        let mut record = [0; size_of::<Dirent>() + 256];
+        let mut record = [0; size_of::<Dirent>() + LONGEST_NAME.next_multiple_of(8)];
         record[..size_of::<Dirent>()].copy_from_slice(header.as_bytes());
-        // A host's file system with longer names has no place here.
-        record
-            .get_mut(size_of::<Dirent>()..size_of::<Dirent>() + name.len())
-            .ok_or(Errno::NAMETOOLONG)?
-            .copy_from_slice(name);
-        out.bytes(record.get(..plain).ok_or(Errno::NAMETOOLONG)?)?;
+        record[size_of::<Dirent>()..size_of::<Dirent>() + name.len()].copy_from_slice(name);
+        out.bytes(&record[..plain])?;
         Ok(true)
     }
 }
@@ -101,7 +104,7 @@ pub(crate) fn read(
     handle: &Handle,
     offset: u64,
     part: u64,
-    mut each: impl FnMut(&Entry<'_>) -> Result<bool, Errno>,
+    each: impl FnMut(&Entry<'_>) -> Result<bool, Errno>,
 ) -> Result<(), Errno> {
     let stream = handle.stream.as_ref().ok_or(Errno::NOTDIR)?;
     // Poisoned by a panic, it only lacks its position.
@@ -111,36 +114,54 @@ pub(crate) fn read(
         stream.waiting = Vec::new();
         stream
     });
-    // The beginning is always looked at anew.
-    if stream.position != offset || offset == 0 {
-        stream.waiting = Vec::new();
-        stream.position = u64::MAX;
-        rustix::fs::seek(&handle.file, SeekFrom::Start(offset))?;
-        stream.position = offset;
-    }
-    let mut buffer = std::mem::take(&mut stream.waiting);
-    let mut count = buffer.len();
-    loop {
-        let mut rest = &buffer[..count];
-        while !rest.is_empty() {
-            let (entry, behind) = parse(rest).ok_or(Errno::IO)?;
-            match each(&entry) {
-                Ok(true) => {}
-                full => {
-                    stream.waiting = rest.to_vec();
-                    return full.map(drop);
-                }
-            }
-            stream.position = entry.next;
-            rest = behind;
+    stream.read(&handle.file, offset, part, each)
+}
+
+impl Stream {
+    /// An error behind the first entry ends the answer and is met again by the next request: the guest must learn of
+    /// the nodes that it has been given.
+    fn read(
+        &mut self,
+        file: &File,
+        offset: u64,
+        part: u64,
+        mut each: impl FnMut(&Entry<'_>) -> Result<bool, Errno>,
+    ) -> Result<(), Errno> {
+        // The beginning is always looked at anew.
+        if self.position != offset || offset == 0 {
+            self.waiting = Vec::new();
+            self.position = u64::MAX;
+            rustix::fs::seek(file, SeekFrom::Start(offset))?;
+            self.position = offset;
         }
-        buffer.resize(
-            usize::try_from(part).unwrap_or(REFILL).clamp(LEAST, REFILL),
-            0,
-        );
-        count = sys::read_directory(&handle.file, &mut buffer)?;
-        if count == 0 {
-            return Ok(());
+        let mut buffer = std::mem::take(&mut self.waiting);
+        let mut count = buffer.len();
+        let mut given = false;
+        loop {
+            let mut rest = &buffer[..count];
+            while !rest.is_empty() {
+                let (entry, behind) = parse(rest).ok_or(Errno::IO)?;
+                match each(&entry) {
+                    Ok(true) => given = true,
+                    full => {
+                        self.waiting = rest.to_vec();
+                        return if given { Ok(()) } else { full.map(drop) };
+                    }
+                }
+                self.position = entry.next;
+                rest = behind;
+            }
+            buffer.resize(
+                usize::try_from(part).unwrap_or(REFILL).clamp(LEAST, REFILL),
+                0,
+            );
+            count = match sys::read_directory(file, &mut buffer) {
+                Err(_) if given => return Ok(()),
+                read => read?,
+            };
+            if count == 0 {
+                return Ok(());
+            }
         }
     }
 }
@@ -157,4 +178,37 @@ fn parse(bytes: &[u8]) -> Option<(Entry<'_>, &[u8])> {
         name: CStr::from_bytes_until_nul(record.get(HOST_HEADER..)?).ok()?,
     };
     Some((entry, behind))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_behind_the_first_entry_waits_for_the_next_request() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["a", "b", "c"] {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
+        let file = File::open(folder.path()).unwrap();
+        let mut stream = Stream::default();
+        let mut given = Vec::new();
+        let mut next = 0;
+        // `.`, `..` and one of the three; the fourth fails, twice.
+        let mut request = |stream: &mut Stream, limit: usize| {
+            stream.read(&file, next, REFILL as u64, |entry| {
+                if given.len() == limit {
+                    return Err(Errno::NAMETOOLONG);
+                }
+                given.push(entry.name.to_owned());
+                next = entry.next;
+                Ok(true)
+            })
+        };
+        request(&mut stream, 3).expect("three entries");
+        assert_eq!(request(&mut stream, 3), Err(Errno::NAMETOOLONG));
+        request(&mut stream, 5).expect("the others");
+        given.sort();
+        assert_eq!(given, [c".", c"..", c"a", c"b", c"c"].map(CStr::to_owned));
+    }
 }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 pub use slot::{Ost, State};
 pub use table::SlotView;
@@ -181,6 +182,16 @@ impl Plugs {
         self.line.raise();
         let views = units.into_iter().filter_map(|unit| self.memory.view(unit));
         Ok(views.collect())
+    }
+
+    /// When the guest last ejected something of which it has not reported yet that it is done (`_OST`). Until then it may look
+    /// whether the slot is empty (`_STA`), and forget what is plugged there meanwhile: Linux does from 6.11 on.
+    pub fn ejecting_since(&self) -> Option<Instant> {
+        let since = [
+            self.cpus.table().ejecting_since(),
+            self.memory.table().ejecting_since(),
+        ];
+        since.into_iter().flatten().max()
     }
 
     /// Has the guest asked to eject a unit of memory.

@@ -104,10 +104,18 @@ const EVENT_EJECTION: u32 = 0x103;
 const STATUS_EJECTING: u32 = 0x84;
 
 impl Ost {
+    fn is_of_eject(self) -> bool {
+        matches!(self.event & 0xffff, EVENT_EJECT_REQUEST | EVENT_EJECTION)
+    }
+
+    /// Whether it is the last word on an eject, be it done or refused.
+    pub fn ends_eject(self) -> bool {
+        self.is_of_eject() && self.status & 0xffff != STATUS_EJECTING
+    }
+
     /// Whether it says that an eject will not be. That one goes on is no refusal.
     pub fn refuses_eject(self) -> bool {
-        matches!(self.event & 0xffff, EVENT_EJECT_REQUEST | EVENT_EJECTION)
-            && !matches!(self.status & 0xffff, 0 | STATUS_EJECTING)
+        self.ends_eject() && self.status & 0xffff != 0
     }
 
     /// Whether it says that what was plugged cannot be used.
@@ -118,8 +126,7 @@ impl Ost {
 
 impl fmt::Display for Ost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ejecting = matches!(self.event & 0xffff, EVENT_EJECT_REQUEST | EVENT_EJECTION);
-        let meaning = match (ejecting, self.status & 0xffff) {
+        let meaning = match (self.is_of_eject(), self.status & 0xffff) {
             (_, 0) => "success",
             (_, 1) => "a failure that it does not name",
             (_, 2) => "a notification that it does not know",
@@ -185,18 +192,20 @@ mod tests {
     #[test]
     fn reports_are_told_apart() {
         let ost = |event, status| Ost { event, status };
-        for (report, eject, insertion) in [
-            (ost(3, 0), false, false),
-            (ost(3, 0x84), false, false),
-            (ost(0x103, 0x84), false, false),
-            (ost(3, 1), true, false),
-            (ost(0x103, 0x82), true, false),
-            (ost(1, 0), false, false),
-            (ost(1, 0x80), false, false),
-            (ost(1, 0x81), false, true),
-            (ost(0x200, 1), false, true),
-            (ost(u32::MAX, u32::MAX), false, false),
+        for (report, end, eject, insertion) in [
+            (ost(3, 0), true, false, false),
+            (ost(3, 0x84), false, false, false),
+            (ost(0x103, 0), true, false, false),
+            (ost(0x103, 0x84), false, false, false),
+            (ost(3, 1), true, true, false),
+            (ost(0x103, 0x82), true, true, false),
+            (ost(1, 0), false, false, false),
+            (ost(1, 0x80), false, false, false),
+            (ost(1, 0x81), false, false, true),
+            (ost(0x200, 1), false, false, true),
+            (ost(u32::MAX, u32::MAX), false, false, false),
         ] {
+            assert_eq!(report.ends_eject(), end, "{report}");
             assert_eq!(report.refuses_eject(), eject, "{report}");
             assert_eq!(report.refuses_insertion(), insertion, "{report}");
         }

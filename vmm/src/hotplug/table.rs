@@ -2,6 +2,8 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio::time::Instant;
+
 use super::Changes;
 use super::slot::{self, Event, Ost, State};
 
@@ -29,6 +31,8 @@ struct Slot<T> {
     ost: Option<Ost>,
     /// Of a report whose status has not been written.
     ost_event: u32,
+    /// When the guest ejected what was in it, until it reports that it is done.
+    ejected: Option<Instant>,
 }
 
 impl<T> Default for Slot<T> {
@@ -38,6 +42,7 @@ impl<T> Default for Slot<T> {
             content: None,
             ost: None,
             ost_event: 0,
+            ejected: None,
         }
     }
 }
@@ -104,6 +109,7 @@ impl<T> Table<T> {
         }
         slot.content = Some(content);
         slot.ost = None;
+        slot.ejected = None;
         drop(slots);
         self.changes.tell();
         Ok(())
@@ -202,9 +208,15 @@ impl<T> Table<T> {
         }
         slot.state = State::Empty;
         slot.content = None;
+        slot.ejected = Some(Instant::now());
         drop(slots);
         self.changes.tell();
         asked
+    }
+
+    /// When the guest last ejected something without having reported on it since.
+    pub fn ejecting_since(&self) -> Option<Instant> {
+        self.lock().iter().filter_map(|slot| slot.ejected).max()
     }
 
     /// The first half of a report.
@@ -223,6 +235,9 @@ impl<T> Table<T> {
             status,
         };
         slot.ost = Some(ost);
+        if ost.ends_eject() {
+            slot.ejected = None;
+        }
         if ost.refuses_eject() {
             // Only from Leaving; elsewhere it is words.
             let _ = slot.go(Event::Refuse);

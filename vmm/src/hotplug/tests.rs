@@ -269,6 +269,37 @@ fn ejects_that_nobody_asked_for_are_counted_and_take_what_the_guest_knew_of() {
 }
 
 #[test]
+fn what_is_ejected_counts_as_under_way_until_the_guest_reports_the_end() {
+    let bench = bench();
+    bench.plug_vcpu().expect("room");
+    bench.plugs.plug_memory(UNIT).expect("room");
+    while bench.read(FETCH) != 0 {}
+    bench.plugs.ask_vcpu(1).expect("there");
+    bench.plugs.ask_memory(0).expect("there");
+    while bench.read(FETCH) != 0 {}
+    assert_eq!(bench.plugs.ejecting_since(), None);
+    bench.eject(CPUS, 1);
+    bench.eject(MEMORY, 0);
+    // A slot that is known to be empty, a report of something else, and one that it goes on.
+    bench.eject(MEMORY, 1);
+    bench.report(CPUS, 1, 1, 0);
+    bench.report(CPUS, 1, 3, 0x84);
+    let both = bench.plugs.ejecting_since().expect("both");
+    bench.report(MEMORY, 0, 3, 0);
+    let one = bench.plugs.ejecting_since().expect("the vCPU");
+    assert!(one < both);
+    bench.report(CPUS, 1, 0x103, 0);
+    assert_eq!(bench.plugs.ejecting_since(), None);
+    // So it is where something else is plugged in its place.
+    bench.plug_vcpu().expect("room");
+    while bench.read(FETCH) != 0 {}
+    bench.eject(CPUS, 1);
+    assert!(bench.plugs.ejecting_since().is_some());
+    bench.plug_vcpu().expect("room");
+    assert_eq!(bench.plugs.ejecting_since(), None);
+}
+
+#[test]
 fn a_request_that_is_repeated_is_not_lost_by_the_answer_to_the_first() {
     let bench = bench();
     bench.plug_vcpu().expect("room");

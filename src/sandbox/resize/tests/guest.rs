@@ -43,6 +43,10 @@ pub(super) enum Reply {
 pub(super) enum Eject {
     Does,
     After(Duration),
+    /// Ejects it at once. Until it reports that, so much later, it misses what is plugged there.
+    DoneAfter(Duration),
+    /// Ejects it without a report.
+    Silently,
     /// Reports this event and status.
     Says(u32, u32),
     Ignores,
@@ -88,6 +92,8 @@ pub(super) struct Guest {
     script: Arc<Mutex<Script>>,
     /// What its kernel has been told of, and not ejected.
     seen: watch::Sender<BTreeSet<Plugged>>,
+    /// What it has ejected, and is not done with.
+    leaving: Arc<Mutex<BTreeSet<Plugged>>>,
     /// What is online.
     online: Arc<Mutex<BTreeSet<Plugged>>>,
     /// The agent's calls, in order.
@@ -100,6 +106,7 @@ impl Guest {
             fake: fake.clone(),
             script: Arc::new(Mutex::new(script)),
             seen: watch::Sender::default(),
+            leaving: Arc::default(),
             online: Arc::default(),
             calls: Arc::default(),
         };
@@ -146,8 +153,14 @@ impl Guest {
         self.write(of, OST_STATUS, status);
     }
 
-    /// `_EJ0`.
+    /// `_EJ0`, and `_OST` as Linux does it then.
     pub fn eject(&self, of: Plugged) {
+        self.ejects(of);
+        self.report(of, 3, 0);
+    }
+
+    /// `_EJ0`.
+    fn ejects(&self, of: Plugged) {
         self.seen.send_if_modified(|seen| seen.remove(&of));
         self.online.lock().unwrap().remove(&of);
         self.write(of, STATUS, 1);
@@ -186,6 +199,9 @@ impl Guest {
                 _ => Plugged::Unit(index),
             };
             if word & 0xff == 1 {
+                if self.leaving.lock().unwrap().contains(&of) {
+                    continue;
+                }
                 self.seen.send_if_modified(|seen| seen.insert(of));
                 if let Some((event, status)) = reports {
                     self.report(of, event, status);
@@ -195,6 +211,16 @@ impl Guest {
             let guest = self.clone();
             match ejects(of) {
                 Eject::Does => guest.eject(of),
+                Eject::Silently => guest.ejects(of),
+                Eject::DoneAfter(time) => {
+                    guest.leaving.lock().unwrap().insert(of);
+                    guest.ejects(of);
+                    tokio::spawn(async move {
+                        tokio::time::sleep(time).await;
+                        guest.leaving.lock().unwrap().remove(&of);
+                        guest.report(of, 3, 0);
+                    });
+                }
                 Eject::Says(event, status) => guest.report(of, event, status),
                 Eject::Ignores => {}
                 Eject::After(time) => drop(tokio::spawn(async move {

@@ -305,3 +305,29 @@ async fn what_the_kernel_was_not_told_of_is_told_anew_by_the_next_change() {
     assert_eq!(vm.size(), (3, 512));
     vm.agrees();
 }
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_plugged_before_the_guest_is_done_with_what_it_ejected() {
+    let slow = |ejects| Script {
+        ejects,
+        ..Script::good()
+    };
+    // One that never says that it is done gets it later, once.
+    for (script, later) in [
+        (Script::good(), 0),
+        (slow(|_| Eject::DoneAfter(seconds(3))), 3),
+        (slow(|_| Eject::Silently), 5),
+    ] {
+        let vm = Vm::over(Fake::new(), MemoryWay::Acpi, script).await;
+        vm.sandbox.resize_vcpus(3).await.unwrap();
+        let (down, took) = timed(vm.sandbox.resize_vcpus(1)).await;
+        assert_eq!((down.unwrap().now, took), (1, seconds(0)));
+        let (up, took) = timed(vm.sandbox.resize_vcpus(3)).await;
+        assert_eq!((up.unwrap().now, took), (3, seconds(later)));
+        vm.sandbox.resize_memory(512).await.unwrap();
+        vm.sandbox.resize_memory(256).await.unwrap();
+        let (up, took) = timed(vm.sandbox.resize_memory(384)).await;
+        assert_eq!((up.unwrap().now, took), (384, seconds(later)));
+        vm.agrees();
+    }
+}
