@@ -55,6 +55,12 @@ pub(crate) const CASES: &[Case] = &[
         seconds: (90, 90),
         run: in_the_guest,
     },
+    Case {
+        name: "a container whose Create is given up goes as soon as the guest has made it",
+        subject: Subject::Alone,
+        seconds: (120, 120),
+        run: given_up,
+    },
 ];
 
 /// Writes down its stage, the state, and the network namespaces of itself and of the state's pid.
@@ -315,4 +321,39 @@ fn in_the_guest(context: &Context) -> Result<()> {
     }
     one.tasks.delete(one.id(), "")?;
     one.shut_down()
+}
+
+/// A hook in the guest takes longer than Create may. Other containers of the VM do not notice, and its id is free once the hook is over.
+fn given_up(context: &Context) -> Result<()> {
+    let mut first = Bundle::script(context, "first", "sleep 1000")?;
+    Initrd::write(context, None)?.boots(&mut first);
+    fs::write(context.path("config.toml"), "create_timeout = \"8s\"\n")?;
+    let one = One::of(context, first)?;
+    one.tasks
+        .create(one.id(), &one.bundle.folder, &Stdio::default())?;
+    one.tasks.start(one.id(), "")?;
+    let second = Bundle::script(context, "second", "exit 7")?;
+    let file = second.folder.join("config.json");
+    let plain = fs::read(&file)?;
+    let mut spec: Value = serde_json::from_slice(&plain)?;
+    let slow = json!({"path": "/busybox", "args": ["busybox", "sleep", "16"]});
+    spec["hooks"] = json!({"createContainer": [slow]});
+    fs::write(&file, serde_json::to_vec(&spec)?)?;
+    let create = || {
+        one.tasks
+            .create(&second.id, &second.folder, &Stdio::default())
+    };
+    let refused = create().err().context("the slow Create is done")?;
+    expect_words(&refused.message, &["did not answer", "within 8s"])?;
+    fs::write(&file, plain)?;
+    let early = create().err().context("there are two of one name")?;
+    expect_words(&early.message, &["exists"])?;
+    poll::until("the name to be free", context.seconds(40), || {
+        Ok(create().ok())
+    })?;
+    one.tasks.start(&second.id, "")?;
+    let exit = one.tasks.wait(&second.id, "")?.exit_status;
+    ensure!(exit == 7, "the exit status is {exit}");
+    one.tasks.delete(&second.id, "")?;
+    one.end()
 }
