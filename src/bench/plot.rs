@@ -1,7 +1,7 @@
 //! How values are distributed, as a picture: SVG that needs nothing else, with a
-//! line for each series that rises from 0 to 1.
+//! line for each series that rises from 0 to 1, in one panel or in several, one below the other.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
@@ -12,6 +12,8 @@ const LEGEND: u32 = 330;
 /// Pixels of a line of the legend, and of what is above the first and below the last.
 const LABEL: u32 = 20;
 const AROUND: u32 = 80;
+/// Pixels of a line of the title.
+const TITLE: u32 = 24;
 /// Steps of a line at most: more are not seen.
 const STEPS: usize = 200;
 
@@ -36,56 +38,88 @@ pub(super) enum Ground {
     Page,
 }
 
-/// What is to be seen beside the lines.
+/// What is to be seen beside the panels.
 pub(super) struct Labels<'l> {
-    /// Above all; may be empty.
-    pub title: &'l str,
+    /// Lines above all.
+    pub title: &'l [String],
     /// What values are in.
     pub unit: &'l str,
     pub ground: Ground,
 }
 
-/// The picture as SVG.
+/// Lines over one axis.
+pub(super) struct Panel {
+    /// Above it; may be empty.
+    pub title: String,
+    pub lines: Vec<Line>,
+}
+
+/// A line that has values, and those that can be shown.
+type Shown<'p> = (&'p Line, Vec<f64>);
+
+/// The picture as SVG. Panels without a value are left out.
 ///
 /// # Errors
 /// There is no value above 0, which a logarithmic axis cannot do without.
-pub(super) fn cdf(labels: &Labels<'_>, lines: &[Line]) -> Result<String> {
-    let shown: Vec<(&Line, Vec<f64>)> = lines
-        .iter()
-        .map(|line| (line, sorted(&line.values)))
-        .filter(|(_, values)| !values.is_empty())
-        .collect();
-    let count = u32::try_from(shown.len())?;
-    let height = LEAST_HEIGHT.max(count.saturating_mul(LABEL).saturating_add(AROUND));
+pub(super) fn cdf(labels: &Labels<'_>, panels: &[Panel]) -> Result<String> {
+    let mut drawn = Vec::new();
+    let mut height = u32::try_from(labels.title.len())?.saturating_mul(TITLE);
+    for panel in panels {
+        let shown: Vec<Shown<'_>> = panel
+            .lines
+            .iter()
+            .map(|line| (line, sorted(&line.values)))
+            .filter(|(_, values)| !values.is_empty())
+            .collect();
+        if shown.is_empty() {
+            continue;
+        }
+        let legend = u32::try_from(shown.len())?.saturating_mul(LABEL);
+        let own = LEAST_HEIGHT.max(legend.saturating_add(AROUND));
+        height = height.saturating_add(own);
+        drawn.push((panel, shown, own));
+    }
+    if drawn.is_empty() {
+        bail!("Drawing the plot: nothing was measured");
+    }
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        draw(&root, labels, lines, &shown).map_err(|error| anyhow!("Drawing the plot: {error}"))?;
+        draw(root, labels, &drawn).map_err(|error| anyhow!("Drawing the plot: {error}"))?;
     }
     Ok(svg)
 }
 
+type Area<'s> = DrawingArea<SVGBackend<'s>, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
-fn draw(
-    root: &DrawingArea<SVGBackend<'_>, Shift>,
-    labels: &Labels<'_>,
-    lines: &[Line],
-    shown: &[(&Line, Vec<f64>)],
-) -> Drawn {
-    let all = || shown.iter().flat_map(|(_, values)| values);
-    let least = all().copied().reduce(f64::min);
-    let most = all().copied().reduce(f64::max);
-    let (Some(least), Some(most)) = (least, most) else {
-        return Err("nothing was measured".into());
-    };
+fn draw(root: Area<'_>, labels: &Labels<'_>, panels: &[(&Panel, Vec<Shown<'_>>, u32)]) -> Drawn {
     if labels.ground == Ground::Paper {
         root.fill(&WHITE)?;
     }
-    let (left, right) = root.split_horizontally(WIDTH - LEGEND);
+    let mut rest = root.clone();
+    for line in labels.title {
+        let (above, below) = rest.split_vertically(TITLE);
+        above.draw(&Text::new(line.as_str(), (12, 6), ("sans-serif", 15)))?;
+        rest = below;
+    }
+    for (panel, shown, height) in panels {
+        let (above, below) = rest.split_vertically(*height);
+        draw_panel(&above, labels, panel, shown)?;
+        rest = below;
+    }
+    root.present()?;
+    Ok(())
+}
+
+fn draw_panel(area: &Area<'_>, labels: &Labels<'_>, panel: &Panel, shown: &[Shown<'_>]) -> Drawn {
+    let all = || shown.iter().flat_map(|(_, values)| values).copied();
+    let least = all().fold(f64::INFINITY, f64::min);
+    let most = all().fold(0.0, f64::max);
+    let (left, right) = area.split_horizontally(WIDTH - LEGEND);
     let mut builder = ChartBuilder::on(&left);
-    if !labels.title.is_empty() {
-        builder.caption(labels.title, ("sans-serif", 18));
+    if !panel.title.is_empty() {
+        builder.caption(&panel.title, ("sans-serif", 18));
     }
     let mut chart = builder
         .margin(12)
@@ -101,14 +135,13 @@ fn draw(
         .max_light_lines(4)
         .draw()?;
     for (place, (line, values)) in shown.iter().enumerate() {
-        let style = style(line, lines, labels.ground);
+        let style = style(line, &panel.lines, labels.ground);
         chart.draw_series(LineSeries::new(steps(values, most * 1.25), style))?;
         let y = 40 + i32::try_from(LABEL)? * i32::try_from(place)?;
         right.draw(&PathElement::new(vec![(0, y), (26, y)], style))?;
         let text = ("sans-serif", 13).into_font();
         right.draw(&Text::new(line.label.clone(), (34, y - 7), text))?;
     }
-    root.present()?;
     Ok(())
 }
 
@@ -176,10 +209,22 @@ mod tests {
     use super::*;
 
     const PAPER: Labels<'_> = Labels {
-        title: "Times",
+        title: &[],
         unit: "ms",
         ground: Ground::Paper,
     };
+
+    fn panel(title: &str, lines: impl Into<Vec<Line>>) -> Panel {
+        Panel {
+            title: title.to_owned(),
+            lines: lines.into(),
+        }
+    }
+
+    fn height(svg: &str) -> u32 {
+        let (_, behind) = svg.split_once("height=\"").unwrap();
+        behind.split_once('"').unwrap().0.parse().unwrap()
+    }
 
     fn line(label: &str, family: usize, values: &[f64]) -> Line {
         Line {
@@ -192,17 +237,28 @@ mod tests {
 
     #[test]
     fn the_picture_has_a_line_and_a_name_for_each_series() {
-        let lines = [
-            line("plug 1 vCPU", 0, &[3.0, 1.0, 2.0]),
-            line("plug 1G <acpi>", 1, &[100.0]),
+        let plug = [
+            line("1 vCPU", 0, &[3.0, 1.0, 2.0]),
+            line("1G <acpi>", 1, &[100.0]),
             line("never done", 1, &[]),
         ];
-        let svg = cdf(&PAPER, &lines).unwrap();
+        let panels = [
+            panel("Plug", plug),
+            panel("Nothing", [line("nothing", 0, &[])]),
+            panel("Unplug", [line("2 vCPUs", 0, &[1.0])]),
+        ];
+        let labels = Labels {
+            title: &["Times".into(), "of a machine".into()],
+            ..PAPER
+        };
+        let svg = cdf(&labels, &panels).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        for words in ["Times", "plug 1 vCPU", "plug 1G &lt;acpi&gt;"] {
+        for words in ["Times", "of a machine", "Plug", "1 vCPU", "1G &lt;acpi&gt;"] {
             assert!(svg.contains(words), "{words} in {svg}");
         }
-        assert!(!svg.contains("never done"));
+        assert!(svg.contains("Unplug") && svg.contains("2 vCPUs"));
+        assert!(!svg.contains("never done") && !svg.contains("othing"));
+        assert_eq!(height(&svg), 2 * (TITLE + LEAST_HEIGHT));
         // Self-contained: no other file, and no script.
         assert!(!svg.contains("href") && !svg.contains("<script"));
     }
@@ -213,17 +269,17 @@ mod tests {
             ground: Ground::Page,
             ..PAPER
         };
-        let lines = [line("a", 0, &[1.0])];
+        let panels = [panel("", [line("a", 0, &[1.0])])];
         let white = "#FFFFFF";
-        assert!(cdf(&PAPER, &lines).unwrap().contains(white));
-        assert!(!cdf(&labels, &lines).unwrap().contains(white));
+        assert!(cdf(&PAPER, &panels).unwrap().contains(white));
+        assert!(!cdf(&labels, &panels).unwrap().contains(white));
     }
 
     #[test]
     fn the_legend_has_room_for_all() {
         let lines: Vec<_> = (0..40).map(|at| line("x", at, &[1.0])).collect();
-        let svg = cdf(&PAPER, &lines).unwrap();
-        assert!(svg.contains("height=\"880\""), "{}", &svg[..100]);
+        let svg = cdf(&PAPER, &[panel("", lines)]).unwrap();
+        assert_eq!(height(&svg), 880);
     }
 
     #[test]
@@ -244,7 +300,7 @@ mod tests {
 
     #[test]
     fn no_values_are_no_picture() {
-        let error = cdf(&PAPER, &[line("x", 0, &[0.0])]).unwrap_err();
+        let error = cdf(&PAPER, &[panel("", [line("x", 0, &[0.0])])]).unwrap_err();
         assert!(error.to_string().contains("nothing was measured"));
     }
 

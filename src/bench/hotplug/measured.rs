@@ -10,7 +10,7 @@ use super::parts::{PLUGGED, Parts, REPORTED, REQUESTED, TOTAL, UNPLUGGED};
 use super::{Options, Setup, Way, What};
 use crate::bench::Setting;
 use crate::bench::guest::GuestKernel;
-use crate::bench::plot::{self, Ground, Labels, Line};
+use crate::bench::plot::{self, Ground, Labels, Line, Panel};
 use crate::bench::report::{Report, Unit};
 use crate::bench::run::Run;
 use crate::config::Config;
@@ -31,11 +31,14 @@ impl Direction {
 
     /// The title of the table.
     fn of(self, what: What) -> String {
-        let verb = match self {
+        format!("{} {}", self.verb(), what.name())
+    }
+
+    fn verb(self) -> &'static str {
+        match self {
             Self::Plug => "plug",
             Self::Unplug => "unplug",
-        };
-        format!("{verb} {}", what.name())
+        }
     }
 
     /// The rows that follow one another.
@@ -144,53 +147,60 @@ impl<'s> Measured<'s> {
             .count()
     }
 
-    /// A line for each operation, ours whole; and beside QEMU's up to its last event, ours up to the same.
+    /// A panel for each way and direction, with a line for each size, ours whole; and beside QEMU's up to its last event, ours
+    /// up to the same.
     pub fn plot(&self) -> Result<String> {
-        let mut lines = Vec::new();
         let document = &self.run.document;
-        let families = self
-            .setups
-            .iter()
-            .flat_map(|operations| Direction::BOTH.map(|direction| (operations, direction)));
-        for (family, (operations, direction)) in families.enumerate() {
-            for what in operations.iter().copied() {
-                let title = direction.of(what);
-                let table = document.tables.iter().find(|table| table.title == title);
-                lines.extend(
-                    table
-                        .into_iter()
-                        .flat_map(|table| of(table, direction, 2 * family)),
-                );
+        let mut panels = Vec::new();
+        for operations in self.setups.iter().filter(|setup| !setup.is_empty()) {
+            for direction in Direction::BOTH {
+                let mut lines = Vec::new();
+                for (family, what) in operations.iter().enumerate() {
+                    let title = direction.of(*what);
+                    let table = document.tables.iter().find(|table| table.title == title);
+                    lines.extend(
+                        table
+                            .into_iter()
+                            .flat_map(|table| of(table, direction, family)),
+                    );
+                }
+                let title = match operations[0] {
+                    What::Vcpus(_) => format!("{} vCPUs", direction.verb()),
+                    What::Memory(_, way) => format!("{} memory: {}", direction.verb(), way.name()),
+                };
+                panels.push(Panel { title, lines });
             }
         }
         let release = document
             .guest_kernel
             .as_ref()
             .and_then(|kernel| kernel.release.as_deref());
-        let title = format!(
-            "Plug and unplug, guest Linux {}; host {}",
-            release.unwrap_or_default(),
-            document.machine
-        );
+        let title = [
+            format!(
+                "Plug and unplug, guest Linux {}",
+                release.unwrap_or_default()
+            ),
+            document.machine.to_string(),
+        ];
         let labels = Labels {
             title: &title,
             unit: Unit::Ms.label(),
             ground: Ground::Paper,
         };
-        plot::cdf(&labels, &lines)
+        plot::cdf(&labels, &panels)
     }
 }
 
 /// The lines of one operation.
 fn of(table: &Report, direction: Direction, family: usize) -> Vec<Line> {
-    let line = |label: String, family: usize, values: &[f64], thin: bool| Line {
+    let line = |label: String, values: &[f64], thin: bool| Line {
         label,
         family,
         values: values.to_vec(),
         thin,
     };
     let whole = table.values(OURS, TOTAL);
-    let mut lines = vec![line(table.title.clone(), family, whole, false)];
+    let mut lines = vec![line(table.title.clone(), whole, false)];
     let end = direction.end();
     let (suffix, sides): (_, &[&str]) = match direction {
         Direction::Plug => (", reported", &[OURS, PEER]),
@@ -200,7 +210,7 @@ fn of(table: &Report, direction: Direction, family: usize) -> Vec<Line> {
     if !table.values(PEER, end).is_empty() {
         for side in sides {
             let label = format!("{}: {side}{suffix}", table.title);
-            lines.push(line(label, family + 1, table.values(side, end), true));
+            lines.push(line(label, table.values(side, end), true));
         }
     }
     lines

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use maud::{Markup, PreEscaped, html};
 
-use crate::bench::plot::{Ground, Labels, Line, cdf};
+use crate::bench::plot::{Ground, Labels, Line, Panel, cdf};
 use crate::bench::report::{Report, Row, Unit};
 
 /// Values below which a distribution is none.
@@ -55,11 +55,12 @@ pub(super) fn pictures(table: &Report) -> Result<Vec<Markup>> {
             }
         }
         let labels = Labels {
-            title: "",
+            title: &[],
             unit: unit.label(),
             ground: Ground::Page,
         };
-        let svg = cdf(&labels, &lines)?;
+        let title = String::new();
+        let svg = cdf(&labels, &[Panel { title, lines }])?;
         Ok(html! {
             figure { figcaption { "How the values are distributed" } (PreEscaped(svg)) }
         })
