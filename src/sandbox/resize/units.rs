@@ -1,12 +1,14 @@
 //! Memory by ACPI: units that are made, announced and brought online by the agent; and back.
 
-use nacre_protocol::agent::{OfflineMemoryRequest, OnlineMemoryRequest, OnlineMemoryResponse};
+use nacre_protocol::agent::{
+    OfflineMemoryRequest, OfflineMemoryResponse, OnlineMemoryRequest, OnlineMemoryResponse,
+};
 use nacre_vmm::hotplug::memory::UnitView;
 use tokio::time::Instant;
 
 use super::{Plugged, Step, Stuck, is_unknown, us, with_report};
 use crate::sandbox::Sandbox;
-use crate::sandbox::error::chain;
+use crate::sandbox::error::{Error, chain};
 
 /// How much more the guest may have available than its kernel estimates.
 const UNCERTAIN: u64 = 32 << 20;
@@ -156,9 +158,104 @@ impl Sandbox {
     /// Unplugs units until those that stay have `to` bytes, a multiple of the unit: what the guest may not have online first,
     /// then the highest that go. If too few go, those that went are plugged again.
     pub(super) async fn remove_units(&self, to: u64) -> Result<Vec<Step>, String> {
-        let (began, before) = (Instant::now(), self.unit_bytes());
+        let began = Instant::now();
         let mut units = self.0.machine.memory_units();
         units.sort_by_key(|unit| (self.is_left_over(slot_of(unit)), unit.slot.index));
+        let together = self.highest(&units, self.unit_bytes().saturating_sub(to));
+        let outcome = self.remove_each(units, &together, to, began).await;
+        // What went offline with others, and is to stay after all.
+        let mut back = Causes::default();
+        for unit in together {
+            if !self.is_left_over(slot_of(&unit)) || self.slot(slot_of(&unit)).is_none() {
+                continue;
+            }
+            if let Err(stuck) = self.online_unit(&unit).await {
+                back.add(
+                    &unit,
+                    &format!("it could not be brought online again: {}", stuck.why),
+                );
+                if stuck.late {
+                    break;
+                }
+            }
+        }
+        outcome.map_err(|why| why + &back.words().unwrap_or_default())
+    }
+
+    /// The highest units, of so many bytes together, if there are several, the guest has them online, and they follow one another.
+    fn highest(&self, units: &[UnitView], bytes: u64) -> Vec<UnitView> {
+        let mut found: Vec<UnitView> = Vec::new();
+        let mut sum = 0;
+        for unit in units.iter().rev() {
+            let next = found
+                .last()
+                .is_none_or(|above| unit.base + unit.bytes == above.base);
+            if sum >= bytes || !next || self.is_left_over(slot_of(unit)) {
+                break;
+            }
+            sum += unit.bytes;
+            found.push(*unit);
+        }
+        if found.len() < 2 {
+            found.clear();
+        }
+        found
+    }
+
+    /// Has the guest take units offline that follow one another, all or none, by one call: one process of its own, not one for each.
+    /// What each of them took, by the guest and in all, in microseconds; 0 where they stay. An error if it did not answer, and some
+    /// may go yet.
+    async fn offline_together(&self, units: &[UnitView]) -> Result<(u64, u64), Stuck> {
+        let Some(lowest) = units.last() else {
+            return Ok((0, 0));
+        };
+        let began = Instant::now();
+        for unit in units {
+            self.begin(slot_of(unit));
+        }
+        let bytes = units.iter().map(|unit| unit.bytes).sum();
+        match self.offline(lowest.base, bytes).await {
+            Ok(answer) => {
+                let (count, total) = (units.len() as u64, us(began));
+                Ok((answer.offline_us.min(total) / count, total / count))
+            }
+            Err(error) => {
+                let stuck = Stuck::by(&error);
+                if stuck.late {
+                    return Err(stuck);
+                }
+                tracing::debug!(id = self.0.id, why = stuck.why, "one by one");
+                for unit in units {
+                    self.acknowledge(slot_of(unit));
+                }
+                Ok((0, 0))
+            }
+        }
+    }
+
+    async fn offline(&self, base: u64, bytes: u64) -> Result<OfflineMemoryResponse, Error> {
+        let within = self.0.timeouts.resize;
+        let mut request = OfflineMemoryRequest::new();
+        (request.base, request.bytes) = (base, bytes);
+        request.deadline_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
+        self.agent()
+            .await?
+            .call(
+                format!("taking {} MiB at {base:#x} offline", bytes >> 20),
+                within + self.0.timeouts.agent,
+                |client, context| async move { client.offline_memory(context, &request).await },
+            )
+            .await
+    }
+
+    async fn remove_each(
+        &self,
+        mut units: Vec<UnitView>,
+        together: &[UnitView],
+        to: u64,
+        began: Instant,
+    ) -> Result<Vec<Step>, String> {
+        let before = self.unit_bytes();
         let mut steps = Vec::new();
         let mut stays = Causes::default();
         let online = units
@@ -170,6 +267,17 @@ impl Sandbox {
         let needed = (before - to).min(online);
         let mut short = self.available().await;
         short = short.filter(|bytes| is_short(*bytes, needed));
+        let mut each = (0, 0);
+        if short.is_none() {
+            match self.offline_together(together).await {
+                Ok(took) => each = took,
+                Err(stuck) => {
+                    stays.add(&together[0], &stuck.why);
+                    stays.untried = units.len() - 1;
+                    units.clear();
+                }
+            }
+        }
         // What the guest was asked for by an earlier change may go by itself.
         while self.unit_bytes() > to {
             let Some(unit) = units.pop() else {
@@ -197,7 +305,13 @@ impl Sandbox {
                 continue;
             }
             match self.remove_unit(&unit).await {
-                Ok(step) => steps.push(step),
+                Ok(mut step) => {
+                    if together.contains(&unit) {
+                        step.online_us += each.0;
+                        step.total_us += each.1;
+                    }
+                    steps.push(step);
+                }
                 Err(stuck) => {
                     stays.add(&unit, &stuck.why);
                     // A guest that takes its time to refuse each would take hours for all.
@@ -222,21 +336,9 @@ impl Sandbox {
     async fn remove_unit(&self, unit: &UnitView) -> Result<Step, Stuck> {
         let what = named(unit);
         let of = slot_of(unit);
-        let within = self.0.timeouts.resize;
-        let agent = self.agent().await.map_err(|error| Stuck::by(&error))?;
         let was_known = self.begin(of);
         let began = Instant::now();
-        let mut request = OfflineMemoryRequest::new();
-        (request.base, request.bytes) = (unit.base, unit.bytes);
-        request.deadline_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
-        let answer = agent
-            .call(
-                format!("taking {what} offline"),
-                within + self.0.timeouts.agent,
-                |client, context| async move { client.offline_memory(context, &request).await },
-            )
-            .await;
-        let offline_us = match answer {
+        let offline_us = match self.offline(unit.base, unit.bytes).await {
             Ok(answer) => answer.offline_us,
             // The guest's kernel never took it, or has let go of it already.
             Err(error) if is_unknown(&error) => 0,

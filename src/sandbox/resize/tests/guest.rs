@@ -267,11 +267,20 @@ impl Guest {
         Ok(())
     }
 
-    async fn take_offline(&self, of: Plugged) -> ttrpc::Result<()> {
-        let reply = (self.script.lock().unwrap().offline)(of);
-        self.reply(format!("offline {of:?}"), reply).await?;
-        self.online.lock().unwrap().remove(&of);
-        if self.seen.borrow().contains(&of) {
+    /// All or none. The first that is not just done says how it goes.
+    async fn take_offline(&self, all: Vec<Plugged>) -> ttrpc::Result<()> {
+        let offline = self.script.lock().unwrap().offline;
+        let replies = all.iter().map(|of| offline(*of));
+        let reply = replies.filter(|reply| !matches!(reply, Reply::Does)).next();
+        let names: Vec<_> = all.iter().map(|of| format!("{of:?}")).collect();
+        let call = format!("offline {}", names.join(", "));
+        self.reply(call, reply.unwrap_or(Reply::Does)).await?;
+        let mut known = false;
+        for of in all {
+            self.online.lock().unwrap().remove(&of);
+            known |= self.seen.borrow().contains(&of);
+        }
+        if known {
             Ok(())
         } else {
             Err(status(Code::NOT_FOUND, "there is no such thing"))
@@ -318,7 +327,7 @@ impl AgentService for Guest {
         _context: &TtrpcContext,
         request: OfflineCpuRequest,
     ) -> ttrpc::Result<OfflineCpuResponse> {
-        self.take_offline(cpu(request.uid)).await?;
+        self.take_offline(vec![cpu(request.uid)]).await?;
         let mut answer = OfflineCpuResponse::new();
         if self.absurd().is_some() {
             (answer.cpu, answer.vcpus_online) = (u32::MAX, 255);
@@ -351,7 +360,9 @@ impl AgentService for Guest {
         request: OfflineMemoryRequest,
     ) -> ttrpc::Result<OfflineMemoryResponse> {
         assert!(request.deadline_ms > 0);
-        self.take_offline(unit(request.base, request.bytes)).await?;
+        let each = (0..request.bytes).step_by(AREA.unit as usize);
+        let units = each.map(|at| unit(request.base + at, AREA.unit));
+        self.take_offline(units.collect()).await?;
         let mut answer = OfflineMemoryResponse::new();
         if self.absurd().is_some() {
             (answer.offline_us, answer.memory_total_bytes) = (u64::MAX, u64::MAX);

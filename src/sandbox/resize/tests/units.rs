@@ -272,7 +272,7 @@ async fn units_that_are_not_ejected_are_online_again() {
                 offline: |_| Reply::Mute,
                 ..good()
             },
-            "did not answer taking 128 MiB at 0x108000000 offline within 30s; it is online again; 1 more were not tried",
+            "did not answer taking 256 MiB at 0x100000000 offline within 30s; 1 more were not tried",
             30,
         ),
         (
@@ -332,7 +332,7 @@ async fn a_guest_that_takes_its_time_to_refuse_is_not_asked_for_every_unit() {
     let (outcome, took) = timed(vm.sandbox.resize_memory(256)).await;
     has_all(
         &words(outcome),
-        &["0 of 1536 MiB can be unplugged", "; 8 more were not tried"],
+        &["0 of 1536 MiB can be unplugged", "; 9 more were not tried"],
     );
     assert_eq!(took, seconds(100));
     vm.guest.behave(Script {
@@ -343,6 +343,48 @@ async fn a_guest_that_takes_its_time_to_refuse_is_not_asked_for_every_unit() {
     has_all(&text, &["; and 8 more stay"]);
     assert_eq!(text.matches("in use").count(), 4, "{text}");
     assert_eq!(vm.size(), (1, most));
+    vm.agrees();
+}
+
+#[tokio::test(start_paused = true)]
+async fn units_that_follow_one_another_go_offline_together() {
+    let vm = Vm::new(Script::good()).await;
+    vm.sandbox.resize_memory(768).await.unwrap();
+    vm.guest.calls();
+    let down = vm.sandbox.resize_memory(512).await.unwrap();
+    assert_eq!(
+        whats(&down),
+        ["128 MiB at 0x118000000", "128 MiB at 0x110000000"]
+    );
+    let calls = [
+        "resources",
+        "offline Unit(2), Unit(3)",
+        "offline Unit(3)",
+        "offline Unit(2)",
+    ];
+    assert_eq!(vm.guest.calls(), calls);
+    vm.agrees();
+    // One has no company.
+    vm.sandbox.resize_memory(384).await.unwrap();
+    assert_eq!(vm.guest.calls(), ["resources", "offline Unit(1)"]);
+    // One that stays after all is online again, whoever went in its place.
+    vm.sandbox.resize_memory(768).await.unwrap();
+    vm.guest.behave(Script {
+        offline: |_| Reply::After(seconds(2)),
+        ..Script::good()
+    });
+    let guest = vm.guest.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(seconds(1)).await;
+        guest.eject(Plugged::Unit(0));
+    });
+    let down = vm.sandbox.resize_memory(512).await.unwrap();
+    assert_eq!(
+        (down.now, whats(&down)),
+        (512, vec!["128 MiB at 0x118000000"])
+    );
+    let units = [Plugged::Unit(1), Plugged::Unit(2)];
+    assert_eq!(vm.guest.online(), units);
     vm.agrees();
 }
 
