@@ -270,8 +270,8 @@ impl Guest {
     /// All or none. The first that is not just done says how it goes.
     async fn take_offline(&self, all: Vec<Plugged>) -> ttrpc::Result<()> {
         let offline = self.script.lock().unwrap().offline;
-        let replies = all.iter().map(|of| offline(*of));
-        let reply = replies.filter(|reply| !matches!(reply, Reply::Does)).next();
+        let mut replies = all.iter().map(|of| offline(*of));
+        let reply = replies.find(|reply| !matches!(reply, Reply::Does));
         let names: Vec<_> = all.iter().map(|of| format!("{of:?}")).collect();
         let call = format!("offline {}", names.join(", "));
         self.reply(call, reply.unwrap_or(Reply::Does)).await?;
