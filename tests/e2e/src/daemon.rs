@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::context::{self, Daemon, IMAGE, NAMESPACE, Programs, Version};
+use crate::disk;
 use crate::poll;
 use crate::processes;
 
@@ -21,21 +22,6 @@ pub(crate) struct Running {
     folder: PathBuf,
     pub daemon: Daemon,
     ready_within: Duration,
-}
-
-/// What the blockfile snapshotter begins with: a file with an empty ext4.
-fn empty_disk(path: &Path) -> Result<()> {
-    fs::File::create(path)
-        .and_then(|file| file.set_len(48 << 20))
-        .with_context(|| format!("making {}", path.display()))?;
-    let made = Command::new("mke2fs")
-        .args(["-q", "-F", "-t", "ext4", "-m", "0"])
-        .arg(path)
-        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-        .status()
-        .context("running mke2fs")?;
-    anyhow::ensure!(made.success(), "mke2fs of {}: {made}", path.display());
-    Ok(())
 }
 
 impl Running {
@@ -60,7 +46,7 @@ impl Running {
         let address = folder.join("containerd.sock");
         let config = folder.join("config.toml");
         let scratch = folder.join("scratch.img");
-        empty_disk(&scratch)?;
+        disk::empty(&scratch, 48)?;
         fs::write(
             &config,
             format!(

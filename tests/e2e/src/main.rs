@@ -11,6 +11,7 @@ mod cases;
 mod context;
 mod ctr;
 mod daemon;
+mod disk;
 mod held;
 mod image;
 mod initrd;

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::context::Context;
 use crate::ctr::{Ctr, expect_words};
+use crate::disk::Disk;
 use crate::poll;
 use crate::processes;
 use crate::suite::{Case, Subject};
@@ -372,7 +373,8 @@ fn small_files(context: &Context) -> Result<()> {
 
 fn large_file(context: &Context) -> Result<()> {
     let mebibytes = context.times(16, 1024);
-    let folder = Volume::new(context, "large", "/data", "rbind:rw")?;
+    let disk = Disk::mount(context, "large", 2 * mebibytes + 64)?;
+    let folder = Volume::of(&disk.folder, "/data", "rbind:rw");
     let mut hash = Sha256::new();
     let mut block = vec![0_u8; 1 << 20];
     let file = fs::File::create(folder.path.join("from-host"))?;
@@ -413,11 +415,7 @@ fn large_file(context: &Context) -> Result<()> {
         "the copy's checksum on the host",
         &hex(&hash.finalize()),
         &wanted,
-    )?;
-    for name in ["from-host", "from-guest"] {
-        fs::remove_file(folder.path.join(name))?;
-    }
-    Ok(())
+    )
 }
 
 fn hex(bytes: &[u8]) -> String {
