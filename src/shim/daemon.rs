@@ -325,8 +325,6 @@ async fn serve(place: Place, mut up: std::fs::File) {
         publisher,
     );
 
-    // The boot begins before anything else.
-    tokio::spawn(shim.clone().boot(sandbox, control_socket));
     let mut server = ttrpc::asynchronous::Server::new().register_service(task::services(&shim));
     let served = match ttrpc::asynchronous::transport::Listener::try_from(listener) {
         Ok(listener) => {
@@ -344,6 +342,8 @@ async fn serve(place: Place, mut up: std::fs::File) {
     // If start has gone, nobody will call, and that ends us too.
     let _ = up.write_all(&word);
     drop(up);
+    // Before the first call, but not before start may go on: a host with one CPU would keep it waiting for the kernel's load.
+    tokio::spawn(shim.clone().boot(sandbox, control_socket));
     if let Err(error) = served {
         tracing::error!(%error, "cannot serve");
         shim.shut_down();
