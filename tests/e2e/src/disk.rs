@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::fcntl::posix_fallocate;
 
 use crate::context::Context;
 use crate::ctr;
@@ -14,8 +15,12 @@ pub(crate) fn empty(path: &Path, mebibytes: u32) -> Result<()> {
     fs::File::create(path)
         .and_then(|file| file.set_len(u64::from(mebibytes) << 20))
         .with_context(|| format!("making {}", path.display()))?;
+    format(path)
+}
+
+fn format(path: &Path) -> Result<()> {
     let made = Command::new("mke2fs")
-        .args(["-q", "-F", "-t", "ext4", "-m", "0"])
+        .args(["-q", "-F", "-t", "ext4", "-m", "0", "-E", "nodiscard"])
         .arg(path)
         .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .status()
@@ -38,7 +43,11 @@ impl Disk {
             folder: context.path(name),
             image: context.path(format!("{name}.img")),
         };
-        empty(&disk.image, mebibytes)?;
+        // All of it is there from the beginning: whoever first writes to a page of a tmpfs pays for it.
+        let file = fs::File::create(&disk.image)?;
+        posix_fallocate(&file, 0, i64::from(mebibytes) << 20)
+            .with_context(|| format!("allocating {}", disk.image.display()))?;
+        format(&disk.image)?;
         fs::create_dir_all(&disk.folder)?;
         let mut command = Command::new("mount");
         command.args(["-t", "ext4", "-o", "loop"]);

@@ -373,7 +373,8 @@ fn small_files(context: &Context) -> Result<()> {
 
 fn large_file(context: &Context) -> Result<()> {
     let mebibytes = context.times(16, 1024);
-    let disk = Disk::mount(context, "large", 2 * mebibytes + 64)?;
+    // With room for what ext4 has for itself.
+    let disk = Disk::mount(context, "large", 2 * mebibytes + mebibytes / 4 + 64)?;
     let folder = Volume::of(&disk.folder, "/data", "rbind:rw");
     let mut hash = Sha256::new();
     let mut block = vec![0_u8; 1 << 20];
@@ -393,7 +394,7 @@ fn large_file(context: &Context) -> Result<()> {
     let wanted = hex(&hash.finalize());
     let running = Running::start(context, "large", &[&folder], &[])?;
     let seen = running.script(
-        "sha256sum /data/from-host | cut -d' ' -f1; dd if=/data/from-host of=/data/from-guest bs=1M 2>/dev/null; \
+        "sha256sum /data/from-host | cut -d' ' -f1; dd if=/data/from-host of=/data/from-guest bs=1M 2>/said || { cat /said >&2; exit 1; }; \
          sync; sha256sum < /data/from-guest | cut -d' ' -f1",
     )?;
     expect(
