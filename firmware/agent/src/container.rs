@@ -146,24 +146,33 @@ impl Containers {
             }
         }
         let made = self.make(request).await;
-        let (pid, before) = {
+        let container = {
             let mut table = self.0.table.lock().expect("containers");
+            let entry = table.entries.get(&id);
+            let unwanted = matches!(entry, Some(Entry::Creating { unwanted: true }));
             match made {
-                Ok((container, pid)) => (
-                    pid,
-                    table.entries.insert(id.clone(), Entry::Ready(container)),
-                ),
+                Ok((container, pid)) if !unwanted => {
+                    table.entries.insert(id, Entry::Ready(container));
+                    return Ok(pid);
+                }
+                Ok((container, _)) => {
+                    table.entries.insert(id.clone(), Entry::Deleting);
+                    container
+                }
                 Err(error) => {
                     table.entries.remove(&id);
                     return Err(error);
                 }
             }
         };
-        if !matches!(before, Some(Entry::Creating { unwanted: true })) {
-            return Ok(pid);
-        }
-        if let Err(error) = self.delete(&id).await {
-            warn!("container {id} was deleted while it was being made: {error}");
+        let cleared = container.clear().await;
+        let mut table = self.0.table.lock().expect("containers");
+        match cleared {
+            Ok(()) => drop(table.entries.remove(&id)),
+            Err(error) => {
+                warn!("container {id} was deleted while it was being made: {error}");
+                table.entries.insert(id.clone(), Entry::Ready(container));
+            }
         }
         Err(Error::FailedPrecondition(format!(
             "container {id} was deleted while it was being made"

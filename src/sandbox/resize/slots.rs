@@ -120,9 +120,11 @@ impl Sandbox {
     /// Waits until the guest is done with what it has ejected: before that it could miss what is plugged in its place.
     pub(super) async fn done_ejecting(&self) {
         let mut changes = self.0.machine.plug_changes();
+        // One that goes on ejecting is waited for no longer.
+        let limit = Instant::now() + DONE_EJECTING;
         while let Some(since) = self.0.machine.ejecting_since() {
             tokio::select! {
-                () = tokio::time::sleep_until(since + DONE_EJECTING) => return,
+                () = tokio::time::sleep_until(limit.min(since + DONE_EJECTING)) => return,
                 _ = changes.changed() => {}
                 _ = self.0.machine.ended() => return,
             }

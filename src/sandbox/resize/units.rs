@@ -13,6 +13,9 @@ use crate::sandbox::error::{Error, chain};
 /// How much more the guest may have available than its kernel estimates.
 const UNCERTAIN: u64 = 32 << 20;
 
+/// Most units that go offline by one call, whose time is that of one.
+const TOGETHER: usize = 16;
+
 /// Whether a guest has clearly less memory available than is to go. What its kernel says is an estimate, and leaves out what it keeps
 /// in reserve for that memory, and its page structures: together up to 6 % of it, which go with it.
 pub(super) fn is_short(available: u64, goes: u64) -> bool {
@@ -179,7 +182,11 @@ impl Sandbox {
                 }
             }
         }
-        outcome.map_err(|why| why + &back.words().unwrap_or_default())
+        let words = back.words().unwrap_or_default();
+        if outcome.is_ok() && !words.is_empty() {
+            tracing::warn!(id = self.0.id, "memory that was not to go after all{words}");
+        }
+        outcome.map_err(|why| why + &words)
     }
 
     /// The highest units, of so many bytes together, if there are several, the guest has them online, and they follow one another.
@@ -190,7 +197,8 @@ impl Sandbox {
             let next = found
                 .last()
                 .is_none_or(|above| unit.base + unit.bytes == above.base);
-            if sum >= bytes || !next || self.is_left_over(slot_of(unit)) {
+            let enough = sum >= bytes || found.len() == TOGETHER;
+            if enough || !next || self.is_left_over(slot_of(unit)) {
                 break;
             }
             sum += unit.bytes;
@@ -225,8 +233,13 @@ impl Sandbox {
                     return Err(stuck);
                 }
                 tracing::debug!(id = self.0.id, why = stuck.why, "one by one");
+                // The agent has undone it; what it could not it tries again here.
                 for unit in units {
-                    self.acknowledge(slot_of(unit));
+                    if let Err(stuck) = self.online_unit(unit).await
+                        && stuck.late
+                    {
+                        return Err(stuck);
+                    }
                 }
                 Ok((0, 0))
             }
@@ -264,7 +277,7 @@ impl Sandbox {
         let online: u64 = online.map(|unit| unit.bytes).sum();
         // What the guest has available, if that is too little: for all that is to go, since it would hardly have room to take back
         // what went before it failed; or, once a unit has not gone, for another.
-        let needed = (before - to).min(online);
+        let needed = before.saturating_sub(to).min(online);
         let mut short = self.available().await;
         short = short.filter(|bytes| is_short(*bytes, needed));
         let mut each = (0, 0);
