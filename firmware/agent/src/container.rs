@@ -165,14 +165,8 @@ impl Containers {
                 }
             }
         };
-        let cleared = container.clear().await;
-        let mut table = self.0.table.lock().expect("containers");
-        match cleared {
-            Ok(()) => drop(table.entries.remove(&id)),
-            Err(error) => {
-                warn!("container {id} was deleted while it was being made: {error}");
-                table.entries.insert(id.clone(), Entry::Ready(container));
-            }
+        if let Err(error) = self.clear(&id, container).await {
+            warn!("container {id} was deleted while it was being made: {error}");
         }
         Err(Error::FailedPrecondition(format!(
             "container {id} was deleted while it was being made"
@@ -569,6 +563,11 @@ impl Containers {
                 _ => return Err(busy(id)),
             }
         }
+        self.clear(id, container).await
+    }
+
+    /// Frees one that is entered as going; it stays if that fails.
+    async fn clear(&self, id: &str, container: Arc<Container>) -> Result<(), Error> {
         let cleared = container.clear().await;
         let mut table = self.0.table.lock().expect("containers");
         match cleared {
