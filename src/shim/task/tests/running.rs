@@ -349,10 +349,10 @@ async fn new_limits_reach_the_guest_and_the_vm_grows_before_and_shrinks_after() 
             ],
             (1, 512),
         ),
-        // The size of the boot stays.
+        // The size of the boot stays. Two units go offline by one call, before each is ejected.
         (
             format!("{{{memory}1048576}}}}"),
-            vec!["128 MiB offline", "128 MiB offline"],
+            vec!["256 MiB offline", "128 MiB offline", "128 MiB offline"],
             (1, 256),
         ),
     ];
