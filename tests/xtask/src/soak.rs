@@ -295,6 +295,7 @@ mod tests {
         let report = Report {
             cases: loaded.cases,
             retries: Vec::new(),
+            took: Vec::new(),
         };
         let text = result(&report, &state);
         assert!(

@@ -54,6 +54,8 @@ pub struct Report {
     pub cases: BTreeMap<String, Verdict>,
     /// Why the testbed had to be booted again, each time.
     pub retries: Vec<String>,
+    /// How long the cases of each of the boots that ran beside each other took, boots included.
+    pub took: Vec<Duration>,
 }
 
 /// Builds what the suite runs: programs, agent, image.
@@ -121,6 +123,7 @@ impl Suite {
             let report = report?;
             whole.cases.extend(report.cases);
             whole.retries.extend(report.retries);
+            whole.took.extend(report.took);
         }
         if nested && !self.full {
             self.run_again(&wanted, memory, &mut whole)?;
@@ -341,6 +344,7 @@ impl Shard<'_> {
                     verdict
                 });
         }
+        report.took.push(started.elapsed());
         Ok(report)
     }
 

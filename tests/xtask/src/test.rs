@@ -67,9 +67,48 @@ impl Tally {
     }
 }
 
+/// What was done, and how long each part took.
+struct Parts {
+    began: Instant,
+    last: Instant,
+    told: Vec<String>,
+}
+
+impl Parts {
+    fn begin() -> Self {
+        let now = Instant::now();
+        let told = Vec::new();
+        Self {
+            began: now,
+            last: now,
+            told,
+        }
+    }
+
+    /// What was done since the last is one part.
+    fn end(&mut self, name: &str) {
+        let now = Instant::now();
+        self.told
+            .push(format!("{name} {}", span(now.duration_since(self.last))));
+        self.last = now;
+    }
+
+    fn words(&self) -> String {
+        format!(
+            "{} in all: {}",
+            span(self.began.elapsed()),
+            self.told.join(", ")
+        )
+    }
+}
+
+fn span(time: Duration) -> String {
+    format!("{} min {} s", time.as_secs() / 60, time.as_secs() % 60)
+}
+
 /// Runs everything; the result is the exit code.
 pub fn run(args: &TestArgs) -> Result<i32> {
-    let started = Instant::now();
+    let mut parts = Parts::begin();
     apt::ensure_installed(&[
         ("gcc", "cc"),
         ("libc6-dev", "/usr/include/stdio.h"),
@@ -93,8 +132,11 @@ pub fn run(args: &TestArgs) -> Result<i32> {
                 "warnings",
             ]),
         );
+        parts.end("lints");
         tally.outcome("the lean kernel's configuration", kernel::check());
+        parts.end("the lean kernel's configuration");
         unit_tests(&mut tally)?;
+        parts.end("unit tests");
     }
     let suite = Suite {
         full: false,
@@ -106,7 +148,9 @@ pub fn run(args: &TestArgs) -> Result<i32> {
         image: None,
     };
     let _ = image.map(std::thread::JoinHandle::join);
-    match suite::build().and_then(|()| suite.run(Default::default(), |_, _| Ok(()))) {
+    let built = suite::build();
+    parts.end("programs and images");
+    match built.and_then(|()| suite.run(Default::default(), |_, _| Ok(()))) {
         Ok(report) => {
             for (name, verdict) in &report.cases {
                 tally.add(&format!("e2e {name}: {}", verdict.reason), verdict.passed);
@@ -114,6 +158,11 @@ pub fn run(args: &TestArgs) -> Result<i32> {
             for retry in &report.retries {
                 step(format!("retried: {retry}"));
             }
+            let boots: Vec<String> = report.took.iter().map(|took| span(*took)).collect();
+            parts.end(&format!(
+                "end-to-end cases ({} beside each other)",
+                boots.join(" and ")
+            ));
             step(format!(
                 "logs of the end-to-end cases: {}",
                 suite.out.display()
@@ -124,11 +173,7 @@ pub fn run(args: &TestArgs) -> Result<i32> {
             tally.add(&format!("end-to-end suite: {error:#}"), false);
         }
     }
-    step(format!(
-        "{} min {} s in all",
-        started.elapsed().as_secs() / 60,
-        started.elapsed().as_secs() % 60
-    ));
+    step(parts.words());
     for name in &tally.names {
         println!("FAILED {name}");
     }
