@@ -4,6 +4,8 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use rustix::fs::StatVfsMountFlags;
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
     fsopen,
@@ -12,6 +14,7 @@ use zerocopy::IntoBytes;
 
 use super::{descriptors, snapshot};
 use crate::abi::{self, EntryOut, MkdirIn, opcode};
+use crate::nodes::open_child;
 use crate::testing::{Guest, opath, server};
 use crate::{Access, Caching, Error, open_export};
 
@@ -35,6 +38,47 @@ fn names_of_exports_are_single_components() {
         .expect("the first of its name");
     let taken = server.export("x", opath(folder.path()), Access::ReadOnly);
     assert!(matches!(taken, Err(Error::Taken { .. })), "{taken:?}");
+}
+
+#[test]
+fn an_exports_mount_has_neither_set_id_programs_nor_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    for (access, recursive) in [
+        (Access::ReadOnly, false),
+        (Access::ReadOnly, true),
+        (Access::ReadWrite, false),
+        (Access::ReadWrite, true),
+    ] {
+        let root = open_export(folder.path(), access, recursive).unwrap();
+        let flags = rustix::fs::fstatvfs(&root).unwrap().f_flag;
+        let always = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV;
+        assert!(flags.contains(always), "{flags:?}");
+        assert_eq!(
+            flags.contains(StatVfsMountFlags::RDONLY),
+            access == Access::ReadOnly,
+            "{flags:?}"
+        );
+    }
+}
+
+/// Names are judged before, so that this is the second line.
+#[test]
+fn what_is_opened_below_a_directory_is_in_it_whatever_the_name() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("inner")).unwrap();
+    std::os::unix::fs::symlink("/", folder.path().join("inner/link")).unwrap();
+    let inner = opath(&folder.path().join("inner"));
+    for (name, refusal) in [
+        (c"..", Some(Errno::XDEV)),
+        (c"../inner", Some(Errno::XDEV)),
+        (c"/etc", Some(Errno::XDEV)),
+        (c"link/etc", Some(Errno::LOOP)),
+        (c"link", None),
+        (c".", None),
+    ] {
+        let opened = open_child(inner.as_fd(), name);
+        assert_eq!(opened.err(), refusal, "{name:?}");
+    }
 }
 
 #[test]
