@@ -11,7 +11,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::snapshot;
 use crate::abi::{
     self, CreateIn, EntryOut, GetxattrIn, InHeader, InitIn, LinkIn, MkdirIn, MknodIn, OpenIn,
-    OutHeader, ReadIn, RenameIn, SetattrIn, SetxattrIn, WriteIn, fattr, init, opcode,
+    OutHeader, ReadIn, Rename2In, RenameIn, SetattrIn, SetxattrIn, WriteIn, fattr, init, opcode,
 };
 use crate::testing::{ANSWER, END, GAP, Guest, ISLAND, REQUEST, SEAM, opath, server};
 use crate::{Access, Caching};
@@ -273,6 +273,24 @@ fn devices_are_neither_made_nor_opened_and_fifos_block_no_one() {
         let made = guest.call::<_, EntryOut>(opcode::MKNOD, root, &request, b"device\0");
         assert_eq!(made.err(), Some(libc::EINVAL));
     }
+    // A rename that leaves a whiteout behind leaves a device.
+    fs::write(place.export().join("moved"), "").unwrap();
+    let names = b"moved\0elsewhere\0";
+    for flags in [
+        libc::RENAME_WHITEOUT,
+        libc::RENAME_WHITEOUT | libc::RENAME_NOREPLACE,
+        1 << 31,
+    ] {
+        let request = Rename2In {
+            newdir: root,
+            flags,
+            padding: 0,
+        };
+        let body = [request.as_bytes(), names].concat();
+        let renamed = guest.ask(opcode::RENAME2, root, &body);
+        assert_eq!(renamed, Err(libc::EINVAL), "{flags:#x}");
+    }
+    assert!(place.export().join("moved").is_file());
     // What the host has there is seen, and not opened: not by a create either.
     let kind = rustix::fs::FileType::CharacterDevice;
     let null = rustix::fs::makedev(1, 3);
@@ -424,15 +442,24 @@ fn numbers_that_were_not_given_are_refused() {
         guest.ask(opcode::SETATTR, f, request.as_bytes()),
         Err(libc::EINVAL)
     );
-    let request = SetattrIn {
-        valid: fattr::MTIME,
-        mtimensec: u32::MAX,
-        ..Default::default()
-    };
-    assert_eq!(
-        guest.ask(opcode::SETATTR, f, request.as_bytes()),
-        Err(libc::EINVAL)
-    );
+    // Two of the host's numbers above are no nanoseconds, but "now" and "leave it".
+    for nanoseconds in [
+        u32::MAX,
+        1_000_000_000,
+        libc::UTIME_NOW as u32,
+        libc::UTIME_OMIT as u32,
+    ] {
+        let request = SetattrIn {
+            valid: fattr::MTIME,
+            mtimensec: nanoseconds,
+            ..Default::default()
+        };
+        assert_eq!(
+            guest.ask(opcode::SETATTR, f, request.as_bytes()),
+            Err(libc::EINVAL),
+            "{nanoseconds:#x}"
+        );
+    }
     guest.user = (u32::MAX, u32::MAX);
     assert_eq!(
         guest.create(root, "no one's", libc::O_RDWR, 0o600).err(),

@@ -554,6 +554,26 @@ fn set_user_id_goes_when_the_guest_says_so_and_stays_otherwise() {
 }
 
 #[test]
+fn a_truncation_by_a_handle_that_only_reads_is_one_by_the_node() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("f");
+    fs::write(&path, "text").unwrap();
+    let (mut guest, root) = guest(folder.path());
+    let f = guest.lookup(root, "f").unwrap().nodeid;
+    for (flags, size) in [(libc::O_RDWR, 3), (libc::O_WRONLY, 2), (libc::O_RDONLY, 1)] {
+        let fh = guest.open(f, flags).unwrap();
+        let request = SetattrIn {
+            valid: fattr::SIZE | fattr::FH,
+            fh,
+            size,
+            ..Default::default()
+        };
+        setattr(&mut guest, f, request).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), size, "{flags:#x}");
+    }
+}
+
+#[test]
 fn handles_outlive_names() {
     let folder = tempfile::tempdir().unwrap();
     let (mut guest, root) = guest(folder.path());
