@@ -66,6 +66,16 @@ impl Bench {
     fn over(driver: Driver, ram: GuestRam, agreed: Agreed) -> Self {
         let image = image(8);
         let disk = disk(&config(&image, false));
+        Self::of(image, disk, driver, ram, agreed)
+    }
+
+    fn of(
+        image: NamedTempFile,
+        disk: Arc<Disk>,
+        driver: Driver,
+        ram: GuestRam,
+        agreed: Agreed,
+    ) -> Self {
         let slow = Slow::default();
         let service = service(&disk, ram, &driver, agreed, Box::new(slow.clone()));
         Self {
@@ -183,6 +193,35 @@ fn a_flush_is_answered_after_its_sync_which_follows_the_writes_before_it() {
         IOERR,
         "what is not durable is not said to be"
     );
+}
+
+#[test]
+fn a_flush_of_joined_files_syncs_each_of_them() {
+    let images = [image(8), image(8), image(8)];
+    let paths = images.iter().map(|image| image.path());
+    let disk = disk(&DiskConfig::parts(paths, false, "layers"));
+    let driver = Driver::new(memory(), 16);
+    let ram = GuestRam::new(driver.memory.clone());
+    let [first, ..] = images;
+    let mut bench = Bench::of(first, disk, driver, ram, ALL);
+    for failing in [None, Some(2)] {
+        let flush = bench.offer(0, FLUSH, 0, &[]);
+        bench.turn();
+        for image in 0..3 {
+            let started = bench.started();
+            let [(_, operation)] = started[..] else {
+                panic!("{started:?}");
+            };
+            assert!(matches!(operation.action, Action::Sync), "{operation:?}");
+            assert_eq!((operation.image, bench.status(0)), (image, NONE));
+            let error = || Err(io::Error::from_raw_os_error(libc::EIO));
+            let result = (failing == Some(image)).then(error);
+            bench.end(0, Some(result.unwrap_or(Ok(0))));
+        }
+        let expected = if failing.is_some() { IOERR } else { OK };
+        assert_eq!(bench.driver.used(), Some((flush, 1)));
+        assert_eq!(bench.status(0), expected);
+    }
 }
 
 #[test]

@@ -317,6 +317,24 @@ fn segments_are_judged_before_the_first_is_carried_out() {
 }
 
 #[test]
+fn a_segment_has_a_gibibyte_at_most_however_large_the_disk() {
+    const MOST: u32 = 1 << 21;
+    both(|io| {
+        let image = NamedTempFile::new().expect("an image");
+        let bytes = 2 * u64::from(MOST) * 512;
+        image.as_file().set_len(bytes).expect("sparse");
+        let disk = disk(&config(&image, false));
+        for kind in [DISCARD, ZEROES] {
+            let flags = u32::from(kind == ZEROES);
+            let most = segment(8, MOST, flags);
+            let more = segment(8, MOST + 1, flags);
+            assert_eq!(erase(io, &disk, kind, &[most], 0), OK, "{kind}");
+            assert_eq!(erase(io, &disk, kind, &[more], 0), IOERR, "{kind}");
+        }
+    });
+}
+
+#[test]
 fn what_was_not_agreed_on_is_unsupported() {
     both(|io| {
         let image = image(8);
