@@ -7,7 +7,7 @@ use std::io;
 use std::str::FromStr;
 
 use caps::{CapSet, CapsHashSet};
-use oci_spec::runtime::{Capabilities, Capability, Process};
+use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, Process};
 use serde::{Deserialize, Serialize};
 
 use crate::seccomp::{self, Filter};
@@ -23,17 +23,24 @@ pub struct Own {
     permitted: Capabilities,
 }
 
+impl Own {
+    /// Those of a specification.
+    pub fn of(capabilities: &LinuxCapabilities) -> Self {
+        Self {
+            bounding: capabilities.bounding().clone().unwrap_or_default(),
+            effective: capabilities.effective().clone().unwrap_or_default(),
+            permitted: capabilities.permitted().clone().unwrap_or_default(),
+        }
+    }
+}
+
 /// Lends a process what it needs to install a filter; nothing if it can do so itself.
 pub fn lend(process: &mut Process) -> Option<Own> {
     if process.no_new_privileges() == Some(true) {
         return None;
     }
     let mut capabilities = process.capabilities().clone()?;
-    let own = Own {
-        bounding: capabilities.bounding().clone().unwrap_or_default(),
-        effective: capabilities.effective().clone().unwrap_or_default(),
-        permitted: capabilities.permitted().clone().unwrap_or_default(),
-    };
+    let own = Own::of(&capabilities);
     if own.effective.contains(&Capability::SysAdmin) {
         return None;
     }
@@ -75,7 +82,11 @@ pub fn confine(filter: Option<&Filter>, own: Option<&Own>) -> io::Result<()> {
     Ok(())
 }
 
-fn of_kernel(capability: Capability) -> io::Result<caps::Capability> {
+/// A capability of a specification by its kernel name.
+///
+/// # Errors
+/// One that the kernel's list does not have.
+pub fn of_kernel(capability: Capability) -> io::Result<caps::Capability> {
     let name = format!("CAP_{capability}");
     caps::Capability::from_str(&name).map_err(|_| io::Error::other(format!("{name} is unknown")))
 }

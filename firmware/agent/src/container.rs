@@ -32,6 +32,7 @@ use crate::shares;
 use crate::spec;
 use crate::stats;
 use crate::stdio::{Connections, Terminal};
+use crate::users::Users;
 
 /// How long killed processes may take to be gone.
 pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(2);
@@ -74,8 +75,8 @@ enum Entry {
 pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) ground: Ground,
-    /// Whether it has a user namespace, which the library cannot join.
-    pub(crate) own_users: bool,
+    /// Its users, if they are its own.
+    pub(crate) users: Option<Users>,
     /// Whether it has a seccomp profile.
     pub(crate) has_filter: bool,
     pub(crate) processes: Mutex<HashMap<String, Slot>>,
@@ -263,7 +264,7 @@ impl Containers {
         Ok(Furnished {
             pid: created.pid,
             process: Process::new(created.pid, terminal),
-            own_users: adapted.own_users,
+            users: adapted.users,
             has_filter: adapted.filter.is_some(),
             gate: created.gate,
             ended,
@@ -273,7 +274,7 @@ impl Containers {
     fn settle(&self, id: &str, ground: Ground, furnished: Furnished) -> Arc<Container> {
         let Furnished {
             process,
-            own_users,
+            users,
             has_filter,
             gate,
             ended,
@@ -287,7 +288,7 @@ impl Containers {
         let container = Arc::new(Container {
             id: id.to_owned(),
             ground,
-            own_users,
+            users,
             has_filter,
             processes: Mutex::new(HashMap::from([(String::new(), slot)])),
             memory_kills: Mutex::new(0),
@@ -628,7 +629,7 @@ impl Containers {
 struct Furnished {
     pid: i32,
     process: Process,
-    own_users: bool,
+    users: Option<Users>,
     has_filter: bool,
     gate: Gate,
     ended: oneshot::Receiver<Exit>,

@@ -19,6 +19,7 @@ use crate::process::{Process, State};
 use crate::runtime;
 use crate::spec;
 use crate::stdio::{Connections, Terminal};
+use crate::users;
 
 /// What the start of an exec needs.
 pub(crate) struct Added {
@@ -40,11 +41,6 @@ impl Containers {
         let container = self.find(id)?;
         let named = name(id, exec_id);
         container.may_run_execs(&format!("adding exec {exec_id}"))?;
-        if container.own_users {
-            return Err(Error::Internal(format!(
-                "adding {named}: the container has a user namespace, which cannot be joined"
-            )));
-        }
         let stdio = request.stdio.clone().unwrap_or_default();
         let (process, owner) = spec::adapt_exec(
             &request.process_json,
@@ -134,7 +130,14 @@ impl Containers {
             stdio,
         } = added;
         let directory = Directory::create(container.ground.bundle.path(), exec_id)?;
-        if container.has_filter
+        let mut owner = owner;
+        if let Some(users) = &container.users {
+            owner = users.outside(owner);
+            let init = container.process("")?.pid();
+            let init = init.ok_or_else(|| no_process(id, ""))?;
+            let identity = users::lend(&mut specified, init);
+            write_json(&directory.0.join(helper::IDENTITY), &identity)?;
+        } else if container.has_filter
             && let Some(own) = confinement::lend(&mut specified)
         {
             write_json(&directory.0.join(helper::OWN), &own)?;

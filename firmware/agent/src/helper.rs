@@ -9,12 +9,13 @@
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr, OsString};
-use std::fs::Permissions;
+use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use libcontainer::container::ContainerStatus;
@@ -30,6 +31,7 @@ use crate::confinement::{self, Own};
 use crate::hotplug::offliner;
 use crate::log;
 use crate::seccomp::Filter;
+use crate::users::Identity;
 
 /// First argument of the agent when it is to make a container.
 pub const MAKE: &str = "make-container";
@@ -45,6 +47,8 @@ pub const STATE: &str = "state";
 pub const FILTER: &str = "seccomp.json";
 /// In a bundle for the init, in the directory of an exec for that: its own capabilities, if others are on loan.
 pub const OWN: &str = "capabilities.json";
+/// In the directory of an exec, if the container has users of its own: who it is among them.
+pub const IDENTITY: &str = "identity.json";
 /// Characters of one report's text. A report is thereby one write that the kernel does not split, though
 /// the helper and the init may both write.
 const TEXT_CHARACTERS: usize = 600;
@@ -275,14 +279,29 @@ struct Program {
     wait: Option<RawFd>,
     filter: Option<Filter>,
     own: Option<Own>,
+    /// Who it becomes among the container's own users, and their namespace.
+    identity: Option<(Identity, Arc<File>)>,
 }
 
 impl Program {
     fn load(bundle: &Path, directory: &Path, wait: Option<RawFd>) -> Result<Program, String> {
+        let identity: Option<Identity> = stored(&directory.join(IDENTITY))?;
+        let mut own = stored(&directory.join(OWN))?;
+        let identity = match identity {
+            None => None,
+            Some(identity) => {
+                own = identity.own();
+                let namespace = identity
+                    .namespace()
+                    .map_err(|error| format!("opening the container's user namespace: {error}"))?;
+                Some((identity, Arc::new(namespace)))
+            }
+        };
         Ok(Program {
             wait,
             filter: stored(&bundle.join(FILTER))?,
-            own: stored(&directory.join(OWN))?,
+            own,
+            identity,
         })
     }
 }
@@ -313,9 +332,14 @@ impl Executor for Program {
             .and_then(|process| process.args().clone())
             .unwrap_or_default();
         let path = std::env::var_os("PATH");
-        let confined = confinement::confine(self.filter.as_ref(), self.own.as_ref());
-        let Err(refused) = confined
-            .map_err(NotExecuted::NotConfined)
+        let itself = match &self.identity {
+            Some((identity, namespace)) => identity.take_on(namespace),
+            None => Ok(()),
+        };
+        let confined = || confinement::confine(self.filter.as_ref(), self.own.as_ref());
+        let Err(refused) = itself
+            .map_err(NotExecuted::NotItself)
+            .and_then(|()| confined().map_err(NotExecuted::NotConfined))
             .and_then(|()| execute(&arguments, path.as_deref()));
         report(&Report::NotExecuted {
             message: text(&refused.to_string()),
@@ -354,6 +378,8 @@ enum NotExecuted {
     Kernel(String, io::Error),
     #[error("exec: {0:?}: an argument has a NUL in it")]
     Nul(String),
+    #[error("becoming a user of the container's user namespace: {0}")]
+    NotItself(io::Error),
     #[error("applying the seccomp profile: {0}")]
     NotConfined(io::Error),
 }
@@ -364,7 +390,10 @@ impl NotExecuted {
         match self {
             NotExecuted::NotInPath(_) => 127,
             NotExecuted::Kernel(_, error) if error.kind() == io::ErrorKind::NotFound => 127,
-            NotExecuted::Kernel(..) | NotExecuted::Nul(_) | NotExecuted::NotConfined(_) => 126,
+            NotExecuted::Kernel(..)
+            | NotExecuted::Nul(_)
+            | NotExecuted::NotItself(_)
+            | NotExecuted::NotConfined(_) => 126,
         }
     }
 }

@@ -33,6 +33,7 @@ mod spec;
 mod stats;
 mod stdio;
 mod uevents;
+mod users;
 mod vsock;
 
 use std::path::Path;

@@ -13,6 +13,7 @@ use crate::confinement::{self, Own};
 use crate::error::Error;
 use crate::net;
 use crate::seccomp::{self, Filter};
+use crate::users::Users;
 
 /// The root, relative to the bundle.
 pub const ROOT: &str = "rootfs";
@@ -21,7 +22,7 @@ pub const ROOT: &str = "rootfs";
 pub struct Adapted {
     /// The specification.
     pub spec: Spec,
-    /// Numeric user and group of the process.
+    /// Numeric user and group of the process, as they are outside of the container.
     pub owner: (u32, u32),
     /// Its limits, which the agent applies itself: the runtime's conversion leaves some of them out.
     pub resources: LinuxResources,
@@ -29,8 +30,8 @@ pub struct Adapted {
     pub filter: Option<Filter>,
     /// The capabilities that its init is to have, if it was lent others.
     pub own: Option<Own>,
-    /// Whether the container has a user namespace.
-    pub own_users: bool,
+    /// The container's users, if it has a user namespace.
+    pub users: Option<Users>,
     /// Whether the container gets a network namespace of its own, which begins with `lo` down.
     pub own_network: bool,
     /// Whether it joins the one at [`SHARED`](crate::net::SHARED).
@@ -73,18 +74,15 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
     // The runtime is built without C libraries, and applies no filter; the helper does.
     let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
     linux.set_seccomp(None);
-    let own_users = linux
-        .namespaces()
-        .iter()
-        .flatten()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    let users = Users::of(linux);
+    let owner = users.as_ref().map_or(owner, |users| users.outside(owner));
     let (mut own_network, mut shared_network) = (false, false);
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
         if namespace.typ() != LinuxNamespaceType::Network || namespace.path().is_some() {
             continue;
         }
         // Users of another namespace have no say in the shared one, and may not join it.
-        if own_users {
+        if users.is_some() {
             own_network = true;
         } else {
             shared_network = true;
@@ -114,7 +112,7 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         resources,
         filter,
         own,
-        own_users,
+        users,
         own_network,
         shared_network,
     })
@@ -225,7 +223,7 @@ mod tests {
             owner,
             own_network,
             shared_network,
-            own_users,
+            users,
             resources,
             filter,
             own,
@@ -242,7 +240,7 @@ mod tests {
         assert_eq!(process.terminal(), Some(false));
         assert!(process.apparmor_profile().is_none());
         assert_eq!(owner, (1000, 50));
-        assert!(shared_network && !own_network && !own_users);
+        assert!(shared_network && !own_network && users.is_none());
         assert!(filter.is_none() && own.is_none());
         let network = linux.namespaces().as_ref().unwrap()[1].path().clone();
         assert_eq!(network.as_deref(), Some(Path::new("/run/nacre/netns")));
@@ -292,7 +290,7 @@ mod tests {
             r#"{"type": "network"}, {"type": "user"}"#,
         );
         let adapted = adapted(&mapped).unwrap();
-        assert!(adapted.own_network && adapted.own_users && !adapted.shared_network);
+        assert!(adapted.own_network && adapted.users.is_some() && !adapted.shared_network);
         let linux = adapted.spec.linux().as_ref().unwrap();
         assert_eq!(linux.namespaces().as_ref().unwrap()[1].path(), &None);
     }

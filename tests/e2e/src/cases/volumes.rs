@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -49,6 +49,11 @@ pub(crate) const CASES: &[Case] = &[
         "secrets, configuration and scratch volumes as Kubernetes mounts them",
         (120, 120),
         kubernetes,
+    ),
+    agreed(
+        "a container with users of its own has its root, its volumes and its execs",
+        (120, 120),
+        own_users,
     ),
     agreed("many small files in a volume", (180, 1800), small_files),
     agreed(
@@ -340,6 +345,63 @@ fn kubernetes(context: &Context) -> Result<()> {
     let full = running
         .script("dd if=/dev/zero of=/memory/x bs=1M count=8 2>/dev/null; stat -c %s /memory/x")?;
     expect("a file that fills it", &full, "4194304\n")?;
+    running.end()
+}
+
+/// A container whose users are others outside of it.
+fn own_users(context: &Context) -> Result<()> {
+    const FIRST: u32 = 100_000;
+    let map = format!("0:{FIRST}:65536");
+    let folder = Volume::new(context, "mapped", "/data", "rbind:rw")?;
+    chown(&folder.path, Some(FIRST), Some(FIRST))?;
+    fs::write(folder.path.join("outside"), "of no user inside")?;
+    let running = Running::start(
+        context,
+        "mapped",
+        &[&folder],
+        &["--uidmap", &map, "--gidmap", &map],
+    )?;
+    let seen = running.script(
+        "awk '{print $1, $2, $3}' /proc/self/uid_map /proc/self/gid_map; id -u; \
+         stat -c %u:%g / /bin/busybox /data /data/outside; \
+         echo inside > /data/f; echo more > /file; chown 7:8 /data/f /file; stat -c %u:%g /data/f /file; \
+         chown 70000 /data/f 2>/dev/null || echo refused; (echo x > /data/outside) 2>/dev/null || echo kept; \
+         caps() { grep ^Cap $1; }; [ \"$(caps /proc/1/status)\" = \"$(caps /proc/self/status)\" ] && echo as init; \
+         [ $(readlink /proc/1/ns/user) = $(readlink /proc/self/ns/user) ] && echo one namespace; echo out > /dev/stdout",
+    )?;
+    expect(
+        "what the container sees",
+        &seen,
+        "0 100000 65536\n0 100000 65536\n0\n0:0\n0:0\n0:0\n65534:65534\n7:8\n7:8\nrefused\nkept\nas init\none namespace\nout\n",
+    )?;
+    let output = running.ctr.exec(
+        &running.id,
+        "other",
+        &["--user", "1000:1000"],
+        &[
+            "sh",
+            "-c",
+            "id -u; id -g; grep CapEff /proc/self/status; echo out > /dev/stdout; echo err > /dev/stderr",
+        ],
+    )?;
+    output.expect_code(0)?;
+    expect(
+        "what another user sees",
+        &output.out(),
+        "1000\n1000\nCapEff:\t0000000000000000\nout\n",
+    )?;
+    expect("what it says beside", &output.err(), "err\n")?;
+    let made = fs::metadata(folder.path.join("f"))?;
+    expect(
+        "the file's owner on the host",
+        &format!("{}:{}", made.uid(), made.gid()),
+        &format!("{}:{}", FIRST + 7, FIRST + 8),
+    )?;
+    expect(
+        "what is of no user inside",
+        &fs::read_to_string(folder.path.join("outside"))?,
+        "of no user inside",
+    )?;
     running.end()
 }
 
