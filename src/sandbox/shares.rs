@@ -1,11 +1,12 @@
 //! What the host shares with the guest: directories and files, each an entry of
 //! the root of the VM's virtio-fs device for as long as something holds it.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nacre_fs::{Access, Caching, FileServer, open_export};
+use nacre_fs::{Access, Caching, FileServer, open_export, open_mapped_export};
 use nacre_protocol::SHARES;
 use nacre_protocol::agent::GuestMount;
 
@@ -107,6 +108,21 @@ impl Sandbox {
             cause: super::chain(&error),
         };
         let root = open_export(path, access, recursive).map_err(failed)?;
+        self.share_opened(name, path, root, access, caching)
+    }
+
+    fn share_opened(
+        &self,
+        name: &str,
+        path: &Path,
+        root: OwnedFd,
+        access: Access,
+        caching: Caching,
+    ) -> Result<Share, Error> {
+        let failed = |error: nacre_fs::Error| Error::Share {
+            path: path.to_owned(),
+            cause: super::chain(&error),
+        };
         let server = self.0.files.clone();
         server
             .export_cached(name, root, access, caching)
@@ -145,7 +161,18 @@ impl Sandbox {
             false => Access::ReadWrite,
         };
         let source = base.join(&bind.source);
-        self.share(&bind.name, &source, access, caching, bind.recursive)
+        let Some(mapped) = &bind.owners else {
+            return self.share(&bind.name, &source, access, caching, bind.recursive);
+        };
+        let (owners, all) = (&mapped.owners, mapped.all);
+        let root =
+            open_mapped_export(&source, access, bind.recursive, owners, all).map_err(|error| {
+                Error::Share {
+                    path: source.clone(),
+                    cause: super::chain(&error),
+                }
+            })?;
+        self.share_opened(&bind.name, &source, root, access, caching)
     }
 
     /// A beginning for names of shares that no other container of this VM has.

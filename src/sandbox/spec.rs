@@ -5,9 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
+use nacre_fs::{Owners, Range};
 use nacre_protocol::SHARES;
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Hooks, Linux, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxResources, Mount,
+    Process, Spec,
 };
 
 /// The spec asks for what a guest cannot have (yet).
@@ -19,11 +21,11 @@ pub enum Error {
         /// In the container.
         destination: String,
     },
-    /// A bind mount with owners mapped.
+    /// A bind mount with owners mapped to nothing.
     #[error(
-        "The bind mount of {origin} at {destination} is to have its owners mapped (idmap), which is not served"
+        "The bind mount of {origin} at {destination} is to have its owners mapped (idmap), but users and groups have not both a map: give it uidMappings and gidMappings, or the container a user namespace"
     )]
-    Mapped {
+    Unmapped {
         /// On the host.
         origin: String,
         /// In the container.
@@ -108,6 +110,17 @@ pub struct Bind {
     pub read_only: bool,
     /// Whether what is mounted below it comes along.
     pub recursive: bool,
+    /// The owners that the container is to see, if not those that the files have.
+    pub owners: Option<MappedOwners>,
+}
+
+/// Owners of a bind mount's files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MappedOwners {
+    /// By their ranges.
+    pub owners: Owners,
+    /// Whether those of what is mounted below are meant, too.
+    pub all: bool,
 }
 
 /// An exec's process for the guest.
@@ -181,8 +194,9 @@ pub fn for_guest_beside(
     let mut spec = spec.clone();
     let mut warnings = Vec::new();
     let mut binds = Vec::new();
+    let own = spec.linux().as_ref().map(own_users).unwrap_or_default();
     for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
-        if let Some(bind) = adapt_mount(mount, format!("{prefix}.{index}"))? {
+        if let Some(bind) = adapt_mount(mount, format!("{prefix}.{index}"), &own)? {
             binds.push(bind);
         }
     }
@@ -260,7 +274,7 @@ pub fn resources_for_guest(
 }
 
 /// What the host is to share for a mount, which then is of that; None for one of the guest's own.
-fn adapt_mount(mount: &mut Mount, name: String) -> Result<Option<Bind>, Error> {
+fn adapt_mount(mount: &mut Mount, name: String, own: &Owners) -> Result<Option<Bind>, Error> {
     let destination = mount.destination().clone();
     let fstype = mount.typ().as_deref().unwrap_or("none");
     let options = mount.options().clone().unwrap_or_default();
@@ -281,13 +295,32 @@ fn adapt_mount(mount: &mut Mount, name: String) -> Result<Option<Bind>, Error> {
     let source = origin.ok_or_else(|| Error::NoSource {
         destination: destination.display().to_string(),
     })?;
-    let maps = [mount.uid_mappings(), mount.gid_mappings()];
-    if has(&["idmap", "ridmap"]) || maps.into_iter().flatten().any(|map| !map.is_empty()) {
-        return Err(Error::Mapped {
-            origin: source.display().to_string(),
-            destination: destination.display().to_string(),
-        });
-    }
+    let mut owners = Owners {
+        users: ranges(mount.uid_mappings()),
+        groups: ranges(mount.gid_mappings()),
+    };
+    let maps = !owners.users.is_empty() || !owners.groups.is_empty();
+    let owners = if maps || has(&["idmap", "ridmap"]) {
+        if !maps {
+            owners = own.clone();
+        }
+        if owners.users.is_empty() || owners.groups.is_empty() {
+            return Err(Error::Unmapped {
+                origin: source.display().to_string(),
+                destination: destination.display().to_string(),
+            });
+        }
+        // The host does it; to the guest the owners are what they are.
+        mount.set_uid_mappings(None);
+        mount.set_gid_mappings(None);
+        let mut rest = options.clone();
+        rest.retain(|option| !matches!(option.as_str(), "idmap" | "ridmap"));
+        mount.set_options(Some(rest));
+        let all = has(&["ridmap"]);
+        Some(MappedOwners { owners, all })
+    } else {
+        None
+    };
     let mut states = options.iter().rev().map(String::as_str);
     let state = states.find(|option| matches!(*option, "ro" | "rw"));
     // The guest sees one file system, whatever is mounted below on the host.
@@ -299,7 +332,29 @@ fn adapt_mount(mount: &mut Mount, name: String) -> Result<Option<Bind>, Error> {
         destination,
         read_only: state == Some("ro") || has(&["rro"]),
         recursive: has(&["rbind"]),
+        owners,
     }))
+}
+
+/// The users that a container has of its own.
+fn own_users(linux: &Linux) -> Owners {
+    let mut namespaces = linux.namespaces().iter().flatten();
+    if !namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::User) {
+        return Owners::default();
+    }
+    Owners {
+        users: ranges(linux.uid_mappings()),
+        groups: ranges(linux.gid_mappings()),
+    }
+}
+
+fn ranges(maps: &Option<Vec<LinuxIdMapping>>) -> Vec<Range> {
+    let range = |map: &LinuxIdMapping| Range {
+        stored: map.container_id(),
+        shown: map.host_id(),
+        count: map.size(),
+    };
+    maps.iter().flatten().map(range).collect()
 }
 
 fn adapt_linux(

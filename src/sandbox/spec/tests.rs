@@ -94,11 +94,72 @@ fn bind_mounts_are_of_what_the_host_shares() {
             destination: "/data".into(),
             read_only,
             recursive,
+            owners: None,
         };
         assert_eq!(guest.binds, [expected]);
         let value: Value = serde_json::from_slice(&guest.json).unwrap();
         assert_eq!(value["mounts"][1]["source"], "/run/nacre/share/7.1");
         assert_eq!(value["mounts"][1]["type"], "bind");
+    }
+}
+
+#[test]
+fn owners_are_mapped_by_the_mounts_maps_or_the_containers() {
+    let map = |first: u32| json!([{"containerID": 0, "hostID": first, "size": 9}]);
+    for (more, users, all) in [
+        (
+            json!({"uidMappings": map(5), "gidMappings": map(6)}),
+            5,
+            false,
+        ),
+        (
+            json!({"uidMappings": map(5), "gidMappings": map(6), "options": ["rbind", "ro", "ridmap"]}),
+            5,
+            true,
+        ),
+        (json!({"options": ["rbind", "idmap"]}), 7, false),
+    ] {
+        let mut mount = json!({"destination": "/d", "type": "bind", "source": "/s"});
+        for (key, value) in more.as_object().unwrap() {
+            mount[key] = value.clone();
+        }
+        let guest = for_guest(
+            &spec(|spec| {
+                spec["mounts"] = json!([mount]);
+                let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+                namespaces.push(json!({"type": "user"}));
+                spec["linux"]["uidMappings"] = map(7);
+                spec["linux"]["gidMappings"] = map(8);
+            }),
+            "c1",
+            "7",
+        )
+        .unwrap();
+        let range = |shown| {
+            let (stored, count) = (0, 9);
+            vec![Range {
+                stored,
+                shown,
+                count,
+            }]
+        };
+        let owners = Owners {
+            users: range(users),
+            groups: range(users + 1),
+        };
+        let expected = Some(MappedOwners { owners, all });
+        assert_eq!(guest.binds[0].owners, expected);
+        let value: Value = serde_json::from_slice(&guest.json).unwrap();
+        let left = value["mounts"][0].to_string();
+        assert!(
+            !left.contains("idmap") && !left.contains("Mappings"),
+            "{left}"
+        );
+        assert_eq!(
+            value["linux"]["uidMappings"],
+            map(7),
+            "the container's own stay"
+        );
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
+use nacre_fs::{Owners, attach};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -66,8 +67,7 @@ impl Root {
                 true => place.clone(),
                 false => below(place, &plan.target)?,
             };
-            plan.mount(&target)?;
-            made.mounted.push(target);
+            plan.mount(&target, &mut made.mounted)?;
         }
         Ok(made)
     }
@@ -156,8 +156,23 @@ impl Earlier for Before<'_> {
     }
 }
 
+/// Takes an option that maps owners; None if it is none, and none in it if it cannot be read.
+fn mapped(option: &str, owners: &mut Option<Owners>) -> Option<Option<()>> {
+    let (key, value) = option.split_once('=')?;
+    if !matches!(key, "uidmap" | "gidmap") {
+        return None;
+    }
+    let ranges = Owners::ranges(value);
+    let owners = owners.get_or_insert_default();
+    let place = match key {
+        "uidmap" => &mut owners.users,
+        _ => &mut owners.groups,
+    };
+    Some(ranges.map(|ranges| *place = ranges))
+}
+
 /// A mount as mount(2) takes it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Plan {
     kind: String,
     /// Whether the source is a disk: a file, or a block device.
@@ -169,10 +184,12 @@ struct Plan {
     flags: MsFlags,
     data: Vec<String>,
     directories: Vec<Directory>,
+    /// The owners that the root is to show, if not those that its files have.
+    owners: Option<Owners>,
 }
 
 /// A directory that is made before a mount, unless it is there.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Directory {
     path: PathBuf,
     mode: u32,
@@ -227,6 +244,7 @@ impl Plan {
         let mut flags = MsFlags::empty();
         let mut data = Vec::new();
         let (mut directories, mut devices) = (Vec::new(), Vec::new());
+        let mut owners = None;
         match kind {
             "bind" => flags |= MsFlags::MS_BIND,
             "erofs" => flags |= MsFlags::MS_RDONLY,
@@ -244,6 +262,10 @@ impl Plan {
             }
             if on_disk && let Some(device) = option.strip_prefix("device=") {
                 devices.push(device.into());
+                continue;
+            }
+            if let Some(more) = mapped(option, &mut owners) {
+                more.ok_or_else(|| Error::Owners(option.clone()))?;
                 continue;
             }
             match option.as_str() {
@@ -268,8 +290,6 @@ impl Plan {
                 | "unbindable" | "runbindable" => {}
                 option
                     if option == "loop"
-                        || option.starts_with("uidmap=")
-                        || option.starts_with("gidmap=")
                         || option.starts_with("X-containerd.")
                         || is_template(option) =>
                 {
@@ -280,6 +300,11 @@ impl Plan {
                 }
                 option => data.push(option.to_owned()),
             }
+        }
+        if let Some(owners) = &owners
+            && (owners.users.is_empty() || owners.groups.is_empty())
+        {
+            return Err(Error::Owners("uidmap= or gidmap= alone".to_owned()));
         }
         if flags.contains(MsFlags::MS_BIND) {
             // A bind mount has no options of a file system.
@@ -294,11 +319,84 @@ impl Plan {
             flags,
             data,
             directories,
+            owners,
         })
     }
 
-    fn mount(&self, target: &Path) -> Result<(), Error> {
+    /// Mounts it, and has it show its owners. An overlay does so by its lower directories: what is written to its upper one belongs to
+    /// whom it shall. Adds what is to be unmounted to `mounted`.
+    fn mount(&self, target: &Path, mounted: &mut Vec<PathBuf>) -> Result<(), Error> {
         self.directories.iter().try_for_each(Directory::make)?;
+        let Some(owners) = &self.owners else {
+            self.mount_plainly(target)?;
+            mounted.push(target.to_owned());
+            return Ok(());
+        };
+        if self.kind == "overlay" {
+            let mapped = self.over_mapped(owners, target, mounted)?;
+            mapped.mount_plainly(target)?;
+            mounted.push(target.to_owned());
+            return Ok(());
+        }
+        self.mount_plainly(target)?;
+        let recursive = self.flags.contains(MsFlags::MS_REC);
+        let detached = owners.mount(target, recursive);
+        let unmounted = umount2(target, MntFlags::MNT_DETACH);
+        let error = |source: std::io::Error| Error::System {
+            doing: "mount with mapped owners on".to_owned(),
+            path: target.to_owned(),
+            source,
+        };
+        let detached = detached.map_err(std::io::Error::other).map_err(error)?;
+        unmounted.map_err(|errno| error(errno.into()))?;
+        attach(detached, target).map_err(error)?;
+        mounted.push(target.to_owned());
+        Ok(())
+    }
+
+    /// The overlay over its lower directories as they show on mounts with these owners, which are on a small tmpfs below the target.
+    fn over_mapped(
+        &self,
+        owners: &Owners,
+        target: &Path,
+        mounted: &mut Vec<PathBuf>,
+    ) -> Result<Self, Error> {
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        mount_tmpfs(target, flags, Some("mode=0700,size=4m"))?;
+        mounted.push(target.to_owned());
+        let mut count = 0;
+        let mut mapped = |directory: &str| -> Result<String, Error> {
+            let place = target.join(count.to_string());
+            count += 1;
+            make_directory(&place)?;
+            let error = |source| Error::System {
+                doing: "mount with mapped owners the layer".to_owned(),
+                path: directory.into(),
+                source,
+            };
+            let layer = owners.mount(Path::new(directory), false);
+            let layer = layer.map_err(std::io::Error::other).map_err(error)?;
+            attach(layer, &place).map_err(error)?;
+            Ok(place.display().to_string())
+        };
+        let mut data = Vec::new();
+        for option in &self.data {
+            data.push(match option.strip_prefix("lowerdir=") {
+                None => option.clone(),
+                Some(directories) => {
+                    let places = directories.split(':').map(&mut mapped);
+                    let places = places.collect::<Result<Vec<_>, _>>()?;
+                    format!("lowerdir={}", places.join(":"))
+                }
+            });
+        }
+        Ok(Self {
+            data,
+            ..self.clone()
+        })
+    }
+
+    fn mount_plainly(&self, target: &Path) -> Result<(), Error> {
         let error = |doing: &str| {
             let doing = format!("{doing} {} {} on", self.kind, self.source.display());
             let path = target.to_owned();
@@ -464,6 +562,21 @@ mod tests {
                 .flags
                 .contains(MsFlags::MS_RDONLY)
         );
+    }
+
+    #[test]
+    fn maps_of_owners_are_taken_out_and_both_are_needed() {
+        let maps = ["uidmap=0:100000:65536", "gidmap=0:5:1,1:9:2"];
+        for kind in ["overlay", "bind", "ext4"] {
+            let plan = of(kind, "", &maps).unwrap();
+            let owners = plan.owners.unwrap();
+            assert_eq!((owners.users.len(), owners.groups.len()), (1, 2), "{kind}");
+            assert!(plan.data.is_empty(), "{kind}");
+        }
+        for wrong in [&maps[..1], &["uidmap=", maps[1]], &["gidmap=1:2", maps[0]]] {
+            let error = of("bind", "", wrong).unwrap_err().to_string();
+            assert!(error.contains("map"), "{error}");
+        }
     }
 
     #[test]

@@ -35,6 +35,11 @@ pub enum Error {
         /// The mount's type.
         kind: String,
     },
+    /// Owners are to be mapped, and it does not say which to which.
+    #[error(
+        "Rootfs mount option {0:?} maps no owners: it takes uidmap=STORED:SHOWN:COUNT and gidmap=STORED:SHOWN:COUNT, several behind each other with commas"
+    )]
+    Owners(String),
     /// A file system is to be made in a file of unknown size.
     #[error("A rootfs mount of type mkfs/… needs the option X-containerd.mkfs.size=BYTES")]
     NoSize,

@@ -75,6 +75,22 @@ pub enum Error {
         #[source]
         source: Errno,
     },
+    /// A user namespace for mapped owners could not be made.
+    #[error(
+        "cannot make a user namespace for mapped owners: it takes CAP_SETUID, CAP_SETGID and CAP_SYS_ADMIN, ranges that do not overlap, and room below /proc/sys/user/max_user_namespaces"
+    )]
+    Users(#[source] std::io::Error),
+    /// The owners of a cloned mount could not be mapped.
+    #[error(
+        "cannot have the owners of {} mapped: it takes a file system with mapped mounts, as ext4 has from Linux 5.12, xfs and btrfs from 5.15, overlayfs from 5.19 and tmpfs from 6.3, and a mount that is not mapped already", path.display()
+    )]
+    Owners {
+        /// What was to be mounted.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: Errno,
+    },
     /// The attributes of a cloned mount could not be set.
     #[error(
         "cannot make the cloned mount of {} {what}: it takes Linux 5.12 and CAP_SYS_ADMIN over the mount namespace", path.display()

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
+use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
-use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::Error;
 use crate::limits::{Access, Caching};
+use crate::owners::{Owners, clone_tree};
 use crate::stat::{Stat, stat};
 use crate::sys::{self, FileHandle};
 
@@ -27,14 +27,7 @@ use crate::sys::{self, FileHandle};
 ///
 /// [`Error::Clone`] and [`Error::Attributes`]: nothing less strict is given instead.
 pub fn open_export(path: &Path, access: Access, recursive: bool) -> Result<OwnedFd, Error> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    let fd = open_tree(CWD, path, flags).map_err(|source| Error::Clone {
-        path: path.to_owned(),
-        source,
-    })?;
+    let fd = clone_tree(path, recursive)?;
     let (what, read_only) = match access {
         Access::ReadOnly => ("read-only, nosuid and nodev", libc::MOUNT_ATTR_RDONLY),
         Access::ReadWrite => ("nosuid and nodev", 0),
@@ -45,6 +38,23 @@ pub fn open_export(path: &Path, access: Access, recursive: bool) -> Result<Owned
         what,
         source,
     })?;
+    Ok(fd)
+}
+
+/// The same with other owners: with `all` those of the mounts below as well, else theirs stay.
+///
+/// # Errors
+///
+/// As [`open_export`], and [`Error::Owners`] where a file system has no mapped mounts.
+pub fn open_mapped_export(
+    path: &Path,
+    access: Access,
+    recursive: bool,
+    owners: &Owners,
+    all: bool,
+) -> Result<OwnedFd, Error> {
+    let fd = open_export(path, access, recursive)?;
+    owners.set(fd.as_fd(), path, recursive && all)?;
     Ok(fd)
 }
 

@@ -37,6 +37,7 @@ mod limits;
 mod message;
 mod nodes;
 mod ops;
+mod owners;
 mod server;
 mod stat;
 mod sys;
@@ -51,6 +52,7 @@ mod tests;
 mod worker;
 
 pub use error::Error;
-pub use export::open_export;
+pub use export::{open_export, open_mapped_export};
 pub use limits::{Access, Caching, Counters, Limits};
+pub use owners::{Owners, Range, attach};
 pub use server::FileServer;

@@ -112,6 +112,29 @@ pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, recursive: bool) ->
         propagation: libc::MS_PRIVATE,
         userns_fd: 0,
     };
+    mount_setattr(mount, &attributes, recursive)
+}
+
+/// Has the mount behind a descriptor, and with `recursive` those below it, show other owners: those of a user namespace.
+pub fn map_mount_owners(
+    mount: BorrowedFd<'_>,
+    namespace: BorrowedFd<'_>,
+    recursive: bool,
+) -> Result<(), Errno> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: namespace.as_raw_fd() as u64,
+    };
+    mount_setattr(mount, &attributes, recursive)
+}
+
+fn mount_setattr(
+    mount: BorrowedFd<'_>,
+    attributes: &libc::mount_attr,
+    recursive: bool,
+) -> Result<(), Errno> {
     let flags = if recursive {
         libc::AT_EMPTY_PATH | libc::AT_RECURSIVE
     } else {
@@ -125,7 +148,7 @@ pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, recursive: bool) ->
             mount.as_raw_fd(),
             path.as_ptr(),
             flags,
-            &raw const attributes,
+            ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };

@@ -2,7 +2,7 @@
 //! package has yet, by Create calls of our own.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -11,10 +11,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim_protos::types::mount::Mount;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, SFlag, mknod};
+use serde_json::{Value, json};
 
 use super::calls::One;
 use crate::context::{Context, Runtime, Version};
 use crate::ctr::{self, Ctr, expect_words};
+use crate::disk::Disk;
 use crate::image;
 use crate::poll;
 use crate::processes;
@@ -67,6 +69,11 @@ pub(crate) const CASES: &[Case] = &[
         "one disk too many is refused with the number, and leaves nothing",
         (120, 120),
         too_many,
+    ),
+    alone(
+        "roots and volumes of a container with users of its own show their owners mapped",
+        (150, 150),
+        mapped,
     ),
     alone("roots that are not served are named", (90, 90), refused),
 ];
@@ -293,6 +300,108 @@ fn host_above(context: &Context) -> Result<()> {
         "loop devices are left: {left:?}"
     );
     Ok(())
+}
+
+/// The first of the users of [`own_users`].
+const FIRST: u32 = 100_000;
+
+/// A container with users of its own, and a volume with their owners.
+fn own_users<'a>(context: &'a Context, name: &str, script: &str, volume: &Path) -> Result<One<'a>> {
+    let bundle = Bundle::script(context, name, script)?;
+    let file = bundle.folder.join("config.json");
+    let mut spec: Value = serde_json::from_slice(&fs::read(&file)?)?;
+    let map = json!([{"containerID": 0, "hostID": FIRST, "size": 65536}]);
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map.clone();
+    let namespaces = spec["linux"]["namespaces"].as_array_mut();
+    namespaces
+        .context("no namespaces")?
+        .push(json!({"type": "user"}));
+    let mounts = spec["mounts"].as_array_mut().context("no mounts")?;
+    mounts.push(json!({
+        "destination": "/data", "type": "bind", "source": volume, "options": ["rbind"],
+        "uidMappings": map, "gidMappings": map,
+    }));
+    fs::write(&file, spec.to_string())?;
+    One::of(context, bundle)
+}
+
+/// As containerd hands over roots and volumes of a pod with a user namespace: what is root's on the disk is the container's root's.
+fn mapped(context: &Context) -> Result<()> {
+    let disk = Disk::mount(context, "mapped", 64)?;
+    let at = |name: &str| -> Result<PathBuf> {
+        let path = disk.folder.join(name);
+        fs::create_dir_all(&path)?;
+        Ok(path)
+    };
+    let (base, above, volume) = (at("base")?, at("above")?, at("volume")?);
+    image::unpack(&context.programs.busybox, &base)?;
+    fs::write(above.join("second"), "of the upper layer\n")?;
+    fs::write(volume.join("f"), "kept\n")?;
+    let (upper, work) = (at("upper")?, at("work")?);
+    chown(&upper, Some(FIRST), Some(FIRST))?;
+    let maps = ["uidmap=0:100000:65536", "gidmap=0:100000:65536"];
+    let dirs = [
+        format!("workdir={}", work.display()),
+        format!("upperdir={}", upper.display()),
+        format!("lowerdir={}:{}", above.display(), base.display()),
+    ];
+    let mut options: Vec<&str> = dirs.iter().map(String::as_str).collect();
+    options.extend(maps);
+    let overlay = mount("overlay", "overlay", &options);
+    let bind = mount("bind", &base, &["rbind", "rw", maps[0], maps[1]]);
+    let script = "stat -c %u:%g / /bin/busybox /data /data/f; cat /data/f; \
+         echo more >> /bin/sh.new; chown 7:8 /bin/sh.new; echo x > /data/$HOSTNAME; chown 7:8 /data/$HOSTNAME; \
+         stat -c %u:%g /bin/sh.new; test ! -e /second || { echo more >> /second; stat -c %u:%g /second; }";
+    let owner = |path: PathBuf| -> Result<(u32, u32)> {
+        let found = fs::symlink_metadata(&path).with_context(|| path.display().to_string())?;
+        Ok((found.uid(), found.gid()))
+    };
+    for (name, root, second) in [("over", overlay, "0:0\n"), ("bound", bind, "")] {
+        let script = format!("HOSTNAME={name}; {script}");
+        let one = own_users(context, name, &script, &volume)?;
+        let (said, stdio) = output(context, &format!("{name}.out"))?;
+        one.tasks
+            .create_over(one.id(), &one.bundle.folder, &stdio, &[root])?;
+        one.tasks.start(one.id(), "")?;
+        let exit = one.tasks.wait(one.id(), "")?.exit_status;
+        let said = fs::read_to_string(&said)?;
+        ensure!(exit == 0, "{name}: exit status {exit}; it said {said:?}");
+        let expected = format!("0:0\n0:0\n0:0\n0:0\nkept\n7:8\n{second}");
+        ensure!(said == expected, "{name}: {said:?} instead of {expected:?}");
+        one.tasks.delete(one.id(), "")?;
+        one.shut_down()?;
+        let made = owner(volume.join(name))?;
+        ensure!(made == (7, 8), "{name}: a file in the volume is {made:?}'s");
+    }
+    // An overlay's changes are its users', those of a bind mount the disk's.
+    for (path, expected) in [
+        (upper.join("bin/sh.new"), (FIRST + 7, FIRST + 8)),
+        (upper.join("second"), (FIRST, FIRST)),
+        (above.join("second"), (0, 0)),
+        (base.join("bin/sh.new"), (7, 8)),
+        (base.join("bin/busybox"), (0, 0)),
+        (volume.join("f"), (0, 0)),
+    ] {
+        let found = owner(path.clone())?;
+        ensure!(
+            found == expected,
+            "{} is {found:?}'s instead of {expected:?}'s",
+            path.display()
+        );
+    }
+    // A file system without mapped mounts is named, and nothing is left.
+    let one = own_users(context, "unmapped", "true", Path::new("/proc"))?;
+    let root = mount("bind", &base, &["rbind", "rw", maps[0], maps[1]]);
+    let answer = one
+        .tasks
+        .create_over(one.id(), &one.bundle.folder, &Stdio::default(), &[root]);
+    let refusal = match answer {
+        Ok(_) => bail!("a mount of /proc was mapped"),
+        Err(refusal) => refusal.message,
+    };
+    expect_words(&refusal, &["/proc", "mapped"])?;
+    one.shut_down()
 }
 
 fn layers(context: &Context) -> Result<()> {
