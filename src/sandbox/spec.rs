@@ -90,11 +90,24 @@ impl First {
             LinuxNamespaceType::Ipc => "ipc",
             LinuxNamespaceType::Uts => "uts",
             LinuxNamespaceType::Pid => "pid",
+            LinuxNamespaceType::User => "user",
             _ => return None,
         };
-        let of = |pid: u32| PathBuf::from(format!("/proc/{pid}/ns/{name}"));
-        (path == of(self.host_pid) && self.guest_pid > 0).then(|| of(self.guest_pid))
+        let told = path == namespace_of(self.host_pid, name);
+        (told && self.guest_pid > 0).then(|| namespace_of(self.guest_pid, name))
     }
+
+    /// Its network namespace, for a container that shares its users: they have no say in the one that the others share.
+    fn network_for(self, linux: &Linux) -> Option<PathBuf> {
+        let mut namespaces = linux.namespaces().iter().flatten();
+        let users = namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::User)?;
+        self.namespace(LinuxNamespaceType::User, users.path().as_ref()?)?;
+        Some(namespace_of(self.guest_pid, "net"))
+    }
+}
+
+fn namespace_of(pid: u32, name: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/ns/{name}"))
 }
 
 /// A directory or file of the host that a container mounts.
@@ -373,12 +386,18 @@ fn adapt_linux(
             .to_owned()
     });
     linux.set_rootfs_propagation(plain);
+    let network = first.and_then(|first| first.network_for(linux));
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        if namespace.typ() == LinuxNamespaceType::Network {
+            // The host's netns is the VM's; the container has the guest's.
+            namespace.set_path(network.clone());
+            continue;
+        }
         let Some(path) = namespace.path().clone() else {
             continue;
         };
-        if namespace.typ() == LinuxNamespaceType::Network || path.as_os_str().is_empty() {
-            // The host's netns is the VM's; the container has the guest's. An empty path is a new namespace.
+        if path.as_os_str().is_empty() {
+            // A new namespace.
             namespace.set_path(None);
         } else if let Some(shared) = first.and_then(|first| first.namespace(namespace.typ(), &path))
         {

@@ -42,7 +42,7 @@ fn the_first_containers_namespaces_can_be_shared() {
         });
         for_guest_beside(&spec, "c2", "1", first)
     };
-    for kind in ["ipc", "uts", "pid"] {
+    for kind in ["ipc", "uts", "pid", "user"] {
         let guest = with(kind, &format!("/proc/4711/ns/{kind}")).unwrap();
         let value: Value = serde_json::from_slice(&guest.json).unwrap();
         assert_eq!(
@@ -54,10 +54,28 @@ fn the_first_containers_namespaces_can_be_shared() {
         ("ipc", "/proc/4712/ns/ipc"),
         ("ipc", "/proc/4711/ns/uts"),
         ("mount", "/proc/4711/ns/mnt"),
-        ("user", "/proc/4711/ns/user"),
+        ("user", "/proc/1/ns/user"),
     ] {
         let error = with(kind, path).unwrap_err().to_string();
         assert!(error.contains(path), "{error}");
+    }
+    // Who shares the first one's users has its network as well; others have the guest's.
+    let users = json!({"type": "user", "path": "/proc/4711/ns/user"});
+    for (users, network) in [
+        (users, json!("/proc/33/ns/net")),
+        (json!({"type": "user"}), Value::Null),
+        (json!({"type": "ipc"}), Value::Null),
+    ] {
+        for mut of in [
+            json!({"type": "network"}),
+            json!({"type": "network", "path": "/run/netns/x"}),
+        ] {
+            let spec = spec(|spec| spec["linux"]["namespaces"] = json!([of, users]));
+            let guest = for_guest_beside(&spec, "c2", "1", first).unwrap();
+            let value: Value = serde_json::from_slice(&guest.json).unwrap();
+            of = value["linux"]["namespaces"][0].clone();
+            assert_eq!(of["path"], network, "{users}");
+        }
     }
 }
 

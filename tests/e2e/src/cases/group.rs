@@ -16,6 +16,12 @@ pub(crate) const CASES: &[Case] = &[
         run: shares,
     },
     Case {
+        name: "a group's containers share users of their own, and the network then",
+        subject: Subject::Nacre,
+        seconds: (120, 120),
+        run: shares_users,
+    },
+    Case {
         name: "a group's VM ends with the last container",
         subject: Subject::Nacre,
         seconds: (120, 120),
@@ -106,6 +112,43 @@ fn joins(ctr: &Ctr<'_>, context: &Context, first: &str, flags: &[&str]) -> Resul
         ensure!(same == shared, "the {kind} namespace is shared: {same}");
     }
     super::exec::end(ctr, context, &id)
+}
+
+/// As CRI has it for a pod with a user namespace.
+fn shares_users(context: &Context) -> Result<()> {
+    let ctr = Ctr::new(context)?;
+    let (one, two) = (context.id("one"), context.id("two"));
+    let annotation = annotation(&one);
+    let map = "0:100000:65536";
+    let flags = [
+        "--annotation",
+        &annotation,
+        "--uidmap",
+        map,
+        "--gidmap",
+        map,
+    ];
+    ctr.detached(&one, &flags, &["sleep", "1000"])?;
+    let pid = ctr.task(&one)?.map(|(pid, _)| pid).context("no task")?;
+    let users = format!("user:/proc/{pid}/ns/user");
+    let mut all = flags.to_vec();
+    all.extend(["--with-ns", &users]);
+    ctr.detached(&two, &all, &["sleep", "1000"])?;
+    let seen = |id: &str| -> Result<String> {
+        let script = "for n in self/ns/user 1/ns/user self/ns/net 1/ns/net; do readlink /proc/$n; done; \
+                      id -u; stat -c %u:%g / /bin/busybox; cat /proc/self/uid_map; ip -o link | cut -d: -f2";
+        let output = ctr.exec(id, "sees", &[], &["sh", "-c", script])?;
+        output.expect_code(0)?;
+        Ok(output.out())
+    };
+    let (first, second) = (seen(&one)?, seen(&two)?);
+    ensure!(
+        first == second,
+        "the first sees {first:?}, the second {second:?}"
+    );
+    ensure!(first.contains("\n0\n0:0\n0:0\n"), "{first:?}");
+    super::exec::end(&ctr, context, &two)?;
+    super::exec::end(&ctr, context, &one)
 }
 
 fn ends_last(context: &Context) -> Result<()> {
