@@ -32,6 +32,21 @@ impl Own {
             permitted: capabilities.permitted().clone().unwrap_or_default(),
         }
     }
+
+    /// Gives up all others.
+    fn keep(&self) -> io::Result<()> {
+        for (set, kept) in [
+            (CapSet::Effective, &self.effective),
+            (CapSet::Permitted, &self.permitted),
+        ] {
+            let kept = kept
+                .iter()
+                .map(|capability| of_kernel(*capability))
+                .collect::<io::Result<CapsHashSet>>()?;
+            caps::set(None, set, &kept).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
 }
 
 /// Lends a process what it needs to install a filter; nothing if it can do so itself.
@@ -53,33 +68,31 @@ pub fn lend(process: &mut Process) -> Option<Own> {
     Some(own)
 }
 
-/// Installs the filter and gives the loan back, for the calling process, which must have one thread.
+/// Installs the filter and gives the loan back, for the calling process, which must have one thread. With `no_new_privileges` the filter comes
+/// last, as it takes no capability then: one that a profile is strict about may forbid what comes before.
 ///
 /// # Errors
 /// What the kernel said: the program must not be run then.
-pub fn confine(filter: Option<&Filter>, own: Option<&Own>) -> io::Result<()> {
+pub fn confine(
+    filter: Option<&Filter>,
+    own: Option<&Own>,
+    no_new_privileges: bool,
+) -> io::Result<()> {
     if let Some(own) = own {
         for lent in LOAN.iter().filter(|lent| !own.bounding.contains(lent)) {
             let lent = of_kernel(*lent)?;
             caps::drop(None, CapSet::Bounding, lent).map_err(io::Error::other)?;
         }
     }
-    if let Some(filter) = filter {
-        seccomp::install(filter)?;
+    let install = || filter.map_or(Ok(()), seccomp::install);
+    let give_back = || own.map_or(Ok(()), Own::keep);
+    if no_new_privileges {
+        give_back()?;
+        install()
+    } else {
+        install()?;
+        give_back()
     }
-    if let Some(own) = own {
-        for (set, kept) in [
-            (CapSet::Effective, &own.effective),
-            (CapSet::Permitted, &own.permitted),
-        ] {
-            let kept = kept
-                .iter()
-                .map(|capability| of_kernel(*capability))
-                .collect::<io::Result<CapsHashSet>>()?;
-            caps::set(None, set, &kept).map_err(io::Error::other)?;
-        }
-    }
-    Ok(())
 }
 
 /// A capability of a specification by its kernel name.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use nacre_protocol::agent::{CreateContainerRequest, GuestMount, StatsResponse};
+use oci_spec::runtime::LinuxCapabilities;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tracing::{info, warn};
@@ -77,6 +78,8 @@ pub(crate) struct Container {
     pub(crate) ground: Ground,
     /// Its users, if they are its own.
     pub(crate) users: Option<Users>,
+    /// The capabilities of its specification.
+    pub(crate) capabilities: Option<LinuxCapabilities>,
     /// Whether it has a seccomp profile.
     pub(crate) has_filter: bool,
     pub(crate) processes: Mutex<HashMap<String, Slot>>,
@@ -265,6 +268,7 @@ impl Containers {
             pid: created.pid,
             process: Process::new(created.pid, terminal),
             users: adapted.users,
+            capabilities: adapted.capabilities,
             has_filter: adapted.filter.is_some(),
             gate: created.gate,
             ended,
@@ -275,6 +279,7 @@ impl Containers {
         let Furnished {
             process,
             users,
+            capabilities,
             has_filter,
             gate,
             ended,
@@ -289,6 +294,7 @@ impl Containers {
             id: id.to_owned(),
             ground,
             users,
+            capabilities,
             has_filter,
             processes: Mutex::new(HashMap::from([(String::new(), slot)])),
             memory_kills: Mutex::new(0),
@@ -630,6 +636,7 @@ struct Furnished {
     pid: i32,
     process: Process,
     users: Option<Users>,
+    capabilities: Option<LinuxCapabilities>,
     has_filter: bool,
     gate: Gate,
     ended: oneshot::Receiver<Exit>,

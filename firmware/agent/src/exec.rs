@@ -129,6 +129,9 @@ impl Containers {
             connections,
             stdio,
         } = added;
+        if specified.capabilities().is_none() {
+            specified.set_capabilities(container.capabilities.clone());
+        }
         let directory = Directory::create(container.ground.bundle.path(), exec_id)?;
         let mut owner = owner;
         if let Some(users) = &container.users {

@@ -23,6 +23,7 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use nix::unistd::{Gid, Uid};
 use pathrs::Root;
 use serde::{Deserialize, Serialize};
 use tracing::Level;
@@ -31,7 +32,7 @@ use crate::confinement::{self, Own};
 use crate::hotplug::offliner;
 use crate::log;
 use crate::seccomp::Filter;
-use crate::users::Identity;
+use crate::users::{Identity, Users};
 
 /// First argument of the agent when it is to make a container.
 pub const MAKE: &str = "make-container";
@@ -231,11 +232,32 @@ fn make_working_directory(bundle: &Path) {
     let Some(process) = spec.process() else {
         return;
     };
+    let users = spec.linux().as_ref().and_then(Users::of);
+    let owner = users.map_or((0, 0), |users| users.outside((0, 0)));
+    // It is the container's root's.
+    set_owner_of_files(owner);
     // Symbolic links in the root are followed within the root.
     let made = Root::open(bundle.join(crate::spec::ROOT))
         .and_then(|root| root.mkdir_all(process.cwd(), &Permissions::from_mode(0o755)));
+    set_owner_of_files((0, 0));
     if let Err(error) = made {
         tracing::debug!("making {}: {error}", process.cwd().display());
+    }
+}
+
+/// As whom this process makes files; the group first, as long as it is root.
+fn set_owner_of_files((uid, gid): (u32, u32)) {
+    let set_group = || nix::unistd::setfsgid(Gid::from_raw(gid));
+    let set_user = || nix::unistd::setfsuid(Uid::from_raw(uid));
+    match uid {
+        0 => {
+            set_user();
+            set_group();
+        }
+        _ => {
+            set_group();
+            set_user();
+        }
     }
 }
 
@@ -336,7 +358,11 @@ impl Executor for Program {
             Some((identity, namespace)) => identity.take_on(namespace),
             None => Ok(()),
         };
-        let confined = || confinement::confine(self.filter.as_ref(), self.own.as_ref());
+        let process = spec.process().as_ref();
+        let no_new_privileges =
+            process.and_then(|process| process.no_new_privileges()) == Some(true);
+        let confined =
+            || confinement::confine(self.filter.as_ref(), self.own.as_ref(), no_new_privileges);
         let Err(refused) = itself
             .map_err(NotExecuted::NotItself)
             .and_then(|()| confined().map_err(NotExecuted::NotConfined))

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
-    LinuxNamespaceType, LinuxResources, MountBuilder, Process, RootBuilder, Spec,
+    LinuxCapabilities, LinuxNamespaceType, LinuxResources, MountBuilder, Process, RootBuilder, Spec,
 };
 
 use crate::confinement::{self, Own};
@@ -28,6 +28,8 @@ pub struct Adapted {
     pub resources: LinuxResources,
     /// Its seccomp profile.
     pub filter: Option<Filter>,
+    /// The capabilities that the specification gives its init, which an exec has that names none.
+    pub capabilities: Option<LinuxCapabilities>,
     /// The capabilities that its init is to have, if it was lent others.
     pub own: Option<Own>,
     /// The container's users, if it has a user namespace.
@@ -90,6 +92,10 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         }
     }
 
+    let capabilities = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.capabilities().clone());
     let own = match (&filter, spec.process_mut()) {
         (Some(_), Some(process)) => confinement::lend(process),
         _ => None,
@@ -111,6 +117,7 @@ pub fn adapt(json: &[u8], cgroup: &Path, terminal: bool, apparmor: bool) -> Resu
         owner,
         resources,
         filter,
+        capabilities,
         own,
         users,
         own_network,
@@ -226,6 +233,7 @@ mod tests {
             users,
             resources,
             filter,
+            capabilities,
             own,
         } = adapted(SPEC).unwrap();
         let root = spec.root().as_ref().unwrap();
@@ -241,7 +249,7 @@ mod tests {
         assert!(process.apparmor_profile().is_none());
         assert_eq!(owner, (1000, 50));
         assert!(shared_network && !own_network && users.is_none());
-        assert!(filter.is_none() && own.is_none());
+        assert!(filter.is_none() && own.is_none() && capabilities.is_none());
         let network = linux.namespaces().as_ref().unwrap()[1].path().clone();
         assert_eq!(network.as_deref(), Some(Path::new("/run/nacre/netns")));
         assert_eq!(resources.pids().map(|pids| pids.limit()), Some(7));

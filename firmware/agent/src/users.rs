@@ -5,10 +5,11 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 
 use caps::{CapSet, CapsHashSet};
 use nix::sched::{CloneFlags, setns};
-use nix::unistd::{Gid, Uid, User, setgroups, setresgid, setresuid};
+use nix::unistd::{Gid, Uid, User, chdir, getgroups, setgroups, setresgid, setresuid};
 use oci_spec::runtime::{
     Capabilities, Capability, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceType,
     Process, User as SpecifiedUser,
@@ -67,6 +68,7 @@ pub struct Identity {
     gid: u32,
     groups: Vec<u32>,
     capabilities: Option<LinuxCapabilities>,
+    cwd: PathBuf,
     /// Whether the specification leaves HOME to the runtime.
     wants_home: bool,
 }
@@ -81,7 +83,9 @@ pub fn lend(process: &mut Process, init: i32) -> Identity {
         gid: user.gid(),
         groups: user.additional_gids().clone().unwrap_or_default(),
         capabilities: process.capabilities().clone(),
-        wants_home: !environment.any(|variable| variable.starts_with("HOME=")),
+        cwd: process.cwd().clone(),
+        wants_home: !environment
+            .any(|variable| variable.starts_with("HOME=") && variable != "HOME="),
     };
     let mut root = SpecifiedUser::default();
     root.set_umask(user.umask());
@@ -121,20 +125,25 @@ impl Identity {
         // All capabilities are there now, and stay beyond the change of the user.
         nix::sys::prctl::set_keepcaps(true)?;
         let groups: Vec<Gid> = self.groups.iter().copied().map(Gid::from_raw).collect();
-        setgroups(&groups)?;
+        // A namespace may deny the call.
+        if !(groups.is_empty() && getgroups()?.is_empty()) {
+            setgroups(&groups)?;
+        }
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         setresgid(gid, gid, gid)?;
         setresuid(uid, uid, uid)?;
         let all = caps::read(None, CapSet::Permitted).map_err(io::Error::other)?;
         caps::set(None, CapSet::Effective, &all).map_err(io::Error::other)?;
+        // Root of the guest has entered it already, who may enter more.
+        chdir(&self.cwd)?;
         if let Some(capabilities) = &self.capabilities {
             limit(capabilities, &all)?;
         }
-        if self.wants_home
-            && let Ok(Some(user)) = User::from_uid(uid)
-        {
+        if self.wants_home {
+            let user = User::from_uid(uid).ok().flatten();
+            let home = user.map_or_else(|| "/".into(), |user| user.dir);
             // SAFETY: this process has one thread.
-            unsafe { std::env::set_var("HOME", user.dir) };
+            unsafe { std::env::set_var("HOME", home) };
         }
         Ok(())
     }
@@ -211,7 +220,9 @@ mod tests {
         let json = serde_json::to_vec(&identity).unwrap();
         assert_eq!(serde_json::from_slice::<Identity>(&json).unwrap(), identity);
         let mut with_home = process.clone();
-        with_home.set_env(Some(vec!["HOME=/x".to_owned()]));
-        assert!(!lend(&mut with_home, 1).wants_home);
+        for (home, wants) in [("HOME=/x", false), ("HOME=", true)] {
+            with_home.set_env(Some(vec![home.to_owned()]));
+            assert_eq!(lend(&mut with_home, 1).wants_home, wants, "{home}");
+        }
     }
 }

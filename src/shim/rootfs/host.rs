@@ -8,7 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
-use nacre_fs::{Owners, attach};
+use nacre_fs::{OwnerMap, Owners, attach};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -171,6 +171,16 @@ fn mapped(option: &str, owners: &mut Option<Owners>) -> Option<Option<()>> {
     Some(ranges.map(|ranges| *place = ranges))
 }
 
+/// Whether an option names layers in a way in which they cannot be mapped.
+fn names_other_layers(option: &str) -> bool {
+    let odd =
+        |directories: &str| directories.contains('\\') || directories.split(':').any(str::is_empty);
+    ["lowerdir+=", "datadir+="]
+        .iter()
+        .any(|key| option.starts_with(key))
+        || option.strip_prefix("lowerdir=").is_some_and(odd)
+}
+
 /// A mount as mount(2) takes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Plan {
@@ -306,6 +316,14 @@ impl Plan {
         {
             return Err(Error::Owners("uidmap= or gidmap= alone".to_owned()));
         }
+        if owners.is_some()
+            && let Some(option) = data.iter().find(|option| names_other_layers(option))
+        {
+            return Err(Error::Option {
+                option: option.clone(),
+                kind: mount.type_.clone(),
+            });
+        }
         if flags.contains(MsFlags::MS_BIND) {
             // A bind mount has no options of a file system.
             data.clear();
@@ -332,21 +350,23 @@ impl Plan {
             mounted.push(target.to_owned());
             return Ok(());
         };
+        let error = |source: std::io::Error| Error::System {
+            doing: "mount with mapped owners on".to_owned(),
+            path: target.to_owned(),
+            source,
+        };
+        let map = owners.map().map_err(std::io::Error::other).map_err(error)?;
         if self.kind == "overlay" {
-            let mapped = self.over_mapped(owners, target, mounted)?;
+            // The layers' mounts are held until the overlay has its own clones of them.
+            let (mapped, _layers) = self.over_mapped(&map, target, mounted)?;
             mapped.mount_plainly(target)?;
             mounted.push(target.to_owned());
             return Ok(());
         }
         self.mount_plainly(target)?;
         let recursive = self.flags.contains(MsFlags::MS_REC);
-        let detached = owners.mount(target, recursive);
+        let detached = map.mount(target, recursive);
         let unmounted = umount2(target, MntFlags::MNT_DETACH);
-        let error = |source: std::io::Error| Error::System {
-            doing: "mount with mapped owners on".to_owned(),
-            path: target.to_owned(),
-            source,
-        };
         let detached = detached.map_err(std::io::Error::other).map_err(error)?;
         unmounted.map_err(|errno| error(errno.into()))?;
         attach(detached, target).map_err(error)?;
@@ -354,46 +374,49 @@ impl Plan {
         Ok(())
     }
 
-    /// The overlay over its lower directories as they show on mounts with these owners, which are on a small tmpfs below the target.
+    /// The overlay over its lower directories as they show on mapped mounts, which are on a small tmpfs below the target: a layer must
+    /// be on a mount of this namespace. They are named by descriptors.
     fn over_mapped(
         &self,
-        owners: &Owners,
+        map: &OwnerMap,
         target: &Path,
         mounted: &mut Vec<PathBuf>,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, Vec<OwnedFd>), Error> {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         mount_tmpfs(target, flags, Some("mode=0700,size=4m"))?;
         mounted.push(target.to_owned());
-        let mut count = 0;
+        let mut layers: Vec<OwnedFd> = Vec::new();
         let mut mapped = |directory: &str| -> Result<String, Error> {
-            let place = target.join(count.to_string());
-            count += 1;
+            let place = target.join(layers.len().to_string());
             make_directory(&place)?;
             let error = |source| Error::System {
                 doing: "mount with mapped owners the layer".to_owned(),
                 path: directory.into(),
                 source,
             };
-            let layer = owners.mount(Path::new(directory), false);
+            let layer = map.mount(Path::new(directory), false);
             let layer = layer.map_err(std::io::Error::other).map_err(error)?;
-            attach(layer, &place).map_err(error)?;
-            Ok(place.display().to_string())
+            attach(&layer, &place).map_err(error)?;
+            let name = format!("/proc/self/fd/{}", layer.as_raw_fd());
+            layers.push(layer);
+            Ok(name)
         };
         let mut data = Vec::new();
         for option in &self.data {
             data.push(match option.strip_prefix("lowerdir=") {
                 None => option.clone(),
                 Some(directories) => {
-                    let places = directories.split(':').map(&mut mapped);
-                    let places = places.collect::<Result<Vec<_>, _>>()?;
-                    format!("lowerdir={}", places.join(":"))
+                    let names = directories.split(':').map(&mut mapped);
+                    let names = names.collect::<Result<Vec<_>, _>>()?;
+                    format!("lowerdir={}", names.join(":"))
                 }
             });
         }
-        Ok(Self {
+        let mapped = Self {
             data,
             ..self.clone()
-        })
+        };
+        Ok((mapped, layers))
     }
 
     fn mount_plainly(&self, target: &Path) -> Result<(), Error> {
@@ -572,6 +595,11 @@ mod tests {
             let owners = plan.owners.unwrap();
             assert_eq!((owners.users.len(), owners.groups.len()), (1, 2), "{kind}");
             assert!(plan.data.is_empty(), "{kind}");
+        }
+        for odd in ["lowerdir+=/a", "lowerdir=/a::/data", r"lowerdir=/a\:b"] {
+            let error = of("overlay", "", &[maps[0], maps[1], odd]).unwrap_err();
+            assert!(error.to_string().contains("lowerdir"), "{error}");
+            of("overlay", "", &[odd]).expect("without maps it is the kernel's matter");
         }
         for wrong in [&maps[..1], &["uidmap=", maps[1]], &["gidmap=1:2", maps[0]]] {
             let error = of("bind", "", wrong).unwrap_err().to_string();

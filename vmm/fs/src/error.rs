@@ -77,9 +77,15 @@ pub enum Error {
     },
     /// A user namespace for mapped owners could not be made.
     #[error(
-        "cannot make a user namespace for mapped owners: it takes CAP_SETUID, CAP_SETGID and CAP_SYS_ADMIN, ranges that do not overlap, and room below /proc/sys/user/max_user_namespaces"
+        "cannot make a user namespace for mapped owners: {doing}: it takes CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID and, to map to root, CAP_SETFCAP, at most 340 ranges that do not overlap, and room below /proc/sys/user/max_user_namespaces"
     )]
-    Users(#[source] std::io::Error),
+    Users {
+        /// The step.
+        doing: &'static str,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// The owners of a cloned mount could not be mapped.
     #[error(
         "cannot have the owners of {} mapped: it takes a file system with mapped mounts, as ext4 has from Linux 5.12, xfs and btrfs from 5.15, overlayfs from 5.19 and tmpfs from 6.3, and a mount that is not mapped already", path.display()

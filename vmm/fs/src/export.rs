@@ -54,7 +54,7 @@ pub fn open_mapped_export(
     all: bool,
 ) -> Result<OwnedFd, Error> {
     let fd = open_export(path, access, recursive)?;
-    owners.set(fd.as_fd(), path, recursive && all)?;
+    owners.map()?.set(fd.as_fd(), path, recursive && all)?;
     Ok(fd)
 }
 

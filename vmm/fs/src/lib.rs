@@ -54,5 +54,5 @@ mod worker;
 pub use error::Error;
 pub use export::{open_export, open_mapped_export};
 pub use limits::{Access, Caching, Counters, Limits};
-pub use owners::{Owners, Range, attach};
+pub use owners::{OwnerMap, Owners, Range, attach};
 pub use server::FileServer;

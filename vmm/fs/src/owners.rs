@@ -54,39 +54,48 @@ impl Owners {
         text.split(',').map(range).collect()
     }
 
-    /// A user namespace with these maps, which lives as long as the descriptor and what uses it.
-    fn namespace(&self) -> io::Result<OwnedFd> {
-        if self.users.is_empty() || self.groups.is_empty() {
-            let words = "both users and groups need ranges";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
-        }
-        let holder = Holder::start()?;
-        let file = |name: &str| format!("/proc/{}/{name}", holder.0);
-        fs::write(file("uid_map"), Map(&self.users).to_string())?;
-        fs::write(file("gid_map"), Map(&self.groups).to_string())?;
-        Ok(File::open(file("ns/user"))?.into())
-    }
-
-    /// A detached clone of what `path` names, with these owners; with `recursive` the mounts below come along. It
-    /// is in no namespace until [`attach`] puts it there.
+    /// What mounts are mapped by.
     ///
     /// # Errors
-    /// [`Error::Clone`], and [`Error::Owners`] where a file system has no mapped mounts.
+    /// [`Error::Users`] with what was being done.
+    pub fn map(&self) -> Result<OwnerMap, Error> {
+        let failed = |doing: &'static str| move |source| Error::Users { doing, source };
+        let holder = Holder::start().map_err(failed("make a process in it"))?;
+        let file = |name: &str| format!("/proc/{}/{name}", holder.0);
+        for (name, doing, ranges) in [
+            ("uid_map", "write its users' map", &self.users),
+            ("gid_map", "write its groups' map", &self.groups),
+        ] {
+            if ranges.is_empty() {
+                let none = io::Error::new(io::ErrorKind::InvalidInput, "no range is given");
+                return Err(failed(doing)(none));
+            }
+            fs::write(file(name), Map(ranges).to_string()).map_err(failed(doing))?;
+        }
+        let namespace = File::open(file("ns/user")).map_err(failed("open it"))?;
+        Ok(OwnerMap(namespace.into()))
+    }
+}
+
+/// A user namespace with the maps of [`Owners`]. It lives as long as this and the mounts that are mapped by it.
+#[derive(Debug)]
+pub struct OwnerMap(OwnedFd);
+
+impl OwnerMap {
+    /// A detached clone of what `path` names, with these owners; with `recursive` the mounts below come along as they
+    /// are. It is in no namespace until [`attach`] puts it there.
+    ///
+    /// # Errors
+    /// [`Error::Clone`], and [`Error::Owners`] where the file system has no mapped mounts.
     pub fn mount(&self, path: &Path, recursive: bool) -> Result<OwnedFd, Error> {
         let fd = clone_tree(path, recursive)?;
-        self.set(fd.as_fd(), path, recursive)?;
+        self.set(fd.as_fd(), path, false)?;
         Ok(fd)
     }
 
-    /// Gives a detached mount, which is of `path`, these owners.
-    pub(crate) fn set(
-        &self,
-        mount: BorrowedFd<'_>,
-        path: &Path,
-        recursive: bool,
-    ) -> Result<(), Error> {
-        let namespace = self.namespace().map_err(Error::Users)?;
-        sys::map_mount_owners(mount, namespace.as_fd(), recursive).map_err(|source| Error::Owners {
+    /// Gives a detached mount, which is of `path`, these owners; with `all` those below it as well.
+    pub(crate) fn set(&self, mount: BorrowedFd<'_>, path: &Path, all: bool) -> Result<(), Error> {
+        sys::map_mount_owners(mount, self.0.as_fd(), all).map_err(|source| Error::Owners {
             path: path.to_owned(),
             source,
         })
@@ -202,7 +211,7 @@ mod tests {
             users: vec![range(0, 100_000, 10), range(10, 5, 1)],
             groups: vec![range(0, 7, 1)],
         };
-        owners.namespace().unwrap();
+        owners.map().unwrap();
         for wrong in [
             Owners::default(),
             Owners {
@@ -210,15 +219,14 @@ mod tests {
                 ..owners
             },
         ] {
-            wrong
-                .namespace()
-                .expect_err("no map, and one that overlaps");
+            let error = wrong.map().expect_err("no map, and one that overlaps");
+            assert!(error.to_string().contains("map"), "{error}");
         }
     }
 
     /// A folder on a file system that has mapped mounts: for a tmpfs that takes Linux 6.3.
     pub(crate) fn place() -> tempfile::TempDir {
-        let all: Owners = all();
+        let all = all().map().unwrap();
         let places = [std::env::temp_dir(), "/var/tmp".into(), "/dev/shm".into()];
         let mut folders = places.iter().filter_map(|place| {
             let folder = tempfile::tempdir_in(place).ok()?;
@@ -247,7 +255,8 @@ mod tests {
         let path = folder.path().join("f");
         fs::write(&path, "").unwrap();
         chown(&path, Some(3), Some(4)).unwrap();
-        let mount = all().mount(folder.path(), false).unwrap();
+        let all = all().map().unwrap();
+        let mount = all.mount(folder.path(), false).unwrap();
         let at = |name: &str| {
             use std::os::fd::AsRawFd;
             format!("/proc/self/fd/{}/{name}", mount.as_raw_fd())
@@ -259,7 +268,7 @@ mod tests {
         assert_eq!((stored.uid(), stored.gid()), (5, 6));
         let nobody = chown(at("f"), Some(7), None).unwrap_err();
         assert_eq!(nobody.raw_os_error(), Some(libc::EOVERFLOW));
-        let refused = all().mount(Path::new("/proc"), false).unwrap_err();
+        let refused = all.mount(Path::new("/proc"), false).unwrap_err();
         let words = refused.to_string();
         assert!(
             words.contains("/proc") && words.contains("mapped"),

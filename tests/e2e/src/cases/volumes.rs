@@ -359,10 +359,11 @@ fn own_users(context: &Context) -> Result<()> {
         context,
         "mapped",
         &[&folder],
-        &["--uidmap", &map, "--gidmap", &map],
+        &["--uidmap", &map, "--gidmap", &map, "--cwd", "/made/for/it"],
     )?;
     let seen = running.script(
         "awk '{print $1, $2, $3}' /proc/self/uid_map /proc/self/gid_map; id -u; \
+         touch /made/for/it/f && stat -c %u:%g /made/for/it; \
          stat -c %u:%g / /bin/busybox /data /data/outside; \
          echo inside > /data/f; echo more > /file; chown 7:8 /data/f /file; stat -c %u:%g /data/f /file; \
          chown 70000 /data/f 2>/dev/null || echo refused; (echo x > /data/outside) 2>/dev/null || echo kept; \
@@ -372,8 +373,15 @@ fn own_users(context: &Context) -> Result<()> {
     expect(
         "what the container sees",
         &seen,
-        "0 100000 65536\n0 100000 65536\n0\n0:0\n0:0\n0:0\n65534:65534\n7:8\n7:8\nrefused\nkept\nas init\none namespace\nout\n",
+        "0 100000 65536\n0 100000 65536\n0\n0:0\n0:0\n0:0\n0:0\n65534:65534\n7:8\n7:8\nrefused\nkept\nas init\none namespace\nout\n",
     )?;
+    // Where its own root may not go, it does not begin.
+    let hidden = folder.path.join("hidden");
+    fs::create_dir_all(hidden.join("inner"))?;
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o700))?;
+    let flags = ["--cwd", "/data/hidden/inner"];
+    let output = running.ctr.exec(&running.id, "astray", &flags, &["pwd"])?;
+    ensure!(output.code != 0, "an exec began in {:?}", output.out());
     let output = running.ctr.exec(
         &running.id,
         "other",
@@ -381,14 +389,14 @@ fn own_users(context: &Context) -> Result<()> {
         &[
             "sh",
             "-c",
-            "id -u; id -g; grep CapEff /proc/self/status; echo out > /dev/stdout; echo err > /dev/stderr",
+            "id -u; id -g; grep CapEff /proc/self/status; echo $HOME; echo out > /dev/stdout; echo err > /dev/stderr",
         ],
     )?;
     output.expect_code(0)?;
     expect(
         "what another user sees",
         &output.out(),
-        "1000\n1000\nCapEff:\t0000000000000000\nout\n",
+        "1000\n1000\nCapEff:\t0000000000000000\n/\nout\n",
     )?;
     expect("what it says beside", &output.err(), "err\n")?;
     let made = fs::metadata(folder.path.join("f"))?;
