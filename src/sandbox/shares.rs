@@ -89,6 +89,13 @@ impl Drop for Shares {
     }
 }
 
+fn failed(path: &Path) -> impl Fn(nacre_fs::Error) -> Error {
+    move |error| Error::Share {
+        path: path.to_owned(),
+        cause: super::chain(&error),
+    }
+}
+
 impl Sandbox {
     /// Shares what `path` names, as it is now: later mounts over it are not seen. With `recursive`, what is mounted
     /// below comes along. Blocks as long as the host's file systems do.
@@ -103,11 +110,7 @@ impl Sandbox {
         caching: Caching,
         recursive: bool,
     ) -> Result<Share, Error> {
-        let failed = |error: nacre_fs::Error| Error::Share {
-            path: path.to_owned(),
-            cause: super::chain(&error),
-        };
-        let root = open_export(path, access, recursive).map_err(failed)?;
+        let root = open_export(path, access, recursive).map_err(failed(path))?;
         self.share_opened(name, path, root, access, caching)
     }
 
@@ -119,14 +122,10 @@ impl Sandbox {
         access: Access,
         caching: Caching,
     ) -> Result<Share, Error> {
-        let failed = |error: nacre_fs::Error| Error::Share {
-            path: path.to_owned(),
-            cause: super::chain(&error),
-        };
         let server = self.0.files.clone();
         server
             .export_cached(name, root, access, caching)
-            .map_err(failed)?;
+            .map_err(failed(path))?;
         let state = match access {
             Access::ReadOnly => "read-only",
             Access::ReadWrite => "read-write",
@@ -165,13 +164,8 @@ impl Sandbox {
             return self.share(&bind.name, &source, access, caching, bind.recursive);
         };
         let (owners, all) = (&mapped.owners, mapped.all);
-        let root =
-            open_mapped_export(&source, access, bind.recursive, owners, all).map_err(|error| {
-                Error::Share {
-                    path: source.clone(),
-                    cause: super::chain(&error),
-                }
-            })?;
+        let root = open_mapped_export(&source, access, bind.recursive, owners, all)
+            .map_err(failed(&source))?;
         self.share_opened(&bind.name, &source, root, access, caching)
     }
 

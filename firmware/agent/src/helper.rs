@@ -245,20 +245,10 @@ fn make_working_directory(bundle: &Path) {
     }
 }
 
-/// As whom this process makes files; the group first, as long as it is root.
+/// As whom this process makes files. With the user go its capabilities over files, not those to change either number.
 fn set_owner_of_files((uid, gid): (u32, u32)) {
-    let set_group = || nix::unistd::setfsgid(Gid::from_raw(gid));
-    let set_user = || nix::unistd::setfsuid(Uid::from_raw(uid));
-    match uid {
-        0 => {
-            set_user();
-            set_group();
-        }
-        _ => {
-            set_group();
-            set_user();
-        }
-    }
+    nix::unistd::setfsgid(Gid::from_raw(gid));
+    nix::unistd::setfsuid(Uid::from_raw(uid));
 }
 
 /// An error with all its causes, each said once.
